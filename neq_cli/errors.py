@@ -1,0 +1,36 @@
+"""The one error family: what a user sees as one line per problem, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NeqError(Exception):
+    """A mistake the user can mend. The message says where, what and how; the command exits with ``exit_code``."""
+
+    exit_code = 2
+
+
+class RecipeError(NeqError):
+    """Every problem of a recipe at once, one line each, in ``problems``."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class RunDirectoryError(NeqError):
+    """A run directory that is missing, taken, half-written or not one at all."""
+
+
+class TrainingError(NeqError):
+    """A run that began and could not go on, such as a loss that became NaN."""
+
+    exit_code = 1
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'closest'?"``, or an empty string where nothing known is close to ``word``."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

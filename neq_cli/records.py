@@ -1,0 +1,72 @@
+"""What a training run says as it goes: plain values and NumPy arrays, so that readers and screens need no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """First record of a run, before any step."""
+
+    recipe_name: str
+    description: str  # the model and the data in a few words: "resnet32 on CIFAR10"
+    policy: str  # "neq epsilon=0.001 mu=0.5"
+    device: str  # "cpu (2 threads)", "cuda (NVIDIA H100 80GB HBM3)"
+    epochs: int
+    steps_per_epoch: int
+    metric: str  # the column that tells how good the model is: "test_top1", "test_miou"
+    layers: Mapping[str, int]  # neurons of every observed layer, in forward order
+    notes: tuple[str, ...]  # what is trained outside neurons, what runs dense and why; also logged in the run directory
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """Where the current epoch stands; sent a few times a second at most, never once per step."""
+
+    epoch: int  # from 1
+    step: int  # steps done in this epoch
+    steps: int
+    phase: str  # "train", "test" or "probe"
+    images_per_second: float
+    train_loss: float  # running mean of this epoch, NaN where not known yet
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer after an epoch. Arrays are [neurons]."""
+
+    name: str  # state_dict prefix
+    kind: str  # "Conv2d", "Linear", "BatchNorm2d", ...
+    phi: NDArray[np.float32]
+    delta_phi: NDArray[np.float32]
+    velocity: NDArray[np.float32]
+    trained: NDArray[np.bool_]  # the set in force during the epoch
+    trainable: NDArray[np.bool_]  # the set chosen for the next epoch
+    flops_paper: float  # one sample's back-propagation during the epoch, multiply-adds
+    flops_executed: float
+
+    @property
+    def neurons(self) -> int:
+        return len(self.trained)
+
+    @property
+    def frozen(self) -> int:
+        """Neurons that were not updated during the epoch."""
+        return int(len(self.trained) - self.trained.sum())
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One finished epoch: ``metrics`` is the row of metrics.csv, keys in column order."""
+
+    epoch: int
+    metrics: Mapping[str, float | int]
+    layers: tuple[LayerState, ...]
+
+
+Record = RunStarted | StepProgress | EpochRecord
