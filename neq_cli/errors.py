@@ -24,6 +24,10 @@ class RunDirectoryError(NeqError):
     """A run directory that is missing, taken, half-written or not one at all."""
 
 
+class FreezingError(NeqError, ValueError):
+    """A model, optimiser, probe set or policy that the method cannot work with."""
+
+
 class TrainingError(NeqError):
     """A run that began and could not go on, such as a loss that became NaN."""
 

@@ -1,0 +1,209 @@
+"""One call per epoch: observe every neuron, ask the policy, and hold what is frozen until the next call."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from neq_cli.errors import FreezingError
+from neq_cli.freezing.equilibrium import Definition, Dynamics
+from neq_cli.freezing.flops import Flops, count_flops
+from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, find_neurons
+from neq_cli.freezing.observing import first_input, map_tensors, unwrap
+from neq_cli.freezing.policies import NEq, Observation, Policy
+from neq_cli.freezing.probe import device_of, similarity, snapshot
+from neq_cli.freezing.rows import RowKeeper
+from neq_cli.freezing.trace import trace_model, with_found_axes
+
+STATE_VERSION = 1
+
+
+class Freezer:
+    """Stops updating the neurons that a policy chooses, in any PyTorch training loop.
+
+    Make it once model and optimiser stand, call ``step()`` after every epoch; nothing else in the loop changes. The
+    model is looked at when the Freezer is made: phi of epoch 1 compares with that moment.
+
+    ``probe_loader`` yields held-out inputs, or (inputs, targets...); it is iterated once per epoch and should yield the
+    same inputs in the same order each time. ``exclude`` are globs of layer names that are never frozen, beyond the
+    output layer, which never is. ``backward``: ``dense`` computes every gradient and discards the frozen rows'.
+    ``probe_autocast``: run the probe under autocast with this dtype.
+
+    Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        probe_loader: Iterable[Any],
+        policy: Policy | None = None,
+        *,
+        backward: Literal["dense"] = "dense",
+        exclude: Sequence[str] = (),
+        probe_autocast: torch.dtype | None = None,
+    ) -> None:
+        if backward != "dense":
+            raise FreezingError(f"backward: {backward!r} is not a backward mode; use 'dense'")
+        self.model = unwrap(model)
+        self.optimizer = optimizer
+        self.probe_loader = probe_loader
+        self.policy: Policy = NEq() if policy is None else policy
+        self.mu: float = getattr(self.policy, "mu", 0.5)
+        self.definition: Definition = getattr(self.policy, "definition", "paper")
+        self.probe_autocast = probe_autocast
+        self.epoch = 0
+
+        optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        neurons = find_neurons(self.model, optimized)
+        self.trace = trace_model(self.model, neurons, self._first_probe_input())
+        self.neurons = with_found_axes(neurons, self.trace)
+        self.layers: dict[str, Layer] = self.neurons.layers
+        if not self.layers:
+            raise FreezingError(
+                "model: no layer has neurons that train; it needs a convolution, linear or normalisation layer whose "
+                "parameters require gradients and are in the optimiser"
+            )
+        self.never_frozen: dict[str, str] = self._find_never_frozen(exclude)
+        self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
+        self.trainable: dict[str, Tensor] = self._everything()
+        self.keeper = RowKeeper(self.model, optimizer, self.layers, discard_momentum=self.definition == "reference")
+        self._previous = snapshot(self.model)
+
+    def step(self) -> dict[str, Observation]:
+        """Observe the neurons, choose who trains next epoch, and hold the others from now on.
+
+        Returns the observations by layer, in forward order; their ``trainable`` is the new set. Raises FreezingError
+        where the policy answers with an unknown layer, a wrong shape or a wrong type; then nothing has changed.
+        """
+        phi = similarity(
+            self.model,
+            self._previous,
+            self.layers,
+            self.probe_loader,
+            definition=self.definition,
+            autocast=self.probe_autocast,
+        )
+        dynamics = {name: self.dynamics[name].next(phi[name], self.mu, self.definition) for name in self.layers}
+        seen = {name: self._observation(dynamics[name], self.trainable[name]) for name in self.layers}
+        trainable = self._settle(self.policy.choose(seen, self.epoch + 1), dynamics)
+        self.epoch += 1
+        self.dynamics = dynamics
+        self._remember(snapshot(self.model, copy=False))
+        self._put_in_force(trainable)
+        return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
+
+    def flops(self) -> Flops:
+        """Return what one sample's back-propagation costs with the sets in force, in both accountings."""
+        return count_flops(self.neurons, self.trace, self.trainable)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "layers": {
+                name: {
+                    "phi": moved.phi,
+                    "delta_phi": moved.delta_phi,
+                    "velocity": moved.velocity,
+                    "trainable": self.trainable[name],
+                }
+                for name, moved in self.dynamics.items()
+            },
+            "previous": dict(self._previous),
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``. Load model and optimiser before: frozen rows are held as they are now."""
+        if state["version"] != STATE_VERSION:
+            raise FreezingError(f"freezer state: version {state['version']} is not version {STATE_VERSION}")
+        sizes = {name: len(layer["phi"]) for name, layer in state["layers"].items()}
+        if sizes != {name: layer.neurons for name, layer in self.layers.items()}:
+            odd = sorted(set(sizes) ^ set(self.layers)) or sorted(
+                name for name, layer in self.layers.items() if sizes[name] != layer.neurons
+            )
+            raise FreezingError(f"freezer state: belongs to another model; layer {odd[0]!r} differs")
+        self.epoch = state["epoch"]
+        self.dynamics = {
+            name: Dynamics(layer["phi"].clone(), layer["delta_phi"].clone(), layer["velocity"].clone())
+            for name, layer in state["layers"].items()
+        }
+        self._remember(state["previous"])
+        self.policy.load_state_dict(state["policy"])
+        self._put_in_force({name: state["layers"][name]["trainable"].clone() for name in self.layers})
+
+    def detach(self) -> None:
+        """Put model and optimiser back as they were; frozen neurons train again."""
+        self.keeper.remove()
+        self.trainable = self._everything()
+
+    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
+        # In place: a second copy of the weights would double the probe's memory for a moment.
+        for name, tensor in self._previous.items():
+            tensor.copy_(tensors[name])
+
+    def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
+        self.trainable = trainable
+        self.keeper.keep(trainable)
+
+    def _everything(self) -> dict[str, Tensor]:
+        return {name: torch.ones(layer.neurons, dtype=torch.bool) for name, layer in self.layers.items()}
+
+    def _first_probe_input(self) -> Any:
+        batch = next(iter(self.probe_loader), None)
+        if batch is None:
+            raise FreezingError("probe_loader: yields no batch; give it at least one input")
+        device = device_of(self.model)
+        return map_tensors(lambda tensor: tensor.to(device), first_input(batch))
+
+    def _find_never_frozen(self, exclude: Sequence[str]) -> dict[str, str]:
+        """Return the layers that always train, each with the reason."""
+        never = dict(self.neurons.always_trainable)
+        for pattern in exclude:
+            matches = fnmatch.filter(self.layers, pattern)
+            if not matches:
+                raise FreezingError(f"exclude: {pattern!r} matches no layer; the layers are {', '.join(self.layers)}")
+            never |= dict.fromkeys(matches, f"excluded by {pattern!r}")
+        for name, layer in self.layers.items():
+            if name in self.trace.output_layers:
+                never[name] = "output layer"
+            elif name not in self.trace.reached:
+                never[name] = "not reached by the probe"
+            elif self.trace.axes.get(name, 0) is None:
+                never[name] = "which axis of its output counts neurons could not be found"
+            elif self.definition == "reference" and not isinstance(
+                layer.module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS)
+            ):
+                never[name] = "definition reference freezes convolutions and BatchNorm only"
+        return never
+
+    def _settle(self, chosen: Mapping[str, Tensor], dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
+        """Return the new sets: the policy's, but for what must train whatever it says."""
+        trainable = self._everything()
+        for name, mask in chosen.items():
+            self._check_choice(name, mask)
+            if name not in self.never_frozen:
+                # A neuron whose similarity is unknown cannot be said to be still.
+                trainable[name] = mask.detach().cpu() | dynamics[name].delta_phi.isnan()
+        for tie in self.neurons.ties:
+            together = torch.stack([trainable[name] for name in tie]).any(0)
+            trainable |= {name: together.clone() for name in tie}
+        return trainable
+
+    def _check_choice(self, name: str, mask: object) -> None:
+        policy = type(self.policy).__name__
+        if name not in self.layers:
+            raise FreezingError(f"policy {policy}: chose for a layer {name!r} that the model does not have")
+        expected = f"a bool tensor of [{self.layers[name].neurons}]"
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (self.layers[name].neurons,):
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise FreezingError(f"policy {policy}: answered {got} for layer {name!r}; it must be {expected}")
+
+    def _observation(self, moved: Dynamics, trainable: Tensor) -> Observation:
+        return Observation(moved.phi.float(), moved.delta_phi.float(), moved.velocity.float(), trainable.clone())

@@ -1,0 +1,260 @@
+"""Which layers of a model own neurons, and where each neuron's parameters lie; needs no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from neq_cli.errors import FreezingError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+LAST_DIMENSION_NORMS = (nn.LayerNorm, nn.RMSNorm)
+STOCK_LAYERS: tuple[type[nn.Module], ...] = (
+    *CONVOLUTIONS,
+    *TRANSPOSED_CONVOLUTIONS,
+    nn.Linear,
+    *BATCH_NORMS,
+    *INSTANCE_NORMS,
+    nn.GroupNorm,
+    *LAST_DIMENSION_NORMS,
+)
+
+Cost = Literal["convolution", "transposed", "linear", "norm"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the elements of a parameter (and of its row-shaped optimiser state) fall into rows.
+
+    ``leading``: dimension 0. ``flat``: every element is a row (LayerNorm over several dimensions).
+    ``transposed``: dimension 1, group by group, as transposed convolutions store their output channels.
+    """
+
+    kind: Literal["leading", "flat", "transposed"] = "leading"
+    groups: int = 1
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return a view whose first dimension (first two where ``groups`` > 1) counts the rows."""
+        if self.kind == "leading":
+            return tensor
+        if self.kind == "flat":
+            return tensor.view(-1)
+        if self.groups == 1:
+            return tensor.transpose(0, 1)
+        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
+
+    def count(self, tensor: Tensor) -> int:
+        """Return the number of rows of ``tensor``."""
+        view = self.view(tensor)
+        return view.shape[0] * view.shape[1] if self.groups > 1 else view.shape[0]
+
+    def index(self, tensor: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return what indexes ``rows`` (int64, [k]) of ``tensor`` in its view."""
+        if self.groups == 1:
+            return (rows,)
+        per_group = self.view(tensor).shape[1]
+        return (rows // per_group, rows % per_group)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one parameter that belong to a layer: ``count`` of them from ``start``."""
+
+    parameter: str  # qualified name in the model
+    layout: Layout
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that owns neurons.
+
+    ``name`` is its prefix in the state_dict and ``module`` the module it belongs to: its own, or the attention module
+    that uses the weight functionally. ``axis`` is the dimension of its output that counts neurons (``axis_dimensions``
+    of them from there, where a LayerNorm spans several).
+    """
+
+    name: str
+    kind: str
+    cost: Cost
+    module: nn.Module
+    neurons: int
+    weight: str  # qualified name of the parameter that its outputs are recognised by
+    rows: tuple[Rows, ...]  # empty where nothing of the layer trains
+    axis: int
+    axis_dimensions: int = 1
+    functional: bool = False  # no module of its own is called
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Every layer of a model: those with trainable neurons, those without, and the parameters outside neurons."""
+
+    layers: dict[str, Layer]
+    fixed: dict[str, Layer]  # weights that do not train: they own no neurons, but take part in the forward pass
+    outside: dict[str, str]  # trainable parameters outside neurons -> why they always train
+    ties: tuple[frozenset[str], ...]  # layers that share rows: a row trains if any of them says so
+    always_trainable: dict[str, str]  # layers that share a parameter with something that always trains -> why
+
+
+def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) -> Neurons:
+    """Find the layers of ``model`` and who owns which parameter.
+
+    ``optimized`` are the parameters that the optimiser updates (default: all that require gradients); a parameter
+    outside it belongs to no neuron.
+    """
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
+        raise FreezingError("model: has lazy layers without shapes yet; run one batch through it first")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    chosen = {id(p) for p in (model.parameters() if optimized is None else optimized) if p.requires_grad}
+    candidates = [
+        layer
+        for prefix, module in model.named_modules()
+        for layer in _layers_of_module(prefix, module, lambda p: names[id(p)], lambda p: id(p) in chosen)
+    ]
+    layers = {layer.name: layer for layer in candidates if layer.rows}
+    fixed = {layer.name: layer for layer in candidates if not layer.rows}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    owned = {rows.parameter for layer in layers.values() for rows in layer.rows}
+    outside = {name: _why_outside(model, name) for name in parameters if name not in owned}
+    ties, always_trainable = _ties(model, layers)
+    return Neurons(layers, fixed, outside, ties, always_trainable)
+
+
+def _layers_of_module(
+    prefix: str, module: nn.Module, name_of: Callable[[Tensor], str], trains: Callable[[Tensor], bool]
+) -> Iterable[Layer]:
+    def rows_of(key: str, layout: Layout, start: int = 0, count: int | None = None) -> tuple[Rows, ...]:
+        parameter = module._parameters.get(key)
+        if parameter is None or not trains(parameter):
+            return ()
+        return (Rows(name_of(parameter), layout, start, layout.count(parameter) if count is None else count),)
+
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _attention_projections(prefix, module, name_of, rows_of)
+        return
+    stock = next((kind for kind in STOCK_LAYERS if isinstance(module, kind)), None)
+    weight = module._parameters.get("weight")
+    # A parametrised weight is computed from other parameters: it has no rows of its own.
+    if stock is None or weight is None:
+        return
+    cost, layout, axis, axis_dimensions = _geometry(module)
+    neurons = layout.count(weight)
+    if neurons:
+        rows = rows_of("weight", layout) + rows_of("bias", Layout("flat"))
+        yield Layer(prefix, stock.__name__, cost, module, neurons, name_of(weight), rows, axis, axis_dimensions)
+
+
+def _geometry(module: nn.Module) -> tuple[Cost, Layout, int, int]:
+    """Return cost family, layout of the weight, and first axis and number of axes of the output that count neurons."""
+    if isinstance(module, CONVOLUTIONS):
+        return "convolution", Layout(), -len(module.kernel_size) - 1, 1
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
+        return "transposed", Layout("transposed", module.groups), -len(module.kernel_size) - 1, 1
+    if isinstance(module, nn.Linear):
+        return "linear", Layout(), -1, 1
+    if isinstance(module, LAST_DIMENSION_NORMS):
+        dimensions = len(module.normalized_shape)
+        return "norm", Layout("flat"), -dimensions, dimensions
+    if isinstance(module, INSTANCE_NORMS):
+        spatial = 1 + next(i for i, kind in enumerate(INSTANCE_NORMS) if isinstance(module, kind))
+        return "norm", Layout(), -spatial - 1, 1
+    return "norm", Layout(), 1, 1
+
+
+def _attention_projections(
+    prefix: str,
+    module: nn.MultiheadAttention,
+    name_of: Callable[[Tensor], str],
+    rows_of: Callable[..., tuple[Rows, ...]],
+) -> Iterable[Layer]:
+    """Yield the query/key/value projections, whose weights ``MultiheadAttention`` passes to functions."""
+    dot = f"{prefix}." if prefix else ""
+    if module.in_proj_weight is not None:
+        rows = rows_of("in_proj_weight", Layout()) + rows_of("in_proj_bias", Layout("flat"))
+        parts = [("in_proj", module.in_proj_weight, rows)]
+    else:
+        parts = [
+            (
+                f"{letter}_proj",
+                getattr(module, f"{letter}_proj_weight"),
+                rows_of(f"{letter}_proj_weight", Layout())
+                + rows_of("in_proj_bias", Layout("flat"), number * module.embed_dim, module.embed_dim),
+            )
+            for number, letter in enumerate("qkv")
+        ]
+    for name, weight, rows in parts:
+        yield Layer(
+            f"{dot}{name}",
+            "MultiheadAttention",
+            "linear",
+            module,
+            weight.shape[0],
+            name_of(weight),
+            rows,
+            -1,
+            functional=True,
+        )
+
+
+def _why_outside(model: nn.Module, name: str) -> str:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, (*STOCK_LAYERS, ParametrizationList)):
+        return "belongs to a parametrised weight"
+    return f"parameter of {type(owner).__name__}, which has no neurons"
+
+
+def _ties(model: nn.Module, layers: dict[str, Layer]) -> tuple[tuple[frozenset[str], ...], dict[str, str]]:
+    """Return groups of layers with shared rows, and layers that share a parameter with something outside neurons."""
+    owners: dict[str, list[tuple[Layer, Rows]]] = {}
+    for layer in layers.values():
+        for rows in layer.rows:
+            owners.setdefault(rows.parameter, []).append((layer, rows))
+    using_modules = _modules_using(model)
+    ties: list[frozenset[str]] = []
+    always: dict[str, str] = {}
+    for parameter, owned in owners.items():
+        names = frozenset(layer.name for layer, _ in owned)
+        modules = {id(layer.module) for layer, _ in owned}
+        if using_modules[parameter] > modules:
+            always |= dict.fromkeys(names, f"{parameter} is shared with a module that has no neurons")
+        elif len(modules) > 1 and len({(rows.layout, rows.start) for _, rows in owned}) > 1:
+            always |= dict.fromkeys(names, f"{parameter} is shared along different dimensions")
+        elif len(modules) > 1:
+            ties.append(names)
+    return _merge(ties), always
+
+
+def _modules_using(model: nn.Module) -> dict[str, set[int]]:
+    """Return for each parameter's name the identities of all modules that register it."""
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    using: dict[str, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            using.setdefault(first_name[id(parameter)], set()).add(id(module))
+    return using
+
+
+def _merge(groups: Iterable[frozenset[str]]) -> tuple[frozenset[str], ...]:
+    """Join groups that overlap."""
+    merged: list[frozenset[str]] = []
+    for group in groups:
+        apart = [other for other in merged if not other & group]
+        merged = [*apart, group.union(*(other for other in merged if other & group))]
+    return tuple(merged)
+
+
+def rows_by_neuron(output: Tensor, axis: int, axis_dimensions: int = 1) -> Tensor:
+    """Return ``output`` as [neurons, everything else]; ``axis`` and ``axis_dimensions`` as in ``Layer``."""
+    if axis_dimensions > 1:
+        output, axis = output.flatten(axis), -1
+    return torch.movedim(output, axis, 0).flatten(1)

@@ -1,0 +1,136 @@
+"""Watching what every layer puts out, also where its weight is passed to a function, and leaving no trace of it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neq_cli.freezing.neurons import Layer
+
+OnCall = Callable[[Layer, int, Tensor, Tensor], None]
+"""Called with layer, first neuron, input and raw output, before anything downstream can overwrite the output."""
+
+
+@contextmanager
+def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_call: OnCall) -> Iterator[None]:
+    """Call ``on_call`` at every call of every layer.
+
+    Modules are hooked. ``nn.MultiheadAttention`` and torchvision's Swin attention never call their linear modules but
+    pass the weights to ``torch.nn.functional.linear``, which is therefore wrapped too: a weight is recognised by being
+    one of ``parameters`` (by qualified name; what the forward pass really uses) or a slice of one.
+    """
+    by_weight = {id(parameters[layer.weight]): layer for layer in layers if layer.cost == "linear"}
+    running: list[Layer] = []
+    stock_linear = nn.functional.linear
+
+    def watched_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output: Tensor = stock_linear(input, weight, bias)
+        # torch.split gives views; `_base` is the parameter they were cut from.
+        layer = by_weight.get(id(weight)) or by_weight.get(id(weight._base))
+        if layer is not None and layer not in running:
+            first = (weight.storage_offset() - parameters[layer.weight].storage_offset()) // max(weight.stride(0), 1)
+            on_call(layer, first, input, output)
+        return output
+
+    def before(layer: Layer) -> Callable[..., None]:
+        return lambda module, inputs: running.append(layer)
+
+    def after(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            running.remove(layer)
+            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                on_call(layer, 0, inputs[0], output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in layers:
+            if not layer.functional:
+                stack.callback(layer.module.register_forward_pre_hook(before(layer), prepend=True).remove)
+                # First in line: another hook may replace or overwrite the output.
+                stack.callback(layer.module.register_forward_hook(after(layer), prepend=True).remove)
+        nn.functional.linear = watched_linear
+        stack.callback(setattr, nn.functional, "linear", stock_linear)
+        yield
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run the model as one likes inside and find it as it was: buffers, modes, RNG states, attention's fast path.
+
+    The fast paths of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` are off inside, because they hide the
+    outputs of inner layers; compiled models run eagerly, so that hooks fire.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    python_state = random.getstate()
+    numpy_random = sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    accelerated = device.type not in ("cpu", "meta")
+    with (
+        torch.random.fork_rng([device] if accelerated else [], device_type=device.type if accelerated else "cuda"),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+            random.setstate(python_state)
+            if numpy_random:
+                numpy_random.set_state(numpy_state)
+            for module, training in modes.items():
+                module.training = training
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(buffers[name])
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def first_input(batch: Any) -> Any:
+    """Return the inputs of a batch: the batch itself, or its first element where it is (inputs, targets...)."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply ``function`` to every tensor in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [map_tensors(function, item) for item in value]
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested tuples, lists, dictionaries and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for field in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, field))

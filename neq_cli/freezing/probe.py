@@ -1,0 +1,138 @@
+"""Old and new network side by side over the probe set: how similar every neuron's output stayed (Eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from neq_cli.errors import FreezingError
+from neq_cli.freezing.equilibrium import Definition, cosine
+from neq_cli.freezing.neurons import Layer, rows_by_neuron
+from neq_cli.freezing.observing import first_input, map_tensors, undisturbed, watch_calls
+
+CHUNK = 1 << 20
+"""Output elements that are turned into float64 at a time (8 MB), so that the sums need next to no memory."""
+
+
+def snapshot(model: nn.Module, *, copy: bool = True) -> dict[str, Tensor]:
+    """Return all parameters and buffers by qualified name, detached: copies, or the tensors themselves."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach().clone() if copy else tensor.detach() for name, tensor in tensors.items()}
+
+
+def similarity(
+    model: nn.Module,
+    previous: Mapping[str, Tensor],
+    layers: Mapping[str, Layer],
+    batches: Iterable[Any],
+    *,
+    definition: Definition = "paper",
+    autocast: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Return phi (float64, [neurons], CPU) of every layer between ``model`` and its ``previous`` parameters and buffers.
+
+    ``batches`` yield inputs, or (inputs, targets...). Memory beyond ``previous``: one batch of activations.
+    ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample.
+    A layer that the batches do not reach, or whose calls differ between the two networks, has phi NaN.
+    """
+    device = device_of(model)
+    comparison = _Comparison(per_sample=definition == "reference")
+    empty = True
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        for batch in batches:
+            empty = False
+            inputs = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), first_input(batch))
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                with watch_calls(layers.values(), dict(model.named_parameters()), comparison.keep):
+                    model(inputs)
+                with watch_calls(layers.values(), previous, comparison.compare):
+                    functional_call(model, dict(previous), (inputs,))
+            comparison.end_batch()
+    if empty:
+        raise FreezingError("probe_loader: yields no batch; give it at least one input")
+    return {name: comparison.phi(layer) for name, layer in layers.items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's parameters are."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+class _Comparison:
+    """The three sums of every neuron, <new, old>, <new, new> and <old, old>, while batches go by."""
+
+    def __init__(self, *, per_sample: bool) -> None:
+        self.per_sample = per_sample
+        self.kept: dict[str, list[tuple[int, Tensor]]] = {}  # the new network's outputs of this batch, in call order
+        self.batch: dict[str, Tensor] = {}  # [3, samples or 1, neurons] of this batch
+        self.total: dict[str, Tensor] = {}  # paper: [3, neurons]; reference: [2, neurons], sum of cosines and count
+        self.unlike: set[str] = set()
+
+    def keep(self, layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+        # A copy: an in-place activation is about to overwrite the output.
+        self.kept.setdefault(layer.name, []).append((first, output.clone()))
+
+    def compare(self, layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+        calls = self.kept.get(layer.name)
+        new_first, new = calls.pop(0) if calls else (first, None)
+        if new is None or new_first != first or new.shape != output.shape:
+            self.unlike.add(layer.name)
+            return
+        sums = sums_by_neuron(layer, new, output, per_sample=self.per_sample)
+        samples, count = sums.shape[1], sums.shape[2]
+        held = self.batch.get(layer.name)
+        if held is None or held.shape[1] != samples:
+            if held is not None:
+                self._finish(layer.name)
+            held = self.batch[layer.name] = sums.new_zeros(3, samples, layer.neurons)
+        held[:, :, first : first + count] += sums
+
+    def end_batch(self) -> None:
+        self.unlike.update(name for name, calls in self.kept.items() if calls)
+        self.kept.clear()
+        for name in list(self.batch):
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        sums = self.batch.pop(name)
+        if self.per_sample:
+            cosines = cosine(sums)
+            sums = torch.stack([cosines.sum(0), torch.full_like(cosines[0], len(cosines))])
+        else:
+            sums = sums.sum(1)
+        total = self.total.get(name)
+        self.total[name] = sums if total is None else total + sums
+
+    def phi(self, layer: Layer) -> Tensor:
+        total = self.total.get(layer.name)
+        if total is None or layer.name in self.unlike:
+            return torch.full((layer.neurons,), torch.nan, dtype=torch.float64)
+        return (total[0] / total[1] if self.per_sample else cosine(total)).cpu()
+
+
+def sums_by_neuron(layer: Layer, new: Tensor, old: Tensor, *, per_sample: bool) -> Tensor:
+    """Return <new, old>, <new, new>, <old, old>: float64, [3, samples where ``per_sample`` else 1, neurons]."""
+    parts = []
+    step = max(1, CHUNK // max(1, new[0].numel()))
+    for a, b in zip(new.split(step), old.split(step), strict=True):
+        a, b = (_samples_and_neurons(layer, part, per_sample=per_sample) for part in (a, b))
+        parts.append(torch.stack([(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)]))
+    if per_sample:
+        return torch.cat(parts, 1)
+    return torch.stack(parts).sum(0)
+
+
+def _samples_and_neurons(layer: Layer, output: Tensor, *, per_sample: bool) -> Tensor:
+    """Return ``output`` as [samples or 1, neurons, positions], in float64 where the device knows it."""
+    if per_sample:
+        by_neuron = rows_by_neuron(output, layer.axis, layer.axis_dimensions)
+        result = by_neuron.unflatten(1, (len(output), -1)).transpose(0, 1)
+    else:
+        result = rows_by_neuron(output, layer.axis, layer.axis_dimensions).unsqueeze(0)
+    # MPS has no float64: products in float32 there, sums of chunks on the CPU.
+    return result.float() if output.device.type == "mps" else result.double()

@@ -1,0 +1,156 @@
+"""One sample through the model once: call order, output layers, multiply-adds and output axes of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from neq_cli.freezing.neurons import STOCK_LAYERS, Layer, Neurons
+from neq_cli.freezing.observing import map_tensors, tensors_in, undisturbed, watch_calls
+
+
+@dataclass
+class Trace:
+    """What one sample showed. Counts are per sample; multiply-adds are those of the forward pass."""
+
+    order: list[str] = field(default_factory=list)  # layers by first call
+    multiply_adds: dict[str, int] = field(default_factory=dict)  # convolutions and linear layers, bias not counted
+    elements: dict[str, int] = field(default_factory=dict)  # output elements, all calls together
+    input_gradient: dict[str, bool] = field(default_factory=dict)  # something trainable lies before the layer
+    axes: dict[str, int | None] = field(default_factory=dict)  # found by experiment; None where none was found
+    other_multiply_adds: int = 0  # products without a layer, such as attention's
+    output_layers: frozenset[str] = frozenset()
+    reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
+
+
+def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
+    """Trace ``model`` on the first sample of ``inputs`` (tensors of [samples, ...]); works on the meta device too.
+
+    Auxiliary heads that only train are seen as well: the modules are in training mode but for normalisation and dropout,
+    which would need more than one sample or draw random numbers. A model whose training mode wants other inputs is
+    traced in eval mode.
+    """
+    sample = map_tensors(lambda tensor: tensor[:1], inputs)
+    layers = {**neurons.layers, **neurons.fixed}
+    with undisturbed(model):
+        model.eval()
+        reached: list[Layer] = []
+        with (
+            torch.no_grad(),
+            watch_calls(layers.values(), dict(model.named_parameters()), lambda *call: reached.append(call[0])),
+        ):
+            model(sample)
+        try:
+            trace = _trace_gradients(model, layers, sample, training=True)
+        except Exception:
+            # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
+            trace = _trace_gradients(model, layers, sample, training=False)
+    trace.reached = frozenset(layer.name for layer in reached)
+    return trace
+
+
+def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any, *, training: bool) -> Trace:
+    trace = Trace()
+    producers: dict[Node, str] = {}
+
+    def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+        name = layer.name
+        if name not in trace.elements:
+            trace.order.append(name)
+        trace.elements[name] = trace.elements.get(name, 0) + output.numel()
+        if layer.cost != "norm":
+            weight = parameters[layer.weight]
+            # A transposed convolution sends each input element, any other layer each output element, through
+            # this many multiply-adds.
+            each, elements = weight[0].numel(), (inputs if layer.cost == "transposed" else output).numel()
+            trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + each * elements
+        trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
+        if name not in trace.axes and _overrides_forward(layer) and output.device.type != "meta":
+            trace.axes[name] = _find_axis(layer, inputs, output)
+        if output.grad_fn is not None:
+            producers[output.grad_fn] = name
+
+    model.train(training)
+    for module in model.modules():
+        if next(module.children(), None) is None:
+            module.eval()
+    # Leaves of their own, so that no hook on the real parameters fires and no gradient is left behind.
+    parameters = {
+        name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
+    }
+    counter = FlopCounterMode(display=False)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, watch_calls(layers.values(), parameters, on_call):
+        outputs = list(tensors_in(functional_call(model, parameters, (sample,))))
+    trace.other_multiply_adds = max(counter.get_total_flops() // 2 - sum(trace.multiply_adds.values()), 0)
+    found = _producers_of(outputs, producers)
+    # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
+    trace.output_layers = frozenset(found or trace.order[-1:])
+    return trace
+
+
+def _producers_of(outputs: list[Tensor], producers: Mapping[Node, str]) -> set[str]:
+    """Walk the graph back from ``outputs`` and return the first layer met on every path."""
+    found: set[str] = set()
+    seen: set[Node] = set()
+    pending = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in producers:
+            found.add(producers[node])
+        else:
+            pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
+    return found
+
+
+def _overrides_forward(layer: Layer) -> bool:
+    """Whether the layer's class computes its output its own way, as torchvision's LayerNorm2d does."""
+    stock = next(kind for kind in STOCK_LAYERS if kind.__name__ == layer.kind) if not layer.functional else None
+    return stock is not None and type(layer.module).forward is not stock.forward
+
+
+def _find_axis(layer: Layer, inputs: Tensor, output: Tensor) -> int | None:
+    """Change neuron 0's parameters and see along which dimension of ``output`` only index 0 changes.
+
+    None where no dimension does, or more than one.
+    """
+    own = {name: parameter.detach().clone() for name, parameter in layer.module.named_parameters(recurse=False)}
+    for parameter in own.values():
+        parameter.select(0, 0).add_(1)
+    with torch.no_grad():
+        forward = type(layer.module).forward
+        kept = {name: layer.module._parameters[name] for name in own}
+        try:
+            layer.module._parameters.update({name: nn.Parameter(value) for name, value in own.items()})
+            changed = forward(layer.module, inputs) != output
+        finally:
+            layer.module._parameters.update(kept)
+    fitting = [
+        axis
+        for axis, size in enumerate(changed.shape)
+        if size == layer.neurons
+        and bool(changed.select(axis, 0).any())
+        and not bool(changed.narrow(axis, 1, size - 1).any())
+    ]
+    return fitting[0] - output.dim() if len(fitting) == 1 else None
+
+
+def with_found_axes(neurons: Neurons, trace: Trace) -> Neurons:
+    """Return ``neurons`` in the order of first call, with the axes that the trace found by experiment."""
+    place = {name: number for number, name in enumerate(trace.order)}
+    names = sorted(neurons.layers, key=lambda name: place.get(name, len(place)))
+    layers = {name: neurons.layers[name] for name in names}
+    for name, axis in trace.axes.items():
+        if name in layers and axis is not None:
+            layers[name] = replace(layers[name], axis=axis, axis_dimensions=1)
+    return replace(neurons, layers=layers)
