@@ -27,7 +27,7 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Flops:
-    """The whole model's, by layer; ``other`` are products outside layers (attention), which the paper does not count."""
+    """The whole model's, by layer; ``other`` are products outside layers (attention), which the paper leaves out."""
 
     layers: Mapping[str, LayerFlops]
     other: float

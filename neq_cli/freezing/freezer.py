@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.anatomy import study
 from neq_cli.freezing.equilibrium import Definition, Dynamics
-from neq_cli.freezing.flops import Flops, count_flops
-from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, find_neurons
-from neq_cli.freezing.observing import first_input, map_tensors, unwrap
+from neq_cli.freezing.flops import Flops
+from neq_cli.freezing.neurons import Layer
+from neq_cli.freezing.observing import first_input, undisturbed, unwrap
 from neq_cli.freezing.policies import NEq, Observation, Policy
-from neq_cli.freezing.probe import device_of, similarity, snapshot
+from neq_cli.freezing.probe import copied, device_of, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
-from neq_cli.freezing.trace import trace_model, with_found_axes
 
 STATE_VERSION = 1
 
@@ -58,17 +57,14 @@ class Freezer:
         self.probe_autocast = probe_autocast
         self.epoch = 0
 
-        optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        neurons = find_neurons(self.model, optimized)
-        self.trace = trace_model(self.model, neurons, self._first_probe_input())
-        self.neurons = with_found_axes(neurons, self.trace)
-        self.layers: dict[str, Layer] = self.neurons.layers
-        if not self.layers:
-            raise FreezingError(
-                "model: no layer has neurons that train; it needs a convolution, linear or normalisation layer whose "
-                "parameters require gradients and are in the optimiser"
-            )
-        self.never_frozen: dict[str, str] = self._find_never_frozen(exclude)
+        self.anatomy = study(
+            self.model,
+            self._first_probe_input(),
+            optimized=[parameter for group in optimizer.param_groups for parameter in group["params"]],
+            exclude=exclude,
+            definition=self.definition,
+        )
+        self.layers: dict[str, Layer] = self.anatomy.neurons.layers
         self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
         self.trainable: dict[str, Tensor] = self._everything()
         self.keeper = RowKeeper(self.model, optimizer, self.layers, discard_momentum=self.definition == "reference")
@@ -99,7 +95,7 @@ class Freezer:
 
     def flops(self) -> Flops:
         """Return what one sample's back-propagation costs with the sets in force, in both accountings."""
-        return count_flops(self.neurons, self.trace, self.trainable)
+        return self.anatomy.flops(self.trainable)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
@@ -121,14 +117,17 @@ class Freezer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``. Load model and optimiser before: frozen rows are held as they are now."""
-        if state["version"] != STATE_VERSION:
-            raise FreezingError(f"freezer state: version {state['version']} is not version {STATE_VERSION}")
+        if state.get("version") != STATE_VERSION:
+            raise FreezingError(f"freezer state: version {state.get('version')} is not version {STATE_VERSION}")
         sizes = {name: len(layer["phi"]) for name, layer in state["layers"].items()}
         if sizes != {name: layer.neurons for name, layer in self.layers.items()}:
             odd = sorted(set(sizes) ^ set(self.layers)) or sorted(
                 name for name, layer in self.layers.items() if sizes[name] != layer.neurons
             )
             raise FreezingError(f"freezer state: belongs to another model; layer {odd[0]!r} differs")
+        for name, tensor in self._previous.items():
+            if name not in state["previous"] or state["previous"][name].shape != tensor.shape:
+                raise FreezingError(f"freezer state: belongs to another model; {name!r} differs")
         self.epoch = state["epoch"]
         self.dynamics = {
             name: Dynamics(layer["phi"].clone(), layer["delta_phi"].clone(), layer["velocity"].clone())
@@ -156,42 +155,26 @@ class Freezer:
         return {name: torch.ones(layer.neurons, dtype=torch.bool) for name, layer in self.layers.items()}
 
     def _first_probe_input(self) -> Any:
-        batch = next(iter(self.probe_loader), None)
+        if isinstance(self.probe_loader, Iterator):
+            raise FreezingError("probe_loader: can be read only once; give a list or a DataLoader, which starts anew")
+        with undisturbed(self.model):
+            batch = next(iter(self.probe_loader), None)
         if batch is None:
             raise FreezingError("probe_loader: yields no batch; give it at least one input")
-        device = device_of(self.model)
-        return map_tensors(lambda tensor: tensor.to(device), first_input(batch))
-
-    def _find_never_frozen(self, exclude: Sequence[str]) -> dict[str, str]:
-        """Return the layers that always train, each with the reason."""
-        never = dict(self.neurons.always_trainable)
-        for pattern in exclude:
-            matches = fnmatch.filter(self.layers, pattern)
-            if not matches:
-                raise FreezingError(f"exclude: {pattern!r} matches no layer; the layers are {', '.join(self.layers)}")
-            never |= dict.fromkeys(matches, f"excluded by {pattern!r}")
-        for name, layer in self.layers.items():
-            if name in self.trace.output_layers:
-                never[name] = "output layer"
-            elif name not in self.trace.reached:
-                never[name] = "not reached by the probe"
-            elif self.trace.axes.get(name, 0) is None:
-                never[name] = "which axis of its output counts neurons could not be found"
-            elif self.definition == "reference" and not isinstance(
-                layer.module, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS)
-            ):
-                never[name] = "definition reference freezes convolutions and BatchNorm only"
-        return never
+        return copied(first_input(batch), device_of(self.model))
 
     def _settle(self, chosen: Mapping[str, Tensor], dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         """Return the new sets: the policy's, but for what must train whatever it says."""
         trainable = self._everything()
+        if not isinstance(chosen, Mapping):
+            policy, kind = type(self.policy).__name__, type(chosen).__name__
+            raise FreezingError(f"policy {policy}: answered {kind}; it must be a mapping of layers to bool tensors")
         for name, mask in chosen.items():
             self._check_choice(name, mask)
-            if name not in self.never_frozen:
+            if name not in self.anatomy.never_frozen:
                 # A neuron whose similarity is unknown cannot be said to be still.
                 trainable[name] = mask.detach().cpu() | dynamics[name].delta_phi.isnan()
-        for tie in self.neurons.ties:
+        for tie in self.anatomy.neurons.ties:
             together = torch.stack([trainable[name] for name in tie]).any(0)
             trainable |= {name: together.clone() for name in tie}
         return trainable

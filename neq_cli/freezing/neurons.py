@@ -42,22 +42,24 @@ class Layout:
     groups: int = 1
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Return a view whose first dimension (first two where ``groups`` > 1) counts the rows."""
-        if self.kind == "leading":
+        """Return a view whose first dimension counts the rows (first two where ``groups`` > 1, all where ``flat``)."""
+        if self.kind != "transposed":
             return tensor
-        if self.kind == "flat":
-            return tensor.view(-1)
         if self.groups == 1:
             return tensor.transpose(0, 1)
-        return tensor.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        return tensor.view(self.groups, -1, *tensor.shape[1:]).transpose(1, 2)
 
     def count(self, tensor: Tensor) -> int:
         """Return the number of rows of ``tensor``."""
+        if self.kind == "flat":
+            return tensor.numel()
         view = self.view(tensor)
         return view.shape[0] * view.shape[1] if self.groups > 1 else view.shape[0]
 
     def index(self, tensor: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
         """Return what indexes ``rows`` (int64, [k]) of ``tensor`` in its view."""
+        if self.kind == "flat" and tensor.dim() > 1:
+            return torch.unravel_index(rows, tensor.shape)
         if self.groups == 1:
             return (rows,)
         per_group = self.view(tensor).shape[1]
@@ -193,6 +195,8 @@ def _attention_projections(
             for number, letter in enumerate("qkv")
         ]
     for name, weight, rows in parts:
+        if not isinstance(weight, nn.Parameter):  # parametrised
+            continue
         yield Layer(
             f"{dot}{name}",
             "MultiheadAttention",
@@ -207,10 +211,12 @@ def _attention_projections(
 
 
 def _why_outside(model: nn.Module, name: str) -> str:
+    if not model.get_parameter(name).numel():
+        return "has no elements"
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, (*STOCK_LAYERS, ParametrizationList)):
         return "belongs to a parametrised weight"
-    return f"parameter of {type(owner).__name__}, which has no neurons"
+    return f"parameter of {type(owner).__name__}, outside neurons"
 
 
 def _ties(model: nn.Module, layers: dict[str, Layer]) -> tuple[tuple[frozenset[str], ...], dict[str, str]]:

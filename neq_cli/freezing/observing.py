@@ -33,19 +33,22 @@ def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_ca
         output: Tensor = stock_linear(input, weight, bias)
         # torch.split gives views; `_base` is the parameter they were cut from.
         layer = by_weight.get(id(weight)) or by_weight.get(id(weight._base))
-        if layer is not None and layer not in running:
-            first = (weight.storage_offset() - parameters[layer.weight].storage_offset()) // max(weight.stride(0), 1)
+        # A module's own call is its hook's; the same weight may be another layer's too (tied weights).
+        if layer is not None and all(layer.weight != other.weight for other in running):
+            offset = weight.storage_offset() - parameters[layer.weight].storage_offset()
+            first = int(offset) // max(weight.stride(0), 1)
             on_call(layer, first, input, output)
         return output
 
     def before(layer: Layer) -> Callable[..., None]:
-        return lambda module, inputs: running.append(layer)
+        return lambda module, arguments: running.append(layer)
 
     def after(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             running.remove(layer)
-            if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                on_call(layer, 0, inputs[0], output)
+            inputs = next(tensors_in([positional, named]), None)
+            if inputs is not None and isinstance(output, Tensor):
+                on_call(layer, 0, inputs, output)
 
         return hook
 
@@ -54,7 +57,7 @@ def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_ca
             if not layer.functional:
                 stack.callback(layer.module.register_forward_pre_hook(before(layer), prepend=True).remove)
                 # First in line: another hook may replace or overwrite the output.
-                stack.callback(layer.module.register_forward_hook(after(layer), prepend=True).remove)
+                stack.callback(layer.module.register_forward_hook(after(layer), prepend=True, with_kwargs=True).remove)
         nn.functional.linear = watched_linear
         stack.callback(setattr, nn.functional, "linear", stock_linear)
         yield

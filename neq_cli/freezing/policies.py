@@ -17,8 +17,8 @@ from neq_cli.freezing.equilibrium import Definition, at_equilibrium
 class Observation:
     """One layer after an epoch; tensors of [neurons] on the CPU.
 
-    ``phi`` (Eq. 1), ``delta_phi`` (Eq. 3) and ``velocity`` (Eq. 4) are float32; ``trainable`` is bool. A policy sees the
-    set in force during the epoch, ``Freezer.step`` returns the set for the next one.
+    ``phi`` (Eq. 1), ``delta_phi`` (Eq. 3) and ``velocity`` (Eq. 4) are float32; ``trainable`` is bool: a policy sees
+    the set in force during the epoch, ``Freezer.step`` returns the set for the next one.
     """
 
     phi: Tensor

@@ -33,7 +33,7 @@ def similarity(
     definition: Definition = "paper",
     autocast: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Return phi (float64, [neurons], CPU) of every layer between ``model`` and its ``previous`` parameters and buffers.
+    """Return phi of every layer between ``model`` and its ``previous`` parameters and buffers: float64, [neurons], CPU.
 
     ``batches`` yield inputs, or (inputs, targets...). Memory beyond ``previous``: one batch of activations.
     ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample.
@@ -46,16 +46,22 @@ def similarity(
         model.eval()
         for batch in batches:
             empty = False
-            inputs = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), first_input(batch))
+            inputs = first_input(batch)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                with watch_calls(layers.values(), dict(model.named_parameters()), comparison.keep):
-                    model(inputs)
-                with watch_calls(layers.values(), previous, comparison.compare):
-                    functional_call(model, dict(previous), (inputs,))
+                with watch_calls(layers.values(), previous, comparison.keep):
+                    functional_call(model, dict(previous), (copied(inputs, device),))
+                # Last, so that what modules note down in passing, as old-style weight_norm does, is the model's own.
+                with watch_calls(layers.values(), dict(model.named_parameters()), comparison.compare):
+                    model(copied(inputs, device))
             comparison.end_batch()
     if empty:
         raise FreezingError("probe_loader: yields no batch; give it at least one input")
     return {name: comparison.phi(layer) for name, layer in layers.items()}
+
+
+def copied(inputs: Any, device: torch.device) -> Any:
+    """Return copies of all tensors on ``device``: a model may overwrite its input in place."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True, copy=True), inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -68,7 +74,7 @@ class _Comparison:
 
     def __init__(self, *, per_sample: bool) -> None:
         self.per_sample = per_sample
-        self.kept: dict[str, list[tuple[int, Tensor]]] = {}  # the new network's outputs of this batch, in call order
+        self.kept: dict[str, list[tuple[int, Tensor]]] = {}  # the old network's outputs of this batch, in call order
         self.batch: dict[str, Tensor] = {}  # [3, samples or 1, neurons] of this batch
         self.total: dict[str, Tensor] = {}  # paper: [3, neurons]; reference: [2, neurons], sum of cosines and count
         self.unlike: set[str] = set()
@@ -79,11 +85,13 @@ class _Comparison:
 
     def compare(self, layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
         calls = self.kept.get(layer.name)
-        new_first, new = calls.pop(0) if calls else (first, None)
-        if new is None or new_first != first or new.shape != output.shape:
+        old_first, old = calls.pop(0) if calls else (first, None)
+        if old is None or old_first != first or old.shape != output.shape:
             self.unlike.add(layer.name)
             return
-        sums = sums_by_neuron(layer, new, output, per_sample=self.per_sample)
+        if not output.numel():
+            return
+        sums = sums_by_neuron(layer, output, old, per_sample=self.per_sample)
         samples, count = sums.shape[1], sums.shape[2]
         held = self.batch.get(layer.name)
         if held is None or held.shape[1] != samples:
@@ -117,9 +125,11 @@ class _Comparison:
 
 def sums_by_neuron(layer: Layer, new: Tensor, old: Tensor, *, per_sample: bool) -> Tensor:
     """Return <new, old>, <new, new>, <old, old>: float64, [3, samples where ``per_sample`` else 1, neurons]."""
+    if layer.axis + new.dim() == 0:  # called with a single sample, without a dimension for samples
+        new, old = new.unsqueeze(0), old.unsqueeze(0)
     parts = []
     step = max(1, CHUNK // max(1, new[0].numel()))
-    for a, b in zip(new.split(step), old.split(step), strict=True):
+    for a, b in zip(torch.split(new, step), torch.split(old, step), strict=True):
         a, b = (_samples_and_neurons(layer, part, per_sample=per_sample) for part in (a, b))
         parts.append(torch.stack([(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)]))
     if per_sample:
@@ -131,8 +141,8 @@ def _samples_and_neurons(layer: Layer, output: Tensor, *, per_sample: bool) -> T
     """Return ``output`` as [samples or 1, neurons, positions], in float64 where the device knows it."""
     if per_sample:
         by_neuron = rows_by_neuron(output, layer.axis, layer.axis_dimensions)
-        result = by_neuron.unflatten(1, (len(output), -1)).transpose(0, 1)
+        result = by_neuron.view(len(by_neuron), len(output), -1).transpose(0, 1)
     else:
         result = rows_by_neuron(output, layer.axis, layer.axis_dimensions).unsqueeze(0)
     # MPS has no float64: products in float32 there, sums of chunks on the CPU.
-    return result.float() if output.device.type == "mps" else result.double()
+    return result.to(torch.float32 if output.device.type == "mps" else torch.float64)

@@ -14,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.neurons import Layer, Layout
 
-ROW_WISE_OPTIMIZERS = frozenset("SGD Adam AdamW Adamax NAdam RAdam RMSprop Rprop Adagrad Adadelta ASGD".split())
+ROW_WISE_OPTIMIZERS = frozenset(
+    ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"]
+)
 MIXING_OPTIMIZERS: Mapping[str, str] = {
     "LBFGS": "its update mixes all parameters",
     "Adafactor": "its second moments mix the rows of a weight",
@@ -26,19 +28,24 @@ MIXING_OPTIMIZERS: Mapping[str, str] = {
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """Raise FreezingError where the optimiser does not update row by row, so that frozen rows could not be kept.
 
-    Classes outside torch.optim are tried on two small weights whose gradients differ in one row only.
+    Classes outside torch.optim are tried on two small weights whose gradients agree in the first row only.
     """
     for kind in type(optimizer).__mro__:
-        if kind.__module__.startswith("torch.optim") and kind.__name__ in MIXING_OPTIMIZERS:
+        if _is_stock(kind) and kind.__name__ in MIXING_OPTIMIZERS:
             reason = MIXING_OPTIMIZERS[kind.__name__]
             raise FreezingError(
                 f"optimizer: {kind.__name__} cannot freeze neurons ({reason}); use SGD, AdamW or RMSprop"
             )
-    if type(optimizer).__name__ not in ROW_WISE_OPTIMIZERS and not _updates_row_by_row(optimizer):
+    known = _is_stock(type(optimizer)) and type(optimizer).__name__ in ROW_WISE_OPTIMIZERS
+    if not known and not _updates_row_by_row(optimizer):
         raise FreezingError(
             f"optimizer: {type(optimizer).__name__} mixes the rows of a weight, so that none can be frozen; "
             "use one that updates element by element, such as SGD or AdamW"
         )
+
+
+def _is_stock(kind: type) -> bool:
+    return kind.__module__.startswith("torch.optim")
 
 
 def _updates_row_by_row(optimizer: torch.optim.Optimizer) -> bool:
@@ -49,11 +56,14 @@ def _updates_row_by_row(optimizer: torch.optim.Optimizer) -> bool:
         weight = nn.Parameter(start.clone())
         settings = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
         try:
-            trial = type(optimizer)([weight], **settings)
-            for _ in range(3):
-                weight.grad = common.clone()
-                weight.grad[1:] *= scale
-                trial.step()
+            # The same draws for both, where the optimiser adds noise; the caller's random numbers stay as they are.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                trial = type(optimizer)([weight], **settings)
+                for _ in range(3):
+                    weight.grad = common.clone()
+                    weight.grad[1:] *= scale
+                    trial.step()
         except Exception as error:
             name = type(optimizer).__name__
             raise FreezingError(f"optimizer: {name} could not be tried for row-wise updates: {error}") from error
@@ -67,22 +77,19 @@ class _Frozen:
 
     parameter: nn.Parameter
     layout: Layout
-    rows: Tensor  # int64, [frozen rows], on the parameter's device
+    index: tuple[Tensor, ...]  # of the frozen rows in the layout's view, on the parameter's device
     whole: bool  # every row of the parameter is frozen
     held: dict[str, Tensor]  # optimiser state by key, and the parameter itself under ""
 
-    def index(self) -> tuple[Tensor, ...]:
-        return self.layout.index(self.parameter, self.rows)
-
     def read(self, tensor: Tensor) -> Tensor:
-        return self.layout.view(tensor.detach())[self.index()].clone()
+        return self.layout.view(tensor.detach())[self.index].clone()
 
     def write(self, tensor: Tensor, values: Tensor | float) -> None:
         view = self.layout.view(tensor.detach())
         if isinstance(values, float):
-            view[self.index()] = values
+            view[self.index] = values
         else:
-            view.index_put_(self.index(), values.to(view))
+            view.index_put_(self.index, values.to(view))
 
 
 class RowKeeper:
@@ -103,11 +110,13 @@ class RowKeeper:
         self.parameters = dict(model.named_parameters())
         self.frozen: list[_Frozen] = []
         self.gradient_hooks: list[RemovableHandle] = []
+        self.stale = False
         self.hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            optimizer.register_load_state_dict_post_hook(lambda *_: self.refresh()),
-            model.register_load_state_dict_post_hook(_RefreshOnLoad(self)),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self.forget()),
+            # On every module, for a part of the model may be loaded alone.
+            *(m.register_load_state_dict_post_hook(_ForgetOnLoad(self)) for m in model.modules()),  # type: ignore[no-untyped-call]
         ]
 
     def keep(self, trainable: Mapping[str, Tensor]) -> None:
@@ -116,17 +125,24 @@ class RowKeeper:
         self.frozen = []
         for name, (layout, mask) in self._frozen_rows(trainable).items():
             parameter = self.parameters[name]
-            if not mask.any():
+            # Where gradients were switched off since, there is nothing to keep.
+            if not mask.any() or not parameter.requires_grad:
                 continue
             rows = mask.nonzero().squeeze(1).to(parameter.device)
-            frozen = _Frozen(parameter, layout, rows, bool(mask.all()), {})
+            frozen = _Frozen(parameter, layout, layout.index(parameter, rows), bool(mask.all()), {})
             self.frozen.append(frozen)
             _discard_gradient(frozen, parameter)
-            self.gradient_hooks.append(parameter.register_post_accumulate_grad_hook(partial(_discard_gradient, frozen)))
+            hook = parameter.register_post_accumulate_grad_hook(partial(_discard_gradient, frozen))  # type: ignore[no-untyped-call]
+            self.gradient_hooks.append(hook)
         self.refresh()
+
+    def forget(self) -> None:
+        """Take what the rows and their state are at the next optimiser step as what they are held at."""
+        self.stale = True
 
     def refresh(self) -> None:
         """Take the rows' present values and state as those to be held; needed after either was loaded."""
+        self.stale = False
         for frozen in self.frozen:
             frozen.held = {"": frozen.read(frozen.parameter)}
             for key, value in self._row_state(frozen).items():
@@ -147,14 +163,18 @@ class RowKeeper:
         self.gradient_hooks = []
 
     def _frozen_rows(self, trainable: Mapping[str, Tensor]) -> dict[str, tuple[Layout, Tensor]]:
-        """Return for every owned parameter its layout and which rows are frozen; shared rows train if any owner does."""
+        """Return each owned parameter's layout and which rows are frozen; shared rows train if any owner does."""
         masks: dict[str, tuple[Layout, Tensor]] = {}
         for name, layer in self.layers.items():
             for rows in layer.rows:
                 if rows.parameter not in masks:
                     count = rows.layout.count(self.parameters[rows.parameter])
                     masks[rows.parameter] = (rows.layout, torch.ones(count, dtype=torch.bool))
-                masks[rows.parameter][1][rows.start : rows.start + rows.count] &= ~trainable[name]
+                layout, mask = masks[rows.parameter]
+                if rows.layout == layout:
+                    mask[rows.start : rows.start + rows.count] &= ~trainable[name]
+                else:  # shared along different dimensions: always trainable
+                    mask.zero_()
         return masks
 
     def _row_state(self, frozen: _Frozen) -> dict[str, Tensor]:
@@ -171,6 +191,8 @@ class RowKeeper:
         return {key: value for key, value in tensors.items() if value.shape == frozen.parameter.shape}
 
     def _before_step(self) -> None:
+        if self.stale:
+            self.refresh()
         # Once more: what combines gradients after backward (DDP) may have written them again.
         for frozen in self.frozen:
             _discard_gradient(frozen, frozen.parameter)
@@ -201,7 +223,7 @@ class RowKeeper:
                 frozen.held["exp_avg_sq"].mul_(decay[id(frozen.parameter)])
 
 
-class _RefreshOnLoad:
+class _ForgetOnLoad:
     """A hook on the model that copies and pickles of the model do not share: there it does nothing."""
 
     def __init__(self, keeper: RowKeeper | None = None) -> None:
@@ -209,10 +231,10 @@ class _RefreshOnLoad:
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
         if self.keeper is not None:
-            self.keeper.refresh()
+            self.keeper.forget()
 
-    def __reduce__(self) -> tuple[type[_RefreshOnLoad], tuple[()]]:
-        return (_RefreshOnLoad, ())
+    def __reduce__(self) -> tuple[type[_ForgetOnLoad], tuple[()]]:
+        return (_ForgetOnLoad, ())
 
 
 def _discard_gradient(frozen: _Frozen, parameter: Tensor) -> None:

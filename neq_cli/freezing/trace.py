@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import FlopCounterMode
 
 from neq_cli.freezing.neurons import STOCK_LAYERS, Layer, Neurons
@@ -34,26 +36,30 @@ class Trace:
 def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
     """Trace ``model`` on the first sample of ``inputs`` (tensors of [samples, ...]); works on the meta device too.
 
-    Auxiliary heads that only train are seen as well: the modules are in training mode but for normalisation and dropout,
-    which would need more than one sample or draw random numbers. A model whose training mode wants other inputs is
-    traced in eval mode.
+    Auxiliary heads that only train are seen as well: the modules are in training mode, but for normalisation and
+    dropout, which would need more than one sample or draw random numbers. A model whose training mode wants other
+    inputs is traced in eval mode.
     """
     sample = map_tensors(lambda tensor: tensor[:1], inputs)
     layers = {**neurons.layers, **neurons.fixed}
     with undisturbed(model):
         model.eval()
-        reached: list[Layer] = []
-        with (
-            torch.no_grad(),
-            watch_calls(layers.values(), dict(model.named_parameters()), lambda *call: reached.append(call[0])),
-        ):
-            model(sample)
+        reached: set[str] = set()
+        axes: dict[str, int | None] = {}
+
+        def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+            reached.add(layer.name)
+            if layer.name not in axes and _overrides_forward(layer) and output.device.type != "meta":
+                axes[layer.name] = _find_axis(layer, inputs, output)
+
+        with torch.no_grad(), watch_calls(layers.values(), dict(model.named_parameters()), on_call):
+            model(map_tensors(torch.clone, sample))
         try:
             trace = _trace_gradients(model, layers, sample, training=True)
         except Exception:
             # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
             trace = _trace_gradients(model, layers, sample, training=False)
-    trace.reached = frozenset(layer.name for layer in reached)
+    trace.reached, trace.axes = frozenset(reached), axes
     return trace
 
 
@@ -73,8 +79,6 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
             each, elements = weight[0].numel(), (inputs if layer.cost == "transposed" else output).numel()
             trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + each * elements
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
-        if name not in trace.axes and _overrides_forward(layer) and output.device.type != "meta":
-            trace.axes[name] = _find_axis(layer, inputs, output)
         if output.grad_fn is not None:
             producers[output.grad_fn] = name
 
@@ -87,13 +91,28 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
     }
     counter = FlopCounterMode(display=False)
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter, watch_calls(layers.values(), parameters, on_call):
-        outputs = list(tensors_in(functional_call(model, parameters, (sample,))))
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        checkpointing_seen_through(),
+        counter,
+        watch_calls(layers.values(), parameters, on_call),
+    ):
+        outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
     trace.other_multiply_adds = max(counter.get_total_flops() // 2 - sum(trace.multiply_adds.values()), 0)
     found = _producers_of(outputs, producers)
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
     trace.output_layers = frozenset(found or trace.order[-1:])
     return trace
+
+
+@contextmanager
+def checkpointing_seen_through() -> Iterator[None]:
+    """Run reentrant activation checkpoints without checkpointing, which would hide their inside from the graph."""
+    with ExitStack() as stack:
+        stack.callback(delattr, CheckpointFunction, "apply")
+        setattr(CheckpointFunction, "apply", staticmethod(lambda run, preserve_rng_state, *inputs: run(*inputs)))  # noqa: B010
+        yield
 
 
 def _producers_of(outputs: list[Tensor], producers: Mapping[Node, str]) -> set[str]:
@@ -122,19 +141,19 @@ def _overrides_forward(layer: Layer) -> bool:
 def _find_axis(layer: Layer, inputs: Tensor, output: Tensor) -> int | None:
     """Change neuron 0's parameters and see along which dimension of ``output`` only index 0 changes.
 
-    None where no dimension does, or more than one.
+    None where no dimension does, or more than one, or the layer takes more than ``inputs``.
     """
     own = {name: parameter.detach().clone() for name, parameter in layer.module.named_parameters(recurse=False)}
     for parameter in own.values():
         parameter.select(0, 0).add_(1)
-    with torch.no_grad():
-        forward = type(layer.module).forward
-        kept = {name: layer.module._parameters[name] for name in own}
-        try:
-            layer.module._parameters.update({name: nn.Parameter(value) for name, value in own.items()})
-            changed = forward(layer.module, inputs) != output
-        finally:
-            layer.module._parameters.update(kept)
+    kept = {name: layer.module._parameters[name] for name in own}
+    try:
+        layer.module._parameters.update({name: nn.Parameter(value) for name, value in own.items()})
+        changed = type(layer.module).forward(layer.module, inputs) != output
+    except Exception:
+        return None
+    finally:
+        layer.module._parameters.update(kept)
     fitting = [
         axis
         for axis, size in enumerate(changed.shape)

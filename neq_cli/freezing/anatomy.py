@@ -1,0 +1,83 @@
+"""What one look at a model tells before any training: its neurons, one traced sample, and who may never freeze."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from neq_cli.errors import FreezingError, did_you_mean
+from neq_cli.freezing.equilibrium import Definition
+from neq_cli.freezing.flops import Flops, count_flops
+from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, Neurons, find_neurons
+from neq_cli.freezing.trace import Trace, trace_model, with_found_axes
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's neurons, its trace, and the layers that always train, each with the reason."""
+
+    neurons: Neurons
+    trace: Trace
+    never_frozen: Mapping[str, str]
+
+    def flops(self, trainable: Mapping[str, Tensor | float]) -> Flops:
+        """Return one sample's back-propagation with these sets (bool, [neurons]) or trainable shares in force."""
+        return count_flops(self.neurons, self.trace, trainable)
+
+
+def study(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    optimized: Iterable[Tensor] | None = None,
+    exclude: Sequence[str] = (),
+    definition: Definition = "paper",
+) -> Anatomy:
+    """Look at ``model`` with one sample of ``inputs`` ([samples, ...]); it may be on the meta device.
+
+    ``optimized`` are the parameters the optimiser updates (default: all), ``exclude`` globs of layers that never
+    freeze. Raises FreezingError where no layer has neurons that train or a glob matches none.
+    """
+    neurons = find_neurons(model, optimized)
+    if not neurons.layers:
+        raise FreezingError(
+            "model: no layer has neurons that train; it needs a convolution, linear or normalisation layer whose "
+            "parameters require gradients and are in the optimiser"
+        )
+    trace = trace_model(model, neurons, inputs)
+    neurons = with_found_axes(neurons, trace)
+    never_frozen = {
+        **neurons.always_trainable,
+        **_excluded(neurons, exclude),
+        **{name: why for name, layer in neurons.layers.items() if (why := _why_never(layer, trace, definition))},
+    }
+    return Anatomy(neurons, trace, never_frozen)
+
+
+def _excluded(neurons: Neurons, exclude: Sequence[str]) -> dict[str, str]:
+    excluded: dict[str, str] = {}
+    for pattern in exclude:
+        matches = fnmatch.filter(neurons.layers, pattern)
+        if not matches:
+            known = f"the layers are {', '.join(neurons.layers)}"
+            hint = did_you_mean(pattern, neurons.layers) or f"; {known}"
+            raise FreezingError(f"exclude: {pattern!r} matches no layer{hint}")
+        excluded |= dict.fromkeys(matches, f"excluded by {pattern!r}")
+    return excluded
+
+
+def _why_never(layer: Layer, trace: Trace, definition: Definition) -> str | None:
+    if layer.name in trace.output_layers:
+        return "output layer"
+    if layer.name not in trace.reached:
+        return "not reached by the probe"
+    if trace.axes.get(layer.name, 0) is None:
+        return "which axis of its output counts neurons could not be found"
+    followed = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS)
+    if definition == "reference" and not isinstance(layer.module, followed):
+        return "definition reference freezes convolutions and BatchNorm only"
+    return None
