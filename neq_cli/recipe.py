@@ -1,152 +1,302 @@
-"""What a recipe may say: the one home of every key, its type and its default. Needs no torch."""
+"""What a recipe may say: every key, its type and its default; names that only torch knows are checked in training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a key takes, in words, where its type alone does not say it; ``choices`` are what a typo may have meant."""
+
+    text: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a recipe: ``key`` is a dotted path from its top ("optimizer.momentun"), "" the whole."""
+
+    key: str
+    message: str
 
 
 class Section(BaseModel):
     """A block of a recipe: unknown keys are refused, values are not coerced across types."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+# Called with a section's name and the section, or with "" and the whole recipe.
+Check = Callable[[str, Section], Iterable[Problem]]
+
+_DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_CALLABLE = rf"{_DOTTED}:{_DOTTED}"
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+Entrypoint = Annotated[str, Field(pattern=f"^{_CALLABLE}$"), Words("pkg.mod:callable")]
+MatchedRun = Annotated[str, Field(pattern="^match:.+"), Words("match:RUN_DIR")]
+Task = Annotated[
+    str,
+    Field(pattern=f"^(classification|{_CALLABLE})$"),
+    Words("classification or pkg.mod:callable", ("classification",)),
+]
+Device = Annotated[
+    str,
+    Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
+    Words("auto, cpu, cuda, cuda:N, mps or another torch device", ("auto", "cpu", "cuda", "mps")),
+]
+
+
+def _exactly_one_source(name: str | None, entrypoint: str | None) -> None:
+    if name is None and entrypoint is None:
+        raise ValueError("neither name nor entrypoint is given; write one of them")
+    if name is not None and entrypoint is not None:
+        raise ValueError("both name and entrypoint are given; remove one of them")
 
 
 class ModelSection(Section):
-    """Which network is trained: a torchvision builder or CIFAR ResNet by name, or a Python callable."""
+    """Which network is trained: by name or from a Python callable."""
 
-    name: str | None = Field(None, description="torchvision builder, or resnet20/32/44/56/110 for CIFAR")
-    entrypoint: str | None = Field(None, description="pkg.mod:callable that returns a torch.nn.Module")
-    weights: str | None = Field(None, description="torchvision weights, such as DEFAULT; null starts from scratch")
-    checkpoint: str | None = Field(None, description="file of weights to start from: .safetensors, .pt or .pth")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of the builder or callable")
+    name: str | None = Field(
+        default=None, description="torchvision builder, or resnet8/20/32/44/56/110 for small images"
+    )
+    entrypoint: Entrypoint | None = Field(
+        default=None, description="callable that returns a torch.nn.Module, in place of name"
+    )
+    weights: str | None = Field(
+        default=None, description="torchvision weights, such as DEFAULT; null: random ones", examples=["DEFAULT"]
+    )
+    checkpoint: str | None = Field(default=None, description="file of weights to start from: .safetensors, .pt or .pth")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the builder or callable", examples=["{num_classes: 10}"]
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        _exactly_one_source(self.name, self.entrypoint)
+        return self
 
 
 class DataSection(Section):
-    """Which images it is trained on."""
+    """Which images it is trained on: by name or from a Python callable."""
 
-    name: str | None = Field(None, description="digits, image_folder, or a torchvision dataset such as CIFAR10")
-    entrypoint: str | None = Field(None, description="pkg.mod:callable that returns (train, test) datasets")
-    root: str = Field("~/data", description="folder of the data; ~ and $VARIABLES are expanded")
-    download: bool = Field(True, description="let torchvision fetch what is missing, where it can")
-    image_size: Annotated[int, Field(gt=0)] | None = Field(None, description="pixels of a side; null: the data's own")
-    augment: Literal["none", "crop", "cifar", "imagenet"] = Field(
-        "none", description="crop: pad and crop; cifar: crop and mirror; imagenet: resized crop and mirror"
+    name: str | None = Field(default=None, description="digits, image_folder, or a torchvision dataset such as CIFAR10")
+    entrypoint: Entrypoint | None = Field(
+        default=None, description="callable that returns (train, test) datasets, in place of name"
     )
-    mean: list[float] | None = Field(None, description="per channel, of pixels in [0, 1]; null: the data's own")
-    std: list[float] | None = Field(None, description="per channel, of pixels in [0, 1]; null: the data's own")
-    probe_size: Annotated[int, Field(gt=0)] = Field(50, description="held-out training inputs that neurons are observed on")
-    workers: Annotated[int, Field(ge=0)] = Field(2, description="processes that load images; 0: none")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of the dataset or callable")
+    root: str = Field(default="~/data", description="folder of the data; ~ and $VARIABLES are expanded")
+    download: bool = Field(default=True, description="let torchvision fetch what is missing, where it can")
+    image_size: Count | None = Field(default=None, description="pixels of a side; null: the data's own", examples=[224])
+    augment: Literal["none", "crop", "cifar", "imagenet"] = Field(
+        default="none", description="crop: pad and crop; cifar: crop and mirror; imagenet: resized crop and mirror"
+    )
+    mean: Annotated[list[float], Field(min_length=1)] | None = Field(
+        default=None,
+        description="per channel, of pixels in [0, 1]; null: the data's own",
+        examples=["[0.49, 0.48, 0.45]"],
+    )
+    std: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+        default=None,
+        description="per channel, of pixels in [0, 1]; null: the data's own",
+        examples=["[0.25, 0.24, 0.26]"],
+    )
+    probe_size: Count = Field(default=50, description="held-out training inputs that neurons are observed on")
+    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="processes that load images; 0: none")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the dataset or callable", examples=["{split: digits}"]
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSection:
+        _exactly_one_source(self.name, self.entrypoint)
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel"
+            )
+        return self
 
 
 class ParameterGroup(Section):
     """Parameters with optimiser settings of their own, such as no weight decay, or a head's learning rate."""
 
-    parameters: list[str] = Field(description="globs of parameter names: '*.bias', 'fc.*'")
-    lr: Annotated[float, Field(ge=0)] | None = None
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    parameters: Annotated[list[str], Field(min_length=1)] = Field(
+        description="globs of parameter names", examples=["['*.bias', 'fc.*']"]
+    )
+    lr: NotNegative | None = Field(default=None, description="null: the optimiser's", examples=[0.01])
+    weight_decay: NotNegative | None = Field(default=None, description="null: the optimiser's", examples=[0.0])
 
 
-class OptimizerSection(Section):
-    """A torch.optim optimiser. Further keys are its arguments."""
+class _ArgumentsSection(Section):
+    """A section whose further keys are the arguments of the class it names."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
-    name: str = Field("sgd", description="torch.optim class, in any case: sgd, adam, adamw, rmsprop")
-    lr: Annotated[float, Field(ge=0)] | None = Field(None, description="null: the optimiser's default")
-    groups: list[ParameterGroup] = Field(default_factory=list, description="parameters with settings of their own")
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """The optimiser's arguments beyond ``lr``, as written in the recipe."""
-        return dict(self.model_extra or {})
-
-
-class SchedulerSection(Section):
-    """A torch.optim.lr_scheduler, stepped once per epoch. Further keys are its arguments."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    name: str = Field("constant", description="constant, multistep, cosine, step, polynomial, ... or the class's name")
-    warmup_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs of linear warm-up before it")
+    @model_validator(mode="after")
+    def _arguments_beside_name(self) -> _ArgumentsSection:
+        if "kwargs" in (self.model_extra or {}):
+            raise ValueError("arguments stand beside name here; move those under kwargs one level up")
+        return self
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The scheduler's arguments, as written in the recipe."""
-        return dict(self.model_extra or {})
+        """The class's arguments as written; one that is null is left out, so that the class's own default holds."""
+        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+
+
+class OptimizerSection(_ArgumentsSection):
+    """A torch.optim optimiser. Further keys are its arguments, such as `momentum`; null stands for its default."""
+
+    name: str = Field(default="sgd", description="torch.optim class, in any case: sgd, adam, adamw, rmsprop")
+    lr: NotNegative | None = Field(default=None, description="null: the optimiser's default", examples=[0.1])
+    groups: list[ParameterGroup] = Field(
+        default_factory=list,
+        description="parameters with settings of their own",
+        examples=["[{parameters: ['*.bias'], weight_decay: 0.0}]"],
+    )
+
+
+class SchedulerSection(_ArgumentsSection):
+    """A torch.optim.lr_scheduler, stepped once per epoch. Further keys are its arguments, such as `milestones`."""
+
+    name: str = Field(
+        default="constant", description="constant, multistep, cosine, step, polynomial, ... or the class's name"
+    )
+    warmup_epochs: Annotated[int, Field(ge=0)] = Field(default=0, description="epochs of linear warm-up before it")
 
 
 class BaselinePolicy(Section):
     """Freezes nothing."""
 
-    kind: Literal["baseline"]
+    kind: Literal["baseline"] = "baseline"
 
 
 class NEqPolicy(Section):
     """Freezes neurons at equilibrium (Eq. 1, 3, 4, 6)."""
 
-    kind: Literal["neq"]
-    epsilon: Annotated[float, Field(ge=0)] = Field(0.001, description="frozen when |velocity| < epsilon (Eq. 6)")
-    mu: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="damping of the velocity (Eq. 4); safe to 0.5")
-    definition: Literal["paper", "reference"] = Field("paper", description="the paper's equations, or the authors' code")
+    kind: Literal["neq"] = "neq"
+    epsilon: NotNegative = Field(default=0.001, description="frozen when |velocity| < epsilon (Eq. 6)")
+    mu: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.5, description="damping of the velocity (Eq. 4); safe up to 0.5"
+    )
+    definition: Literal["paper", "reference"] = Field(
+        default="paper", description="paper: its equations; reference: what the authors' code computes"
+    )
 
 
 class StochasticPolicy(Section):
     """Freezes a random share of every layer's neurons, drawn anew each epoch."""
 
-    kind: Literal["stochastic"]
-    p: Annotated[float, Field(ge=0, le=1)] | Annotated[str, Field(pattern=r"^match:.+")] = Field(
-        description="share of neurons; match:RUN_DIR takes the p with that run's mean paper FLOPs"
+    kind: Literal["stochastic"] = "stochastic"
+    p: Share | MatchedRun = Field(
+        description="share of neurons; match:RUN_DIR takes the p with that run's mean paper FLOPs", examples=[0.5]
     )
-    matched_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="what match: came to; written into the resolved recipe"
+    matched_p: Share | None = Field(
+        default=None, description="what match: came to; written into the resolved recipe", examples=[0.38]
     )
 
 
 class CustomPolicy(Section):
     """Any policy of your own."""
 
-    kind: Literal["entrypoint"]
-    entrypoint: str = Field(description="pkg.mod:callable that returns a Policy")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments of the callable")
+    kind: Literal["entrypoint"] = "entrypoint"
+    entrypoint: Entrypoint = Field(description="callable that returns a Policy", examples=["my_policies:coin_toss"])
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the callable", examples=["{share: 0.5}"]
+    )
+
+
+DEFAULT_POLICY_KIND = "neq"
+POLICIES: dict[str, type[Section]] = {
+    "baseline": BaselinePolicy,
+    "neq": NEqPolicy,
+    "stochastic": StochasticPolicy,
+    "entrypoint": CustomPolicy,
+}
+
+
+def policy_kind(policy: Any) -> Any:
+    """Return a policy section's kind, written or default, of a mapping or a validated section."""
+    if isinstance(policy, dict):
+        return policy.get("kind", DEFAULT_POLICY_KIND)
+    return getattr(policy, "kind", DEFAULT_POLICY_KIND)
 
 
 PolicySection = Annotated[
-    BaselinePolicy | NEqPolicy | StochasticPolicy | CustomPolicy, Field(discriminator="kind")
+    Annotated[BaselinePolicy, Tag("baseline")]
+    | Annotated[NEqPolicy, Tag("neq")]
+    | Annotated[StochasticPolicy, Tag("stochastic")]
+    | Annotated[CustomPolicy, Tag("entrypoint")],
+    Discriminator(lambda policy: str(policy_kind(policy))),
 ]
 
 
 class Recipe(Section):
     """A whole recipe."""
 
-    description: str = Field("", description="one line for `neq recipes`")
-    model: ModelSection
-    data: DataSection
-    task: str = Field("classification", description="classification, or pkg.mod:callable")
-    epochs: Annotated[int, Field(gt=0)]
-    batch_size: Annotated[int, Field(gt=0)] = Field(100, description="per process")
-    optimizer: OptimizerSection
-    scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
-    policy: PolicySection = Field(default_factory=lambda: NEqPolicy(kind="neq"))
-    exclude: list[str] = Field(default_factory=list, description="globs of layers that are never frozen")
-    backward: Literal["dense"] = Field("dense", description="dense: compute every gradient, discard the frozen rows'")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16, fp16: autocast; fp16 scales the loss")
-    channels_last: bool | Literal["auto"] = Field("auto", description="memory layout of images and convolutions")
-    compile: bool = Field(False, description="torch.compile the model")
-    gradient_accumulation: Annotated[int, Field(gt=0)] = Field(1, description="batches per optimiser step")
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="largest gradient norm")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of averaged weights, which are tested")
-    eval_every: Annotated[int, Field(gt=0)] = Field(1, description="epochs between tests; the last is always tested")
-    seed: Annotated[int, Field(ge=0)] = 1
-    deterministic: bool = Field(False, description="same recipe, same machine, same bits")
-    device: str = Field("auto", description="auto takes cuda, then mps, then cpu; or a torch device")
+    description: str = Field(default="", description="one line for `neq recipes`")
+    model: ModelSection = Field(examples=["{name: resnet18}"])
+    data: DataSection = Field(examples=["{name: CIFAR10}"])
+    task: Task = Field(
+        default="classification", description="what is learnt; a callable of your own defines loss and metric"
+    )
+    epochs: Count = Field(description="passes over the training data", examples=[250])
+    batch_size: Count = Field(default=100, description="images per step; per process where there are several")
+    optimizer: OptimizerSection = Field(examples=["{name: sgd, lr: 0.1}"])
+    scheduler: SchedulerSection = Field(default_factory=lambda: SchedulerSection(), examples=["{name: cosine}"])
+    policy: PolicySection = Field(default_factory=lambda: NEqPolicy(), examples=["{kind: neq}"])
+    exclude: list[str] = Field(
+        default_factory=list, description="globs of layers that are never frozen", examples=["['conv1', 'layer1.*']"]
+    )
+    backward: Literal["dense"] = Field(
+        default="dense", description="dense: compute every gradient, discard the frozen rows'"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="bf16, fp16: autocast; fp16 scales the loss"
+    )
+    channels_last: bool | Literal["auto"] = Field(
+        default="auto", description="memory layout of images and convolutions"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model")
+    gradient_accumulation: Count = Field(default=1, description="batches per optimiser step")
+    clip_grad_norm: Positive | None = Field(
+        default=None, description="largest gradient norm; null: any", examples=[1.0]
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross-entropy loss")
+    ema: BelowOne | None = Field(
+        default=None, description="decay of averaged weights, which are tested; null: none", examples=[0.999]
+    )
+    eval_every: Count = Field(default=1, description="epochs between tests; the last is always tested")
+    # NumPy takes 32-bit seeds only.
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=1, description="of weights, batches, augmentation and policy"
+    )
+    deterministic: bool = Field(default=False, description="same recipe, same machine, same bits; may be slower")
+    device: Device = Field(default="auto", description="auto takes cuda, then mps, then cpu; or a torch device")
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Recipe:
-        for key, section in (("model", self.model), ("data", self.data)):
-            if (section.name is None) == (section.entrypoint is None):
-                raise ValueError(f"{key}: give either name or entrypoint")
-        return self
+
+def warnings(recipe: Recipe) -> tuple[str, ...]:
+    """Return what is allowed but probably not meant, one line each: "policy.mu: 0.9 is above 0.5, ..."."""
+    found = []
+    if isinstance(recipe.policy, NEqPolicy):
+        if recipe.policy.mu > 0.5:
+            found.append(
+                f"policy.mu: {recipe.policy.mu} is above 0.5, where velocity is no longer sure to stay bounded (Eq. 5) "
+                "and old changes keep neurons trainable for longer"
+            )
+        if recipe.policy.epsilon == 0 and recipe.policy.definition == "paper":
+            found.append("policy.epsilon: 0 freezes nothing, for no |velocity| is below it (Eq. 6)")
+    if recipe.scheduler.warmup_epochs > recipe.epochs:
+        found.append(
+            f"scheduler.warmup_epochs: {recipe.scheduler.warmup_epochs} epochs of warm-up, but the run ends after "
+            f"{recipe.epochs}, before its learning rate is reached"
+        )
+    return tuple(found)

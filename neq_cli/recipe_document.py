@@ -1,0 +1,110 @@
+"""A recipe as written: its values, and where each stands in the file or on the command line; nothing is validated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from neq_cli.recipe import POLICIES, SchedulerSection
+from neq_cli.recipe_yaml import KeyPath, YamlSyntaxError, read_yaml
+
+
+@dataclass(frozen=True, eq=False)
+class Override:
+    """``KEY=VALUE`` from the command line: all of it as ``text``, and which one it is, from 0."""
+
+    text: str
+    order: int
+    path: KeyPath = ()
+    value: Any = None
+
+
+Place = int | Override  # a line of the file, from 1, or what took its place
+Located = tuple[Place, KeyPath, str]  # a problem: where, with which key, and the sentence
+
+
+@dataclass
+class Document:
+    """The values of a recipe, where each was written, and what reading and overriding found wrong."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    problems: list[Located] = field(default_factory=list)
+
+    def place(self, path: KeyPath) -> Place:
+        """Return where ``path`` was written; for a key that was not, where the section that misses it was."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.places:
+                return self.places[path[:length]]
+        return 1
+
+    def override(self, texts: Iterable[str]) -> None:
+        """Put the values of ``KEY=VALUE`` texts in place, in their order: the last of several for one key counts."""
+        overrides = [override for order, text in enumerate(texts) if (override := self._read(text, order)) is not None]
+        for override in {override.path: override for override in overrides}.values():
+            self._make_room(override)
+        for override in overrides:
+            self._set(override)
+
+    def _read(self, text: str, order: int) -> Override | None:
+        key, equals, written = text.partition("=")
+        path = tuple(key.split("."))
+        if not equals or not all(path):
+            self.problems.append((Override(text, order, path), path, "not KEY=VALUE, such as policy.epsilon=0.005"))
+            return None
+        try:
+            read = read_yaml(written)
+        except YamlSyntaxError as error:
+            self.problems.append((Override(text, order, path), path, error.message))
+            return None
+        override = Override(text, order, path, read.value)
+        self.problems += [(override, (*path, *below), message) for _, below, message in read.problems]
+        return override
+
+    def _make_room(self, override: Override) -> None:
+        """Drop those keys of the file that mean nothing beside ``override``, as whoever writes it expects.
+
+        Another policy kind drops the former kind's keys, another scheduler its arguments, and an entrypoint the name
+        in its place, or the reverse. An optimiser's arguments stay: most hold for others too, and a weight decay
+        that goes in silence makes another experiment.
+        """
+        section, key = override.path[0], override.path[-1]
+        written = self.values.get(str(section))
+        if not isinstance(written, dict) or len(override.path) != 2 or key not in ("name", "kind", "entrypoint"):
+            return
+        dropped: set[str] = set()
+        if override.path == ("policy", "kind") and override.value in list(POLICIES):
+            known = {name for model in POLICIES.values() for name in model.model_fields}
+            dropped = known - set(POLICIES[override.value].model_fields)
+        elif override.path == ("scheduler", "name") and override.value != written.get("name"):
+            dropped = set(written) - set(SchedulerSection.model_fields)
+        elif section in ("model", "data") and override.value is not None:
+            dropped = {"name", "entrypoint"} - {str(key)}
+        for name in dropped & set(written):
+            del written[name]
+            self._forget((section, name))
+        self.places[(section,)] = override  # what the section now misses, it misses because of this
+
+    def _set(self, override: Override) -> None:
+        container: Any = self.values
+        path: KeyPath = ()
+        for name in override.path:
+            indices = {str(index): index for index in range(len(container))} if isinstance(container, list) else {}
+            if not isinstance(container, dict) and name not in indices:
+                what = f"a list of {len(container)}, counted from 0" if isinstance(container, list) else "not a section"
+                self.problems.append((override, override.path, f"{'.'.join(map(str, path))} is {what}"))
+                return
+            key = indices.get(str(name), name)
+            path = (*path, key)
+            if len(path) == len(override.path):
+                container[key] = override.value
+                self._forget(path)
+                self.places[path] = override
+            elif isinstance(container, dict) and container.get(key) is None:
+                container[key] = {}
+                self.places[path] = override
+            container = container[key]
+
+    def _forget(self, path: KeyPath) -> None:
+        self.places = {other: place for other, place in self.places.items() if other[: len(path)] != path}

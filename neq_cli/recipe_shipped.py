@@ -1,0 +1,61 @@
+"""The recipes that neq ships: what there is, and copies of them to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from neq_cli.errors import NeqError, did_you_mean
+from neq_cli.recipe import Recipe
+from neq_cli.recipe_file import load_recipe
+from neq_cli.recipe_source import shipped_directory, shipped_names
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe that can be trained by its name."""
+
+    name: str
+    path: Path
+    description: str  # one line
+
+
+def list_recipes() -> list[ShippedRecipe]:
+    """Return the shipped recipes, sorted by name."""
+    loaded = [load_recipe(str(shipped_directory() / f"{name}.yaml")) for name in shipped_names()]
+    return [ShippedRecipe(recipe.name, recipe.path, recipe.recipe.description) for recipe in loaded]
+
+
+def copy_recipe(name: str, destination_directory: Path | str) -> list[Path]:
+    """Copy a shipped recipe, and the Python files its entrypoints name, into a folder; return the copies' paths.
+
+    The folder is made where it is missing. Raise ``NeqError`` where ``name`` is unknown or a file is there already, in
+    which case nothing is written.
+    """
+    known = shipped_names()
+    if name not in known:
+        raise NeqError(f"{name}: no recipe of that name; known: {', '.join(known)}{did_you_mean(name, known)}")
+    recipe = shipped_directory() / f"{name}.yaml"
+    sources = [recipe, *_python_files(load_recipe(str(recipe)).recipe, recipe.parent)]
+    destination = Path(destination_directory).expanduser()
+    copies = [destination / source.name for source in sources]
+    for copy in copies:
+        if copy.exists() or copy.is_symlink():
+            raise NeqError(f"{copy}: is there already; move it away, or copy to another folder")
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        for source, copy in zip(sources, copies, strict=True):
+            with copy.open("xb") as file:  # never over a file that came in between
+                file.write(source.read_bytes())
+    except OSError as error:
+        raise NeqError(f"{destination}: cannot be written to: {(error.strerror or str(error)).lower()}") from None
+    return copies
+
+
+def _python_files(recipe: Recipe, directory: Path) -> list[Path]:
+    """Return the files beside a recipe that its entrypoints are in; entrypoints from installed packages have none."""
+    policy_entrypoint = getattr(recipe.policy, "entrypoint", None)
+    entrypoints = [recipe.model.entrypoint, recipe.data.entrypoint, recipe.task, policy_entrypoint]
+    modules = dict.fromkeys(entrypoint.partition(":")[0] for entrypoint in entrypoints if entrypoint)
+    files = [directory / f"{module.split('.')[0]}.py" for module in modules]
+    return [file for file in files if file.is_file()]

@@ -1,0 +1,163 @@
+"""The models: defaults, strictness, what is refused across types, warnings."""
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from neq_cli.recipe import (
+    POLICIES,
+    BaselinePolicy,
+    DataSection,
+    NEqPolicy,
+    OptimizerSection,
+    ParameterGroup,
+    Recipe,
+    SchedulerSection,
+    StochasticPolicy,
+    warnings,
+)
+
+SMALLEST = {"model": {"name": "resnet18"}, "data": {"name": "CIFAR10"}, "epochs": 3, "optimizer": {"name": "sgd"}}
+
+
+def recipe(**keys: Any) -> Recipe:
+    return Recipe.model_validate({**SMALLEST, **keys})
+
+
+def problem_places(**keys: Any) -> list[tuple[Any, ...]]:
+    with pytest.raises(ValidationError) as caught:
+        recipe(**keys)
+    return [error["loc"] for error in caught.value.errors()]
+
+
+def test_the_smallest_recipe_has_the_papers_defaults() -> None:
+    found = recipe()
+    assert isinstance(found.policy, NEqPolicy)
+    assert (found.policy.epsilon, found.policy.mu, found.policy.definition) == (0.001, 0.5, "paper")
+    assert (found.batch_size, found.data.probe_size) == (100, 50)
+    assert found.scheduler.name == "constant"
+
+
+def test_a_policy_without_a_kind_is_neq() -> None:
+    assert recipe(policy={"epsilon": 0.01}).policy == NEqPolicy(epsilon=0.01)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "neq"])
+def test_a_policy_of_each_kind(kind: str) -> None:
+    assert type(recipe(policy={"kind": kind}).policy) is POLICIES[kind]
+
+
+def test_policies_with_required_keys() -> None:
+    assert recipe(policy={"kind": "stochastic", "p": 1}).policy == StochasticPolicy(p=1.0)
+    assert recipe(policy={"kind": "stochastic", "p": "match:runs/x"}).policy == StochasticPolicy(p="match:runs/x")
+    assert problem_places(policy={"kind": "stochastic"})[0][-1] == "p"
+    assert problem_places(policy={"kind": "entrypoint"})[0][-1] == "entrypoint"
+
+
+def test_whole_numbers_are_taken_for_numbers_and_nothing_else_is_coerced() -> None:
+    assert recipe(clip_grad_norm=1).clip_grad_norm == 1.0
+    for value in ("3", 3.0, True, None, [3]):
+        assert problem_places(epochs=value) == [("epochs",)]
+    for value in ("0.1", True, [0.1]):
+        assert problem_places(clip_grad_norm=value) == [("clip_grad_norm",)]
+    assert problem_places(compile=1) == [("compile",)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_are_finite(value: float) -> None:
+    assert problem_places(optimizer={"lr": value}) == [("optimizer", "lr")]
+    assert problem_places(policy={"epsilon": value}) == [("policy", "neq", "epsilon")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "allowed"),
+    [
+        ({"epochs": 0}, False),
+        ({"epochs": 1}, True),
+        ({"seed": -1}, False),
+        ({"seed": 2**32 - 1}, True),
+        ({"seed": 2**32}, False),
+        ({"label_smoothing": 0.99}, True),
+        ({"label_smoothing": 1.0}, False),
+        ({"ema": 0.0}, False),
+        ({"policy": {"mu": 0.9}}, True),
+        ({"policy": {"mu": 1.0}}, False),
+        ({"policy": {"mu": -0.1}}, False),
+        ({"policy": {"kind": "stochastic", "p": 1.01}}, False),
+        ({"policy": {"kind": "stochastic", "p": "match:"}}, False),
+        ({"task": "classification"}, True),
+        ({"task": "my_tasks:depth"}, True),
+        ({"task": "my_tasks"}, False),
+        ({"model": {"entrypoint": "a.b:c.d"}}, True),
+        ({"model": {"entrypoint": "a.b"}}, False),
+        ({"model": {"entrypoint": "a/b:c"}}, False),
+        ({"device": "cuda:1"}, True),
+        ({"device": "cuda 1"}, False),
+        ({"data": {"name": "digits", "mean": []}}, False),
+        ({"data": {"name": "digits", "std": [0.0]}}, False),
+    ],
+)
+def test_limits(keys: dict[str, Any], allowed: bool) -> None:
+    if allowed:
+        recipe(**keys)
+    else:
+        problem_places(**keys)
+
+
+@pytest.mark.parametrize("section", ["model", "data"])
+def test_name_or_entrypoint_is_asked_for_at_the_section(section: str) -> None:
+    assert problem_places(**{section: {}}) == [(section,)]
+    assert problem_places(**{section: {"name": "x", "entrypoint": "a:b"}}) == [(section,)]
+
+
+def test_mean_and_std_have_one_value_per_channel_each() -> None:
+    DataSection(name="digits", mean=[0.1, 0.2], std=[1.0, 2.0])
+    assert problem_places(data={"name": "digits", "mean": [0.1], "std": [1.0, 2.0]}) == [("data",)]
+
+
+def test_arguments_of_optimizer_and_scheduler_stand_beside_the_name() -> None:
+    optimizer = OptimizerSection.model_validate({"name": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": None})
+    assert optimizer.kwargs == {"momentum": 0.9}, "null stands for the class's own default"
+    scheduler = SchedulerSection.model_validate({"name": "step", "step_size": 3, "warmup_epochs": 2})
+    assert scheduler.kwargs == {"step_size": 3}
+    assert problem_places(optimizer={"kwargs": {"momentum": 0.9}}) == [("optimizer",)]
+
+
+def test_a_validated_recipe_does_not_change() -> None:
+    with pytest.raises(ValidationError):
+        recipe().epochs = 4
+
+
+def test_every_key_says_what_it_means() -> None:
+    sections = [Recipe, *POLICIES.values(), ParameterGroup, DataSection, OptimizerSection, SchedulerSection]
+    for section in sections:
+        for name, field in section.model_fields.items():
+            has_own_docstring = hasattr(field.annotation, "model_fields") or name in ("policy", "kind")
+            assert field.description or has_own_docstring, f"{section.__name__}.{name}"
+
+
+def test_warnings() -> None:
+    assert warnings(recipe()) == ()
+    assert warnings(recipe(policy={"kind": "baseline"})) == ()
+    (mu,) = warnings(recipe(policy={"mu": 0.9}))
+    assert mu.startswith("policy.mu: 0.9 is above 0.5")
+    (epsilon,) = warnings(recipe(policy={"epsilon": 0.0}))
+    assert epsilon.startswith("policy.epsilon: 0 freezes nothing")
+    assert warnings(recipe(policy={"epsilon": 0.0, "definition": "reference"})) == (), (
+        "its rule is |velocity| <= epsilon"
+    )
+    (warm_up,) = warnings(recipe(scheduler={"warmup_epochs": 4}))
+    assert warm_up.startswith("scheduler.warmup_epochs: 4 epochs")
+    assert warnings(recipe(policy=BaselinePolicy(), scheduler={"warmup_epochs": 3})) == ()
+
+
+def test_recipes_are_read_without_torch() -> None:
+    modules = "recipe recipe_document recipe_file recipe_problems recipe_reference recipe_shipped recipe_source"
+    imports = "; ".join(f"import neq_cli.{module}" for module in modules.split())
+    work = "neq_cli.recipe_shipped.list_recipes(); neq_cli.recipe_reference.recipe_reference()"
+    code = f"import sys; {imports}; {work}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,126 @@
+"""The shipped recipes: what they say, what `neq init` copies of them."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neq_cli import recipe_source
+from neq_cli.errors import NeqError
+from neq_cli.recipe import Recipe, warnings
+from neq_cli.recipe_file import load_recipe
+from neq_cli.recipe_shipped import copy_recipe, list_recipes
+
+NAMES = [
+    "cifar10-folder",
+    "digits",
+    "digits-baseline",
+    "digits-stochastic",
+    "entrypoint",
+    "resnet32-cifar10",
+    "resnet32-cifar10-adam",
+]
+
+
+def shipped(name: str) -> Recipe:
+    return load_recipe(name).recipe
+
+
+def test_all_are_listed_with_a_description_of_one_line() -> None:
+    listed = list_recipes()
+    assert [recipe.name for recipe in listed] == NAMES
+    for recipe in listed:
+        assert recipe.path.is_file()
+        assert 0 < len(recipe.description) <= 100
+        assert recipe.description.isprintable()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_warns(name: str) -> None:
+    assert warnings(shipped(name)) == ()
+
+
+PAPER: dict[str, Any] = {  # section 4.1
+    "epochs": 250,
+    "batch_size": 100,
+    "scheduler": {"name": "multistep", "warmup_epochs": 0, "milestones": [100, 150], "gamma": 0.1},
+    "policy": {"kind": "neq", "epsilon": 0.001, "mu": 0.5, "definition": "paper"},
+    "precision": "fp32",
+    "label_smoothing": 0.0,
+    "clip_grad_norm": None,
+    "ema": None,
+    "gradient_accumulation": 1,
+    "exclude": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("resnet32-cifar10", {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5 * 10**-4}),
+        ("resnet32-cifar10-adam", {"name": "adam", "lr": 0.001, "betas": [0.9, 0.999], "weight_decay": 5 * 10**-4}),
+    ],
+)
+def test_the_papers_recipes(name: str, optimizer: dict[str, Any]) -> None:
+    found = shipped(name).model_dump()
+    assert {key: found[key] for key in PAPER} == PAPER
+    assert found["optimizer"] == {**optimizer, "groups": []}
+    assert (found["model"]["name"], found["data"]["name"]) == ("resnet32", "CIFAR10")
+    assert (found["data"]["probe_size"], found["data"]["augment"]) == (50, "cifar")
+
+
+@pytest.mark.parametrize("other", ["digits-baseline", "digits-stochastic"])
+def test_the_digits_recipes_differ_in_their_policy_only(other: str) -> None:
+    digits, others = shipped("digits").model_dump(), shipped(other).model_dump()
+    differing = {key for key in digits if digits[key] != others[key]}
+    assert differing == {"description", "policy"}
+    assert others["policy"]["kind"] == other.partition("-")[2]
+
+
+def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = recipe_source.shipped_directory()
+    monkeypatch.setattr(recipe_source, "__file__", str(tmp_path / "neq_cli" / "recipe_source.py"))
+    assert recipe_source.shipped_directory() == tmp_path / "recipes"
+    inside = tmp_path / "neq_cli" / "recipes"
+    inside.mkdir(parents=True)
+    (inside / "digits.yaml").write_bytes((checkout / "digits.yaml").read_bytes())
+    assert recipe_source.shipped_directory() == inside
+    assert recipe_source.find_recipe("digits") == inside / "digits.yaml"
+    assert recipe_source.shipped_names() == ["digits"]
+
+
+def test_a_copy_is_the_same_recipe(tmp_path: Path) -> None:
+    (copy,) = copy_recipe("digits", tmp_path / "new" / "folder")
+    assert copy == tmp_path / "new" / "folder" / "digits.yaml"
+    assert load_recipe(str(copy)).recipe == shipped("digits")
+
+
+def test_a_copy_brings_the_python_file_it_needs(tmp_path: Path) -> None:
+    copies = copy_recipe("entrypoint", tmp_path)
+    assert [copy.name for copy in copies] == ["entrypoint.yaml", "entrypoint_model.py"]
+    entrypoint = shipped("entrypoint").model.entrypoint or ""
+    module, _, function = entrypoint.partition(":")
+    source = copies[1].read_text()
+    assert module == copies[1].stem
+    assert f"def {function}(" in source
+    assert importlib.util.spec_from_file_location(module, copies[1]) is not None
+    compile(source, "entrypoint_model.py", "exec")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    mine = tmp_path / "entrypoint_model.py"
+    mine.write_text("mine")
+    with pytest.raises(NeqError, match=r"entrypoint_model\.py: is there already"):
+        copy_recipe("entrypoint", tmp_path)
+    assert mine.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [mine], "and nothing else is written"
+
+
+def test_copies_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(NeqError, match=r"dgits: no recipe of that name; .*did you mean 'digits'\?"):
+        copy_recipe("dgits", tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(NeqError, match="file: cannot be written to: "):
+        copy_recipe("digits", file)
