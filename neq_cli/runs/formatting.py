@@ -1,0 +1,74 @@
+"""Numbers and foreign text as people read them on a terminal."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+
+MISSING = "–"
+_PREFIXES = ("", "K", "M", "G", "T", "P", "E")
+_PERCENTAGES = ("test_top1", "test_miou")
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def format_flops(value: float, like: float | None = None) -> str:
+    """Write a FLOP count with two decimals and a decimal prefix: 138942464 is ``138.94M``; below 1000 it is whole.
+
+    ``like`` is another count whose prefix is to be used, so that a mean and its spread stand in one unit.
+    """
+    scale = value if like is None else like
+    if not math.isfinite(value) or not math.isfinite(scale):
+        return MISSING
+    prefix = 0
+    # 999.996M would print as 1000.00M: the rounded number decides on the prefix.
+    while abs(round(scale, 2)) >= 1000 and prefix < len(_PREFIXES) - 1:
+        value, scale = value / 1000, scale / 1000
+        prefix += 1
+    return f"{value:.2f}{_PREFIXES[prefix]}" if prefix else f"{value:.0f}"
+
+
+def format_percent(value: float) -> str:
+    """``61.0%``; a dash where the value is not known."""
+    return f"{value:.1f}%" if math.isfinite(value) else MISSING
+
+
+def format_metric(value: float, metric: str) -> str:
+    """Two decimals for the percentages neq measures itself, four significant digits for a task's own metric."""
+    if not math.isfinite(value):
+        return MISSING
+    return f"{value:.2f}" if metric in _PERCENTAGES else f"{value:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """``42.5 s``, ``12 min 05 s``, ``3 h 25 min``."""
+    if not math.isfinite(seconds):
+        return MISSING
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_p_value(value: float) -> str:
+    """Three decimals; below that, two significant digits."""
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def printable(text: object, limit: int | None = None) -> str:
+    """Text from a file, safe to print: control, formatting and surrogate characters become U+FFFD.
+
+    A terminal would obey escape codes, and bidirectional marks would reorder a line. What is longer than ``limit``
+    is cut, with an ellipsis.
+    """
+    clean = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _UNSAFE else c for c in str(text))
+    if limit is not None and len(clean) > limit:
+        return clean[: limit - 1] + "…"
+    return clean
+
+
+def ratio_percent(part: float, whole: float) -> float:
+    """``part`` in percent of ``whole``; NaN where the whole is zero."""
+    return 100.0 * part / whole if whole else math.nan
