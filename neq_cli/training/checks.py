@@ -1,0 +1,160 @@
+"""What is wrong with a recipe that only torch, torchvision or Python can tell; opens no data and downloads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from neq_cli.recipe import (
+    CustomPolicy,
+    DataSection,
+    ModelSection,
+    OptimizerSection,
+    Problem,
+    Recipe,
+    SchedulerSection,
+    Section,
+)
+from neq_cli.training import catalogue, models, optim, tasks, weights
+from neq_cli.training.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
+from neq_cli.training.problems import RecipeValueError
+
+_DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps", "gpu": "cuda"}  # what a word may mean
+
+
+def check_section(name: str, section: Section) -> list[Problem]:
+    """Return every problem of a section, or of the whole recipe (``name`` "") beyond those of its sections.
+
+    Imports the modules that entrypoints name, and calls none of them; builders of torchvision are tried on the meta
+    device, which holds no numbers.
+    """
+    if isinstance(section, Recipe):
+        return list(_recipe(section))
+    checks: dict[type[Section], Callable[[Any], Iterator[Problem]]] = {
+        ModelSection: _model,
+        DataSection: _data,
+        OptimizerSection: _optimizer,
+        SchedulerSection: _scheduler,
+        CustomPolicy: _policy,
+    }
+    check = checks.get(type(section))
+    return list(check(section)) if check is not None else []
+
+
+def device_problem(device: str) -> str | None:
+    """Return why ``device`` cannot be used on this machine, or None where it can."""
+    if device == "auto":
+        return None
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        closest = get_close_matches(device.partition(":")[0].lower(), _DEVICES, n=1)
+        hint = f"did you mean '{_DEVICES[closest[0]]}'?" if closest else "use auto, cpu, cuda, cuda:N or mps"
+        return f"'{device}' is no torch device; {hint}"
+    if kind == "cpu":
+        return None
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"'{device}', but no CUDA device is available; use device=auto"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return f"'{device}', but no MPS device is available; use device=auto"
+    found = torch.accelerator.current_accelerator()
+    if found is None or found.type != kind:
+        return f"'{device}' is not available; use device=auto"
+    number, count = torch.device(device).index, torch.accelerator.device_count()
+    if number is not None and number >= count:
+        return f"'{device}', but this machine has {count}, counted from 0; use {kind}:{count - 1} or lower"
+    return None
+
+
+def _value_problem(call: Callable[[], Any]) -> Iterator[Problem]:
+    """Yield what ``call`` raises about the recipe, if it does."""
+    try:
+        call()
+    except RecipeValueError as error:
+        yield Problem(error.key, error.reason)
+
+
+def _argument_problems(key: str, find: Callable[[], list[tuple[str, str]]]) -> Iterator[Problem]:
+    try:
+        for argument, problem in find():
+            yield Problem(f"{key}.{argument}" if key else argument, problem)
+    except RecipeValueError as error:
+        yield Problem(error.key, error.reason)
+
+
+def _model(section: ModelSection) -> Iterator[Problem]:
+    try:
+        builder = models.find_builder(section)
+    except RecipeValueError as error:
+        yield Problem(error.key, error.reason)
+    else:
+        problems = list(_argument_problems("model.kwargs", lambda: models.kwargs_problems(section, builder)))
+        yield from problems
+        if not problems:
+            yield from _value_problem(lambda: models.try_builder(section, builder))
+        if section.weights is not None:
+            yield from _value_problem(lambda: weights.find_weights(section))
+    if section.checkpoint is not None:
+        yield from _value_problem(lambda: weights.find_checkpoint(str(section.checkpoint)))
+        if section.weights is not None:
+            yield Problem("model.checkpoint", "both weights and checkpoint are given; remove one of them")
+
+
+def _data(section: DataSection) -> Iterator[Problem]:
+    problems = list(_argument_problems("data.kwargs", lambda: catalogue.kwargs_problems(section)))
+    yield from problems
+    if problems or section.name is None:
+        return
+    yield from _value_problem(lambda: catalogue.class_count(section))
+
+    def normalise() -> None:
+        shape = catalogue.sample_shape(section)
+        if shape is not None:
+            catalogue.statistics(section, shape[0])
+
+    yield from _value_problem(normalise)
+
+
+def _optimizer(section: OptimizerSection) -> Iterator[Problem]:
+    yield from _argument_problems("", lambda: optim.optimizer_problems(section))
+
+
+def _scheduler(section: SchedulerSection) -> Iterator[Problem]:
+    # No argument is wrong for one length of run and right for another.
+    yield from _argument_problems("", lambda: optim.scheduler_problems(section, section.warmup_epochs + 1))
+
+
+def _policy(section: CustomPolicy) -> Iterator[Problem]:
+    def find() -> list[tuple[str, str]]:
+        policy = load_entrypoint(section.entrypoint, "policy.entrypoint")
+        return check_kwargs(policy, section.kwargs, name=section.entrypoint)
+
+    yield from _argument_problems("policy.kwargs", find)
+
+
+def _recipe(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what concerns several sections or none."""
+    yield from _classes(recipe)
+    yield from _task(recipe)
+    problem = device_problem(recipe.device)
+    if problem is not None:
+        yield Problem("device", problem)
+
+
+def _classes(recipe: Recipe) -> Iterator[Problem]:
+    given, classes = recipe.model.kwargs.get("num_classes"), catalogue.class_count(recipe.data)
+    if isinstance(given, int) and classes is not None and given < classes:
+        yield Problem("model.kwargs.num_classes", models.too_few_classes(given, classes))
+
+
+def _task(recipe: Recipe) -> Iterator[Problem]:
+    try:
+        accepted, others = accepted_arguments(tasks.find_task(recipe.task))
+    except RecipeValueError as error:
+        yield Problem(error.key, error.reason)
+        return
+    if recipe.label_smoothing and not others and "label_smoothing" not in accepted:
+        yield Problem("label_smoothing", f"the task '{recipe.task}' does not take it; remove it")

@@ -1,0 +1,103 @@
+"""Data as a run uses it: training, probe and test images, the probe set split off the training data by seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq_cli.recipe import DataSection
+from neq_cli.training.catalogue import statistics
+from neq_cli.training.images import Images, ReadImages, StoredImages, as_tensor
+from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.sources import Source, Stored, open_source
+from neq_cli.training.transforms import Preparation
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three parts that share no image; each yields (float image [channels, height, width], label).
+
+    ``train`` is augmented as the recipe says, ``probe`` and ``test`` never are.
+    """
+
+    name: str  # "CIFAR10"
+    train: Images
+    probe: Images
+    test: Images
+    num_classes: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # channels, height, width of what the model sees
+
+    @property
+    def description(self) -> str:
+        """The data in one line: "CIFAR10: 49950 training, 50 probe, 10000 test images of 3x32x32, 10 classes"."""
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"{self.name}: {len(self.train)} training, {len(self.probe)} probe, {len(self.test)} test images "
+            f"of {shape}, {self.num_classes} classes"
+        )
+
+
+def load_data(section: DataSection, seed: int) -> Data:
+    """Open what ``section`` names and split ``probe_size`` images, chosen by ``seed`` alone, off the training part.
+
+    Raises RecipeValueError, one line, where the data is missing, empty, inconsistent or smaller than the probe set.
+    A dataset of the user's own may yield PIL images, uint8 or float tensors or arrays; it should leave augmentation to
+    ``augment``, so that the probe set is seen without.
+    """
+    source = open_source(section)
+    for part, dataset in (("training", source.train), ("test", source.test)):
+        if len(dataset) == 0:
+            raise RecipeValueError("data", f"{source.name} has no {part} images")
+    kept, probed = split(len(source.train), section.probe_size, seed)
+    preparation = _preparation(section, source)
+    train = _images(source, source.train, kept, preparation, augmented=True)
+    probe = _images(source, source.train, probed, preparation, augmented=False)
+    test = _images(source, source.test, torch.arange(len(source.test)), preparation, augmented=False)
+    channels, height, width = probe[0][0].shape
+    for images in (train, probe, test):
+        if isinstance(images, ReadImages):
+            images.shape = torch.Size((channels, height, width))
+    return Data(source.name, train, probe, test, len(source.classes), source.classes, (channels, height, width))
+
+
+def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the sorted indices that are trained on and those that are probed; together 0 to ``size`` - 1."""
+    if probe_size >= size:
+        raise RecipeValueError(
+            "data.probe_size", f"{probe_size} probe images of {size} training images leave none to train on; lower it"
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return order[probe_size:].sort().values, order[:probe_size].sort().values
+
+
+def _preparation(section: DataSection, source: Source) -> Preparation:
+    """Return how images are prepared; tensors that come as floats are normalised only if the recipe says so."""
+    image = source.train.images[0] if isinstance(source.train, Stored) else _first_image(source.train, source.name)
+    plain = Preparation(section.image_size, section.augment)
+    if image.is_floating_point() and section.entrypoint is not None and section.mean is None and section.std is None:
+        return plain
+    mean, std = statistics(section, image.shape[0])
+    return replace(plain, mean=mean, std=std)
+
+
+def _first_image(dataset: Any, name: str) -> Tensor:
+    try:
+        image, label = dataset[0]
+        int(label)
+        return as_tensor(image)
+    except Exception as error:
+        raise RecipeValueError(
+            "data",
+            f"the first image of {name} cannot be used ({one_line(error)}); items must be (image, integer label)",
+        ) from error
+
+
+def _images(source: Source, part: Any, indices: Tensor, preparation: Preparation, *, augmented: bool) -> Images:
+    if isinstance(part, Stored):
+        return StoredImages(part.images, part.labels, indices, preparation, augmented=augmented)
+    classes = len(source.classes)
+    return ReadImages(part, indices, preparation, name=source.name, classes=classes, augmented=augmented)

@@ -1,0 +1,166 @@
+"""Datasets of prepared images: read one by one, or kept in memory and prepared in batches; labels are integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional
+
+from neq_cli.training.problems import DataError, one_line
+from neq_cli.training.transforms import Preparation, drawn_from
+
+# What a dataset is asked for: a position, or a position and the random integer that decides the augmentation.
+Key = int | tuple[int, int]
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Some images of a source, as (float image [channels, height, width], label); augmented or not."""
+
+    def __init__(self, indices: Tensor, preparation: Preparation, *, augmented: bool) -> None:
+        self.indices = indices
+        self.preparation = preparation
+        self.augmented = augmented and preparation.augment != "none"
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _resolved(self, key: Key) -> tuple[int, int]:
+        """Return the source's index and a draw; without one given, chance decides where it may, else nothing does."""
+        position, draw = key if isinstance(key, tuple) else (key, None)
+        index = int(self.indices[position])
+        if not self.augmented:
+            return index, index
+        return index, int(torch.randint(2**63 - 1, ())) if draw is None else draw
+
+    def _prepared(self, images: Tensor, draws: Sequence[int]) -> Tensor:
+        if self.augmented:
+            return self.preparation.train(images, torch.tensor(draws))
+        return self.preparation.test(images)
+
+
+class StoredImages(Images):
+    """Images [all, channels, height, width] in memory, uint8 or float in [0, 1], with labels [all]."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, indices: Tensor, preparation: Preparation, *, augmented: bool
+    ) -> None:
+        super().__init__(indices, preparation, augmented=augmented)
+        self.images = images
+        self.labels = labels
+
+    @property
+    def resizes(self) -> bool:
+        """Whether preparing an image costs more than a few copies."""
+        size = self.preparation.size
+        return size is not None and (
+            tuple(self.images.shape[-2:]) != (size, size) or self.preparation.augment == "imagenet"
+        )
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
+        """Prepare a batch in one go; DataLoader asks for this where it is there."""
+        indices, draws = zip(*map(self._resolved, keys), strict=True)
+        images = self._prepared(self.images[list(indices)], draws)
+        return list(zip(images.unbind(), self.labels[list(indices)].tolist(), strict=True))
+
+
+class ReadImages(Images):
+    """Images of a dataset that yields (PIL image, array or tensor, label), read as they are asked for.
+
+    Raises DataError, naming the file, where an image cannot be read, has another shape than ``shape``, or a label that
+    is none of ``classes``.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        indices: Tensor,
+        preparation: Preparation,
+        *,
+        name: str,
+        shape: torch.Size | None = None,
+        classes: int | None = None,
+        augmented: bool,
+    ) -> None:
+        super().__init__(indices, preparation, augmented=augmented)
+        self.source = source
+        self.name = name
+        self.shape = shape
+        self.classes = classes
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
+        """Read a batch one by one, and prepare it in one go where all images have the same size."""
+        resolved = [self._resolved(key) for key in keys]
+        images, labels = zip(*(self._read(index, draw) for index, draw in resolved), strict=True)
+        draws = [draw for _, draw in resolved]
+        if len({image.shape for image in images}) == 1:
+            prepared = list(self._prepared(torch.stack(images), draws).unbind())
+        else:
+            pairs = zip(images, draws, strict=True)
+            prepared = [self._prepared(image.unsqueeze(0), [draw])[0] for image, draw in pairs]
+        return list(zip(prepared, labels, strict=True))
+
+    def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
+        try:
+            with drawn_from(draw):  # a dataset of the user's own may hold chance too
+                source_image, label = self.source[index]
+            image, label = as_tensor(source_image), int(label)
+        except Exception as error:
+            raise DataError(f"{self._place(index)}: cannot be used ({one_line(error)}); mend or remove it") from error
+        if self.shape is not None:
+            sized = self.preparation.size is not None
+            if image.shape != ((self.shape[0], *image.shape[1:]) if sized else self.shape):
+                raise DataError(
+                    f"{self._place(index)}: {_shape(image.shape)}, but the first image is {_shape(self.shape)}; "
+                    "set data.image_size, and store all images with the same channels"
+                )
+        if self.classes is not None and not 0 <= label < self.classes:
+            raise DataError(f"{self._place(index)}: label {label}, but there are {self.classes} classes, from 0 on")
+        return image, label
+
+    def _place(self, index: int) -> str:
+        for attribute in ("samples", "_samples", "_image_files"):
+            entries = getattr(self.source, attribute, None)
+            if isinstance(entries, Sequence):
+                path = entries[index][0] if isinstance(entries[index], tuple) else entries[index]
+                if isinstance(path, str | Path):
+                    return str(path)
+        return f"image {index} of {self.name}"
+
+
+def _shape(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))
+
+
+def as_tensor(image: Any) -> Tensor:
+    """Return an image [channels, height, width] of a PIL image, an array [height, width, channels] or a tensor."""
+    if hasattr(image, "convert") and image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    tensor: Tensor = functional.to_image(image).as_subclass(Tensor)
+    return tensor
+
+
+class KeptImages(Dataset[tuple[Tensor, int]]):
+    """Another dataset whose items are kept once they have been read: for the small probe set."""
+
+    def __init__(self, source: Dataset[tuple[Tensor, int]]) -> None:
+        self.source = source
+        self.kept: dict[int, tuple[Tensor, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index not in self.kept:
+            self.kept[index] = self.source[index]
+        return self.kept[index]

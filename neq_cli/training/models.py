@@ -1,0 +1,198 @@
+"""The network a recipe names, with random weights: torchvision classifiers, CIFAR ResNets, any Python callable."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torchvision
+from torch import nn
+
+from neq_cli.errors import NeqError, did_you_mean
+from neq_cli.recipe import ModelSection
+from neq_cli.training import cifar_resnet
+from neq_cli.training.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
+from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.tasks import main_output
+
+if TYPE_CHECKING:
+    from neq_cli.training.data import Data
+
+_SUPPLIED = ("weights", "weights_backbone", "progress")
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What makes the network: the callable, what its ``**kwargs`` go to, and the name that messages use."""
+
+    name: str
+    make: Callable[..., nn.Module]
+    forwards_to: tuple[Callable[..., Any], ...] = ()
+    torchvision: bool = False
+
+    @property
+    def accepted(self) -> set[str]:
+        """Arguments known to be taken; ``**kwargs`` may hide others."""
+        return accepted_arguments(self.make, self.forwards_to)[0]
+
+
+def torchvision_names() -> list[str]:
+    """Return the names of torchvision's classification models."""
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def find_builder(section: ModelSection) -> Builder:
+    """Return the builder that ``section`` names; RecipeValueError where there is none."""
+    if section.entrypoint is not None:
+        make = load_entrypoint(section.entrypoint, "model.entrypoint")
+        return Builder(section.entrypoint, make)
+    name = (section.name or "").lower()
+    if name in cifar_resnet.NAMES:
+        depth = int(name.removeprefix("resnet"))
+        return Builder(name, partial(cifar_resnet.cifar_resnet, depth))
+    known = torchvision_names()
+    if name not in known:
+        hint = did_you_mean(name, [*known, *cifar_resnet.NAMES]) or "; `neq recipes` and torchvision list what there is"
+        raise RecipeValueError("model.name", f"no torchvision model '{section.name}'{hint}")
+    make = torchvision.models.get_model_builder(name)
+    # torchvision's builders are `resnet18(*, weights, progress, **kwargs) -> ResNet`: the class has the real arguments.
+    behind = inspect.signature(make, eval_str=True).return_annotation
+    return Builder(name, make, (behind,) if inspect.isclass(behind) else (), torchvision=True)
+
+
+def kwargs_problems(section: ModelSection, builder: Builder) -> list[tuple[str, str]]:
+    """Return (argument, problem) pairs of ``section.kwargs``."""
+    supplied = _SUPPLIED if builder.torchvision else ()
+    problems = check_kwargs(
+        builder.make,
+        section.kwargs,
+        supplied=supplied,
+        forwards_to=builder.forwards_to,
+        closed=builder.torchvision,  # ConvNeXt's and RegNet's **kwargs go nowhere
+        name=builder.name,
+    )
+    # A missing num_classes is the data's to give.
+    return [(argument, text) for argument, text in problems if argument != "num_classes" or argument in section.kwargs]
+
+
+def build_model(section: ModelSection, num_classes: int | None = None) -> nn.Module:
+    """Build the network on the CPU with random weights from the global generator, which the caller seeds.
+
+    ``num_classes`` of the data is passed on where ``section.kwargs`` does not give it and the builder takes it.
+    Neither ``weights`` nor ``checkpoint`` is opened here: see ``neq_cli.training.weights.load_weights``.
+    """
+    builder = find_builder(section)
+    for argument, problem in kwargs_problems(section, builder):
+        raise RecipeValueError(f"model.kwargs.{argument}", problem)
+    return call_builder(section, builder, _completed(section, builder, num_classes))
+
+
+def try_builder(section: ModelSection, builder: Builder) -> None:
+    """Raise RecipeValueError where the builder, tried on the meta device, refuses its arguments."""
+    if section.entrypoint is not None:  # what it does is not known
+        return
+    try:
+        with torch.device("meta"):
+            call_builder(section, builder, _completed(section, builder, None))
+    except RecipeValueError as error:
+        # RegNet computes its widths with tensors, which the meta device cannot read: nothing is known then.
+        if not (isinstance(error.__cause__, RuntimeError) and "meta" in str(error.__cause__)):
+            raise
+
+
+def too_few_classes(given: int, classes: int) -> str:
+    """Return what to say of a model with fewer outputs than the data has classes."""
+    return f"{given} outputs for data of {classes} classes; leave it out or raise it"
+
+
+def _completed(section: ModelSection, builder: Builder, num_classes: int | None) -> dict[str, Any]:
+    """Return the recipe's arguments with those that follow from the data and the weights."""
+    kwargs = dict(section.kwargs)
+    given = kwargs.get("num_classes")
+    if isinstance(given, int) and num_classes is not None and given < num_classes:
+        raise RecipeValueError("model.kwargs.num_classes", too_few_classes(given, num_classes))
+    if num_classes is not None and "num_classes" in builder.accepted:
+        kwargs.setdefault("num_classes", num_classes)
+    if builder.torchvision:
+        kwargs["weights"] = None
+        if "weights_backbone" in builder.accepted:
+            kwargs["weights_backbone"] = None
+        if section.weights is not None and "transform_input" in builder.accepted:
+            # GoogLeNet's and Inception's published weights expect inputs normalised their own way.
+            kwargs.setdefault("transform_input", True)
+    return kwargs
+
+
+def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]) -> nn.Module:
+    """Call the builder; whatever it raises becomes one line at ``model``."""
+    try:
+        with warnings.catch_warnings():
+            # GoogLeNet and Inception announce a change of their default initialisation.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = builder.make(**kwargs)
+    except NeqError:
+        raise
+    except Exception as error:
+        twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
+        if twice and section.entrypoint is None:
+            raise RecipeValueError(f"model.kwargs.{twice[1]}", f"{builder.name} sets it itself; remove it") from error
+        key = "model.kwargs" if section.kwargs or section.entrypoint is None else "model.entrypoint"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({frame.filename}:{frame.lineno})" if section.entrypoint else ""
+        raise RecipeValueError(key, f"{builder.name} cannot be built: {one_line(error)}{place}") from error
+    if not isinstance(model, nn.Module):
+        raise RecipeValueError(
+            "model.entrypoint", f"'{builder.name}' returned a {type(model).__name__}, not a torch.nn.Module"
+        )
+    return model
+
+
+def check_fit(model: nn.Module, data: Data) -> None:
+    """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
+
+    The output must be [1, at least num_classes]. Runs where the model is; modes are put back.
+    """
+    image = data.probe[0][0]
+    shape = "x".join(str(size) for size in image.shape)
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), torch.empty(0))
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = main_output(model(image.unsqueeze(0).to(parameter.device)))
+    except Exception as error:
+        raise NeqError(
+            f"model: does not take an image of {data.name}, {shape}: {one_line(error)}; {_mend(model, image.shape[0])}"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if outputs.ndim != 2 or outputs.shape[0] != 1:
+        raise NeqError(
+            f"model: an image of {data.name}, {shape}, gives an output of shape {list(outputs.shape)}; "
+            f"classification needs [1, {data.num_classes}]"
+        )
+    if outputs.shape[1] < data.num_classes:
+        raise NeqError(
+            f"model: {outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}; "
+            "give the model as many outputs as there are classes"
+        )
+
+
+def _mend(model: nn.Module, channels: int) -> str:
+    """Say what to change: the first convolution tells whether channels or sizes disagree."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != channels:
+        return (
+            f"its first convolution expects {first.in_channels} channels and the data has {channels} "
+            "(model.kwargs.in_channels where the model has it)"
+        )
+    return "try another data.image_size"

@@ -1,0 +1,135 @@
+"""Weights to start from: torchvision's by name, or a file of tensors; pickled code is never run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from neq_cli.errors import did_you_mean
+from neq_cli.recipe import ModelSection
+from neq_cli.training.models import find_builder
+from neq_cli.training.problems import RecipeValueError, one_line
+
+_NESTED = ("model", "state_dict")
+_SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def load_weights(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
+    """Load what ``section.weights`` or ``section.checkpoint`` names into ``model``.
+
+    Returns notes on what was not loaded: torchvision weights go wherever their shapes fit, so that a model with another
+    number of classes keeps its own last layer. A checkpoint must fit entirely. Raises RecipeValueError.
+    """
+    if section.weights is not None:
+        return _load_torchvision(model, section)
+    if section.checkpoint is not None:
+        _load_checkpoint(model, section.checkpoint)
+    return ()
+
+
+def find_weights(section: ModelSection) -> Any:
+    """Return torchvision's weights entry that ``section.weights`` names; RecipeValueError where there is none."""
+    builder = find_builder(section)
+    if not builder.torchvision:
+        raise RecipeValueError(
+            "model.weights", f"{builder.name} has no weights by name; give a file as model.checkpoint, or null"
+        )
+    known = torchvision.models.get_model_weights(builder.name)
+    name = str(section.weights).removeprefix(f"{known.__name__}.")
+    if name not in known.__members__:
+        names = ", ".join(known.__members__)
+        hint = did_you_mean(name.upper(), known.__members__)
+        raise RecipeValueError(
+            "model.weights", f"{builder.name} has no weights '{section.weights}'{hint or f'; {names}'}"
+        )
+    return known[name]
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """Return the checkpoint's path, ~ and $VARIABLES expanded; RecipeValueError where there is no such file."""
+    path = Path(os.path.expandvars(checkpoint)).expanduser()
+    if path.suffix not in _SUFFIXES:
+        raise RecipeValueError("model.checkpoint", f"'{path}' is none of {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise RecipeValueError("model.checkpoint", f"no file '{path}'")
+    return path
+
+
+def _load_torchvision(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
+    entry = find_weights(section)
+    try:
+        loaded = entry.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:
+        raise RecipeValueError(
+            "model.weights",
+            f"'{section.weights}' of {section.name} could not be fetched ({one_line(error)}); check the network, "
+            "or give a file as model.checkpoint",
+        ) from error
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in loaded.items() if name in own and own[name].shape == tensor.shape}
+    if not fitting:
+        raise RecipeValueError("model.weights", f"no tensor of '{section.weights}' fits the model; remove it")
+    model.load_state_dict(fitting, strict=False)
+    # BatchNorm's counters are missing from old files; every other tensor left out starts from scratch.
+    fresh = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
+    if not fresh:
+        return ()
+    return (f"model.weights: {len(fresh)} of {len(own)} tensors start from scratch: {_listed(fresh)}",)
+
+
+def _load_checkpoint(model: nn.Module, checkpoint: str) -> None:
+    path = find_checkpoint(checkpoint)
+    loaded = _read(path)
+    own = model.state_dict()
+    missing = [name for name in own if name not in loaded]
+    unexpected = [name for name in loaded if name not in own]
+    mismatched = [
+        f"{name} {list(loaded[name].shape)} for {list(own[name].shape)}"
+        for name in own
+        if name in loaded and loaded[name].shape != own[name].shape
+    ]
+    parts = (("missing", missing), ("not in the model", unexpected), ("of another shape", mismatched))
+    problems = [f"{len(names)} {what} ({_listed(names)})" for what, names in parts if names]
+    if problems:
+        raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: tensors {'; '.join(problems)}")
+    model.load_state_dict(dict(loaded))
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of ``path``, unpacked from what training scripts wrap them in."""
+    try:
+        contents: Any
+        if path.suffix == ".safetensors":
+            contents = load_file(path)
+        else:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise RecipeValueError(
+            "model.checkpoint", f"'{path}' holds more than plain tensors, or is damaged; save a plain state_dict"
+        ) from error
+    except Exception as error:
+        raise RecipeValueError("model.checkpoint", f"'{path}' cannot be read ({one_line(error)})") from error
+    for key in _NESTED:
+        if isinstance(contents, Mapping) and isinstance(contents.get(key), Mapping):
+            contents = contents[key]
+    if not isinstance(contents, Mapping) or not all(isinstance(tensor, Tensor) for tensor in contents.values()):
+        raise RecipeValueError("model.checkpoint", f"'{path}' holds no state_dict of tensors")
+    state = dict(contents)
+    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
+        consume_prefix_in_state_dict_if_present(state, prefix)
+    return state
+
+
+def _listed(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
