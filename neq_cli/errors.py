@@ -34,6 +34,10 @@ class TrainingError(NeqError):
     exit_code = 1
 
 
+class Terminated(BaseException):
+    """SIGTERM came. No Exception, so that nothing catches it on the way out."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'closest'?"``, or an empty string where nothing known is close to ``word``."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

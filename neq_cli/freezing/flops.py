@@ -63,20 +63,20 @@ def count_flops(neurons: Neurons, trace: Trace, trainable: Mapping[str, Tensor |
     """
     layers = {}
     for name, layer in neurons.layers.items():
-        cost = forward_cost(layer, trace)
-        layers[name] = _layer_flops(cost, trace.input_gradient.get(name, False), _share(trainable[name]))
+        cost, passes_on = forward_cost(layer, trace), trace.input_gradient.get(name, False)
+        weight_trains = any(rows.parameter == layer.weight for rows in layer.rows)
+        layers[name] = _layer_flops(cost, passes_on + weight_trains, _share(trainable[name]))
     for name, layer in neurons.fixed.items():
         passed_on = float(forward_cost(layer, trace) * trace.input_gradient.get(name, False))
         layers[name] = LayerFlops(0.0, passed_on, 0.0, passed_on)
-    # Each product has two operands, and each of them needs a gradient.
-    return Flops(layers, other=2.0 * trace.other_multiply_adds)
+    return Flops(layers, other=float(trace.other_backward))
 
 
 def _share(trainable: Tensor | float) -> float:
     return trainable if isinstance(trainable, float) else trainable.sum().item() / len(trainable)
 
 
-def _layer_flops(cost: int, input_gradient: bool, share: float) -> LayerFlops:
-    dense = float(cost * (1 + input_gradient))
+def _layer_flops(cost: int, gradients: int, share: float) -> LayerFlops:
+    dense = float(cost * gradients)
     # backward: dense computes the weight gradient of frozen rows too, and discards it.
     return LayerFlops(paper=2 * cost * share, executed=dense, paper_dense=2.0 * cost, executed_dense=dense)

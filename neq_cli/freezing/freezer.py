@@ -93,6 +93,11 @@ class Freezer:
         self._put_in_force(trainable)
         return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
 
+    @property
+    def row_keeping_seconds(self) -> float:
+        """Seconds spent so far around the optimiser's steps to keep frozen rows as they are."""
+        return self.keeper.seconds
+
     def flops(self) -> Flops:
         """Return what one sample's back-propagation costs with the sets in force, in both accountings."""
         return self.anatomy.flops(self.trainable)
@@ -134,7 +139,7 @@ class Freezer:
             for name, layer in state["layers"].items()
         }
         self._remember(state["previous"])
-        self.policy.load_state_dict(state["policy"])
+        self.policy.load_state_dict(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
         self._put_in_force({name: state["layers"][name]["trainable"].clone() for name in self.layers})
 
     def detach(self) -> None:

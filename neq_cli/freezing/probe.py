@@ -36,7 +36,8 @@ def similarity(
     """Return phi of every layer between ``model`` and its ``previous`` parameters and buffers: float64, [neurons], CPU.
 
     ``batches`` yield inputs, or (inputs, targets...). Memory beyond ``previous``: one batch of activations.
-    ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample.
+    ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample
+    (dimension 0 of a layer's output).
     A layer that the batches do not reach, or whose calls differ between the two networks, has phi NaN.
     """
     device = device_of(model)

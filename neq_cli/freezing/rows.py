@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -67,8 +68,23 @@ def _updates_row_by_row(optimizer: torch.optim.Optimizer) -> bool:
         except Exception as error:
             name = type(optimizer).__name__
             raise FreezingError(f"optimizer: {name} could not be tried for row-wise updates: {error}") from error
+        _row_state(trial, weight)
         results.append(weight.detach()[0])
     return torch.equal(*results)
+
+
+def _row_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the parameter's state tensors that have its shape; scalars, such as Adam's ``step``, advance."""
+    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        if value.shape != parameter.shape and value.numel() != 1:
+            raise FreezingError(
+                f"optimizer: {type(optimizer).__name__}'s state {key!r} has shape {list(value.shape)} beside a "
+                f"parameter of shape {list(parameter.shape)}, so that no row of it can be held"
+            )
+    # A parameter of one element is all row; a scalar beside it is told apart by its number of dimensions.
+    return {key: value for key, value in tensors.items() if value.shape == parameter.shape}
 
 
 @dataclass
@@ -82,7 +98,7 @@ class _Frozen:
     held: dict[str, Tensor]  # optimiser state by key, and the parameter itself under ""
 
     def read(self, tensor: Tensor) -> Tensor:
-        return self.layout.view(tensor.detach())[self.index].clone()
+        return self.layout.view(tensor.detach())[self.index]  # a copy, as indexing with tensors is
 
     def write(self, tensor: Tensor, values: Tensor | float) -> None:
         view = self.layout.view(tensor.detach())
@@ -111,6 +127,7 @@ class RowKeeper:
         self.frozen: list[_Frozen] = []
         self.gradient_hooks: list[RemovableHandle] = []
         self.stale = False
+        self.seconds = 0.0  # spent around the optimiser's steps so far
         self.hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -144,11 +161,7 @@ class RowKeeper:
         """Take the rows' present values and state as those to be held; needed after either was loaded."""
         self.stale = False
         for frozen in self.frozen:
-            frozen.held = {"": frozen.read(frozen.parameter)}
-            for key, value in self._row_state(frozen).items():
-                frozen.held[key] = frozen.read(value)
-                if self.discard_momentum and key in ("momentum_buffer", "exp_avg"):
-                    frozen.held[key].zero_()
+            frozen.held = {}
         self._restore()
 
     def remove(self) -> None:
@@ -177,38 +190,31 @@ class RowKeeper:
                     mask.zero_()
         return masks
 
-    def _row_state(self, frozen: _Frozen) -> dict[str, Tensor]:
-        """Return the parameter's state tensors that have its shape; scalars, such as Adam's ``step``, advance."""
-        state: Mapping[str, Any] = self.optimizer.state.get(frozen.parameter, {})
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-        for key, value in tensors.items():
-            if value.shape != frozen.parameter.shape and value.numel() != 1:
-                raise FreezingError(
-                    f"optimizer: {type(self.optimizer).__name__}'s state {key!r} has shape {list(value.shape)} beside "
-                    f"a parameter of shape {list(frozen.parameter.shape)}, so that no row of it can be held"
-                )
-        # A parameter of one element is all row; a scalar beside it is told apart by its number of dimensions.
-        return {key: value for key, value in tensors.items() if value.shape == frozen.parameter.shape}
-
     def _before_step(self) -> None:
+        started = time.perf_counter()
         if self.stale:
             self.refresh()
         # Once more: what combines gradients after backward (DDP) may have written them again.
         for frozen in self.frozen:
             _discard_gradient(frozen, frozen.parameter)
+        self.seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
+        started = time.perf_counter()
         if self.discard_momentum:
             self._decay_second_moments()
         self._restore()
+        self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def _restore(self) -> None:
         for frozen in self.frozen:
-            for key, value in {"": frozen.parameter, **self._row_state(frozen)}.items():
-                if key not in frozen.held:  # born in this step
+            for key, value in {"": frozen.parameter, **_row_state(self.optimizer, frozen.parameter)}.items():
+                if key not in frozen.held:  # just frozen, loaded, or state born in this step
                     frozen.held[key] = frozen.read(value)
-                elif not frozen.whole or self.discard_momentum:
+                    if self.discard_momentum and key in ("momentum_buffer", "exp_avg"):
+                        frozen.held[key].zero_()
+                if not frozen.whole or self.discard_momentum:
                     frozen.write(value, frozen.held[key])
 
     def _decay_second_moments(self) -> None:

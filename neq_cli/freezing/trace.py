@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from neq_cli.freezing.neurons import STOCK_LAYERS, Layer, Neurons
 from neq_cli.freezing.observing import map_tensors, tensors_in, undisturbed, watch_calls
@@ -28,7 +29,7 @@ class Trace:
     elements: dict[str, int] = field(default_factory=dict)  # output elements, all calls together
     input_gradient: dict[str, bool] = field(default_factory=dict)  # something trainable lies before the layer
     axes: dict[str, int | None] = field(default_factory=dict)  # found by experiment; None where none was found
-    other_multiply_adds: int = 0  # products without a layer, such as attention's
+    other_backward: int = 0  # multiply-adds of the backward pass of products without a layer, such as attention's
     output_layers: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
 
@@ -78,6 +79,7 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
             # this many multiply-adds.
             each, elements = weight[0].numel(), (inputs if layer.cost == "transposed" else output).numel()
             trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + each * elements
+            trace.other_backward -= each * elements * (inputs.requires_grad + weight.requires_grad)
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
         if output.grad_fn is not None:
             producers[output.grad_fn] = name
@@ -90,20 +92,39 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     parameters = {
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
     }
-    counter = FlopCounterMode(display=False)
+    products = _Products()
     with (
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         checkpointing_seen_through(),
-        counter,
+        products,
         watch_calls(layers.values(), parameters, on_call),
     ):
         outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
-    trace.other_multiply_adds = max(counter.get_total_flops() // 2 - sum(trace.multiply_adds.values()), 0)
+    trace.other_backward = max(trace.other_backward + products.backward, 0)
     found = _producers_of(outputs, producers)
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
     trace.output_layers = frozenset(found or trace.order[-1:])
     return trace
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the multiply-adds that the backward pass of all products and convolutions inside will take."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.backward = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is not None:
+            # What addmm and baddbmm add comes first, a convolution's bias last: only the two factors cost products,
+            # one for each that needs a gradient. The formulas take two per multiply-add.
+            factors = arguments[1:3] if "add" in function._overloadpacket.__name__ else arguments[:2]
+            forward = formula(*arguments, **(keywords or {}), out_val=result) // 2
+            self.backward += forward * sum(factor.requires_grad for factor in factors)
+        return result
 
 
 @contextmanager

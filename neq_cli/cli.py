@@ -1,0 +1,306 @@
+"""The commands: parse, call, print; every mistake of the user's is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from neq_cli import __version__
+from neq_cli.errors import NeqError, Terminated
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from neq_cli.recipe_file import LoadedRecipe
+    from neq_cli.runs.run_reader import Run
+
+# Typer's own errors; which module they live in differs between its versions.
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="neq",
+    help="Train any PyTorch model and stop updating the neurons that have reached equilibrium.",
+    epilog="Example: neq train digits",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 bad usage or recipe, 130 interrupted, 143 terminated."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no "±" gets a "?" rather than a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = app(arguments, standalone_mode=False)
+    except NeqError as error:
+        _complain(str(error))
+        code = error.exit_code
+    except _UsageError as error:
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "neq"
+        _complain(f"{command}: {error.format_message().rstrip('.')}; see `{command} --help`")
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; finished epochs are kept")
+        code = 130
+    except Terminated:
+        _complain("terminated; finished epochs are kept")
+        code = 143
+    except BrokenPipeError:
+        # The reader has gone, as in `neq inspect ... | head`.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"neq {__version__}")
+        raise typer.Exit
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    from neq_cli.recipe_source import shipped_names
+
+    return [name for name in shipped_names() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe", autocompletion=_recipe_names)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2")
+]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: neq train digits epochs=5 policy.epsilon=0.005")
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="run directory; default runs/RECIPE/TIME-sSEED")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")] = None,
+    progress: Annotated[
+        Literal["auto", "rich", "plain", "off"], typer.Option(help="live dashboard, a line per epoch, or nothing")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="build everything, train nothing")] = False,
+) -> None:
+    """Train a recipe, with neurons freezing and thawing, into a run directory."""
+    from neq_cli.runs.progress import choose_progress
+    from neq_cli.runs.run_dir import check_available, default_run_directory
+
+    changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
+    loaded = _load(recipe, changes)
+    run_directory = output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now())
+    check_available(run_directory)
+    if dry_run:
+        _show_plan(loaded, run_directory)
+        return
+    from neq_cli import running
+
+    running.train(loaded, run_directory, choose_progress(progress))
+    if not sys.stdout.isatty():
+        print(run_directory)
+
+
+@app.command(epilog="Example: neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'")
+def inspect(
+    run_directory: RunDirectory,
+    epoch: Annotated[int | None, typer.Option(help="the state after this epoch; default the last")] = None,
+    layer: Annotated[str | None, typer.Option(metavar="GLOB", help="only layers whose name matches")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a run's frozen neurons by layer, and what it saved."""
+    from neq_cli.runs.inspection import inspect_run, to_json
+    from neq_cli.runs.inspection_view import render
+    from neq_cli.runs.run_reader import read_run
+
+    inspection = inspect_run(read_run(run_directory), epoch, layer)
+    if as_json:
+        _print_json(to_json(inspection))
+    else:
+        _print(render(inspection))
+
+
+@app.command(epilog="Example: neq compare runs/digits/* runs/digits-baseline/* --markdown")
+def compare(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="the run to compare with; default the baseline policy's")
+    ] = None,
+    allow_differences: Annotated[
+        bool, typer.Option("--allow-differences", help="also where data, model or epochs differ")
+    ] = False,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print a Markdown table")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="print a LaTeX table")] = False,
+) -> None:
+    """Set runs side by side: FLOPs, accuracy and seconds, seeds folded into mean and deviation."""
+    from neq_cli.runs import comparison_tables as tables
+    from neq_cli.runs.comparison import compare_runs, to_json
+
+    if as_json + as_csv + as_markdown + as_latex > 1:
+        raise NeqError("neq compare: --json, --csv, --markdown and --latex exclude each other; choose one")
+    runs = _read_runs(run_directories)
+    against = _read_runs([baseline])[0] if baseline is not None else None
+    compared = compare_runs(runs, against, allow_differences)
+    if as_json:
+        _print_json(to_json(compared))
+        return
+    for wanted, text in ((as_csv, tables.to_csv), (as_markdown, tables.to_markdown), (as_latex, tables.to_latex)):
+        if wanted:
+            print(text(compared).rstrip("\n"))
+            return
+    _print(tables.render(compared))
+
+
+@app.command(epilog="Example: neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5")
+def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count one sample's back-propagation without training, averaged over the recipe's epochs."""
+    from neq_cli.running import matched_flops
+    from neq_cli.runs.flops_view import render_flops
+
+    loaded = _load(recipe, overrides)
+    from neq_cli.training.session import estimate_flops
+
+    estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded.recipe)))
+    if as_json:
+        _print_json(estimate)
+    else:
+        _print(render_flops(loaded.name, estimate))
+
+
+@app.command(epilog="Example: neq validate resnet32-cifar10 epochs=100")
+def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Check a recipe without opening its data, and print it with every default written out."""
+    print(_load(recipe, overrides).resolved_yaml(), end="")
+
+
+@app.command(epilog="Example: neq recipes")
+def recipes() -> None:
+    """List the recipes that ship with neq."""
+    from rich.table import Table
+
+    from neq_cli.recipe_shipped import list_recipes
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for shipped in list_recipes():
+        table.add_row(shipped.name, shipped.description)
+    _print(table)
+
+
+@app.command(epilog="Example: neq init digits my-experiment")
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a shipped recipe", autocompletion=_recipe_names)],
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="where to put it")] = Path(),
+) -> None:
+    """Copy a shipped recipe here, to be changed."""
+    from neq_cli.recipe_shipped import copy_recipe
+
+    for path in copy_recipe(name, folder):
+        print(path)
+
+
+@app.command(epilog="Example: neq export runs/digits/20260131-120000-s1 -o digits.safetensors")
+def export(
+    run_directory: RunDirectory,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="the .safetensors file to write")],
+    source: Annotated[
+        Literal["final", "best", "last"], typer.Option("--from", help="final weights, or those of a checkpoint")
+    ] = "final",
+) -> None:
+    """Write a run's weights as one plain state_dict in safetensors."""
+    from neq_cli.runs.run_reader import read_run
+
+    run = read_run(run_directory)
+    path = run.files.weights if source == "final" else run.files.checkpoint(source)
+    if not path.is_file():
+        raise NeqError(f"{path}: not there yet; the run wrote it not, try --from last")
+    if output.exists():
+        raise NeqError(f"{output}: already exists; choose another with -o")
+    if output.suffix != ".safetensors":
+        raise NeqError(f"{output}: must end in .safetensors")
+    from neq_cli.runs.run_dir import atomic_write, writing
+    from neq_cli.training.checkpoint import read_weights, save_weights
+
+    weights = read_weights(path)
+    with writing(output):
+        atomic_write(output, lambda partial: save_weights(weights, partial, {"recipe": run.recipe_name}))
+    print(output)
+
+
+def _load(reference: str, overrides: Sequence[str] | None) -> LoadedRecipe:
+    """Return the checked recipe; its warnings go to stderr."""
+    from neq_cli.recipe import warnings
+    from neq_cli.recipe_file import load_recipe
+    from neq_cli.recipe_source import find_recipe
+    from neq_cli.training.checks import check_section
+    from neq_cli.training.entrypoints import add_import_folder
+
+    # Before the checks: they import entrypoints, which may lie beside the recipe.
+    add_import_folder(find_recipe(reference).parent)
+    loaded = load_recipe(reference, overrides or (), checks=[check_section])
+    for warning in warnings(loaded.recipe):
+        _complain(f"warning: {warning}")
+    return loaded
+
+
+def _read_runs(paths: Sequence[Path]) -> list[Run]:
+    from neq_cli.runs.run_reader import read_run
+
+    return [read_run(path) for path in paths]
+
+
+def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:
+    from rich.console import Console
+
+    from neq_cli.running import matched_flops
+    from neq_cli.runs.formatting import format_flops
+    from neq_cli.runs.progress import PlainProgress
+    from neq_cli.training.session import prepare
+
+    session = prepare(loaded.recipe, loaded.name, matched_flops(loaded.recipe))
+    PlainProgress(Console(file=sys.stdout)).show(session.started)
+    flops = session.trainer.freezer.flops()
+    print(
+        f"{format_flops(flops.paper)} FLOPs per sample and iteration in the paper's accounting, "
+        f"{format_flops(flops.executed)} executed"
+    )
+    print(f"would write {run_directory}")
+
+
+def _print(content: RenderableType) -> None:
+    from rich.console import Console
+
+    Console().print(content)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))

@@ -1,0 +1,119 @@
+"""A training session into its run directory, under the eyes of the user; the one place where the wings meet."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from neq_cli.errors import NeqError, Terminated, TrainingError
+from neq_cli.recipe import Recipe, StochasticPolicy
+from neq_cli.recipe_file import LoadedRecipe, dump_recipe
+from neq_cli.records import EpochRecord
+from neq_cli.runs.progress import Progress
+from neq_cli.runs.run_dir import RunWriter, atomic_write, writing
+from neq_cli.runs.run_reader import read_run
+
+if TYPE_CHECKING:
+    from neq_cli.training.session import Session
+
+_MATCH = "match:"
+
+
+def train(loaded: LoadedRecipe, run_directory: Path, progress: Progress) -> None:
+    """Train ``loaded`` into ``run_directory``; its status tells afterwards how it ended.
+
+    Raises NeqError for what is wrong, KeyboardInterrupt or Terminated where a signal ended it; what was saved stays.
+    """
+    from neq_cli.training.device import environment
+    from neq_cli.training.session import prepare
+
+    session = prepare(loaded.recipe, loaded.name, matched_flops(loaded.recipe))
+    about = {**environment(session.trainer.device), "data": dict(session.data_content)}
+    writer = RunWriter.create(run_directory, dump_recipe(session.recipe), about)
+    with _status_of(writer), progress:
+        writer.write_started(session.started)
+        progress.show(session.started)
+        _stream(session, writer, progress)
+        progress.message(f"finished: {writer.path}")
+
+
+def matched_flops(recipe: Recipe) -> float | None:
+    """Return the mean paper FLOPs of the run that ``p: match:RUN_DIR`` names; None where the policy names none."""
+    policy = recipe.policy
+    if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
+        return None
+    run = read_run(Path(policy.p.removeprefix(_MATCH)).expanduser())
+    return float(run.column("flops_paper").mean())
+
+
+def _stream(session: Session, writer: RunWriter, progress: Progress) -> None:
+    best: float | None = None
+    for record in session.trainer.run():
+        if isinstance(record, EpochRecord):
+            writer.write_epoch(record)
+            score = record.metrics[session.started.metric]
+            improved = score == score and (best is None or score > best)
+            best = score if improved else best
+            _save_checkpoints(session, writer, improved=improved)
+        progress.show(record)
+    _save_weights(session, writer)
+
+
+def _save_checkpoints(session: Session, writer: RunWriter, *, improved: bool) -> None:
+    """Write the checkpoints, the last files of an epoch."""
+    from neq_cli.training.checkpoint import save_state
+
+    state = session.trainer.state_dict()
+    last, previous = writer.checkpoint_path("last"), writer.checkpoint_path("previous")
+
+    def write_and_move_on(path: Path) -> None:
+        save_state(state, path)
+        if last.exists():
+            last.replace(previous)
+
+    with writing(last):
+        atomic_write(last, write_and_move_on)
+    if improved:
+        best = writer.checkpoint_path("best")
+        with writing(best):
+            atomic_write(best, lambda path: save_state(state, path))
+
+
+def _save_weights(session: Session, writer: RunWriter) -> None:
+    from neq_cli.training.checkpoint import save_weights
+
+    weights = session.trainer.tested_model.state_dict()
+    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
+    with writing(writer.weights_path):
+        atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))
+
+
+@contextmanager
+def _status_of(writer: RunWriter) -> Iterator[None]:
+    """Say in status.json how what happens inside ended; SIGTERM ends it as Terminated."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        writer.interrupted("SIGINT")
+        raise
+    except Terminated:
+        writer.interrupted("SIGTERM")
+        raise
+    except BaseException as error:
+        # A full disk fails this too; the first error is the one to show.
+        with suppress(TrainingError):
+            writer.failed(str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}")
+        raise
+    else:
+        writer.finish()
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,74 @@
+"""Where a run computes, what that machine is, and the seeds of everything random."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from neq_cli import __version__
+
+_RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pydantic")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the torch device: ``auto`` takes CUDA, then MPS, then the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the device in a few words: "cuda (NVIDIA H100 80GB HBM3)", "cpu (2 threads)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed torch on every device, Python and NumPy; ``deterministic`` refuses kernels whose bits may vary."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        # cuBLAS wants this from the environment, before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a reader needs to know to run it again: versions, device, code, command line."""
+    return {
+        "neq": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in _RECORDED_PACKAGES},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": describe_device(device),
+        "git": _git_state(Path.cwd()),
+        "argv": sys.argv,
+    }
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Return commit and dirty flag of the working directory, None where it is no git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

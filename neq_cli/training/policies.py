@@ -1,0 +1,88 @@
+"""From a recipe's policy section to a policy; the share that matches another run's FLOPs is found here."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from neq_cli.errors import NeqError
+from neq_cli.freezing import Baseline, NEq, Policy, Stochastic
+from neq_cli.freezing.anatomy import Anatomy
+from neq_cli.freezing.policies import frozen_count
+from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, StochasticPolicy
+from neq_cli.training.entrypoints import load_entrypoint
+from neq_cli.training.problems import RecipeValueError, one_line
+
+
+def build_policy(section: PolicySection, seed: int) -> Policy:
+    """Return the policy that ``section`` names; random draws follow from ``seed``.
+
+    ``p: match:RUN_DIR`` needs ``matched_p``, see ``matching_p``. Raises RecipeValueError for an entrypoint that fails
+    or whose result is no policy.
+    """
+    if isinstance(section, BaselinePolicy):
+        return Baseline()
+    if isinstance(section, NEqPolicy):
+        return NEq(section.epsilon, section.mu, section.definition)
+    if isinstance(section, StochasticPolicy):
+        return Stochastic(chosen_share(section), seed)
+    make = load_entrypoint(section.entrypoint, "policy.entrypoint")
+    try:
+        policy = make(**section.kwargs)
+    except NeqError:
+        raise
+    except Exception as error:
+        raise RecipeValueError(
+            "policy.entrypoint", f"'{section.entrypoint}' cannot be made: {one_line(error)}"
+        ) from error
+    if not isinstance(policy, Policy):
+        raise RecipeValueError(
+            "policy.entrypoint",
+            f"'{section.entrypoint}' returned a {type(policy).__name__} without choose, state_dict and load_state_dict",
+        )
+    return policy
+
+
+def chosen_share(section: StochasticPolicy) -> float:
+    """Return p itself, or what ``match:`` came to."""
+    share = section.p if isinstance(section.p, float) else section.matched_p
+    if share is None:
+        raise RecipeValueError("policy.p", f"'{section.p}' has not been matched yet; give policy.matched_p")
+    return share
+
+
+def trainable_shares(anatomy: Anatomy, p: float) -> dict[str, float]:
+    """Return each layer's share of trainable neurons once ``Stochastic(p)`` freezes."""
+    return {
+        name: 1.0 if name in anatomy.never_frozen else 1 - frozen_count(p, layer.neurons) / layer.neurons
+        for name, layer in anatomy.neurons.layers.items()
+    }
+
+
+def mean_stochastic_flops(anatomy: Anatomy, p: float, epochs: int) -> tuple[float, float]:
+    """Return (paper, executed) multiply-adds per sample, averaged over a run whose first epoch trains everything."""
+    flops = anatomy.flops(trainable_shares(anatomy, p))
+    return tuple(  # type: ignore[return-value]
+        (dense + (epochs - 1) * frozen) / epochs
+        for dense, frozen in ((flops.paper_dense, flops.paper), (flops.executed_dense, flops.executed))
+    )
+
+
+def matching_p(anatomy: Anatomy, paper_flops: float, epochs: int) -> float:
+    """Return the p whose mean paper FLOPs over ``epochs`` come closest to ``paper_flops``.
+
+    The mean falls with p in steps, one wherever int(p * n) changes in some layer; p is taken from the middle of a step.
+    """
+    sizes = {layer.neurons for name, layer in anatomy.neurons.layers.items() if name not in anatomy.never_frozen}
+    edges = sorted({count / size for size in sizes for count in range(size + 1)} | {0.0, 1.0})
+    middles = [0.0, *((low + high) / 2 for low, high in pairwise(edges)), 1.0]
+    low, high = 0, len(middles) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if mean_stochastic_flops(anatomy, middles[middle], epochs)[0] > paper_flops:
+            low = middle
+        else:
+            high = middle
+    return min(
+        (middles[low], middles[high]),
+        key=lambda p: abs(mean_stochastic_flops(anatomy, p, epochs)[0] - paper_flops),
+    )

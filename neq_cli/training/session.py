@@ -1,0 +1,192 @@
+"""From a recipe to a run that is ready to start: everything built, seeded, on its device and checked to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.freezing import Freezer
+from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
+from neq_cli.records import RunStarted
+from neq_cli.training.catalogue import class_count, sample_shape
+from neq_cli.training.data import Data, load_data
+from neq_cli.training.device import describe_device, resolve_device, seed_everything
+from neq_cli.training.engine import Trainer
+from neq_cli.training.loaders import make_loaders
+from neq_cli.training.models import build_model, check_fit
+from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
+from neq_cli.training.policies import build_policy, chosen_share, matching_p, mean_stochastic_flops
+from neq_cli.training.problems import RecipeValueError
+from neq_cli.training.tasks import build_task
+from neq_cli.training.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run before its first step. ``recipe`` has ``matched_p`` where the policy matches another run."""
+
+    recipe: Recipe
+    trainer: Trainer
+    started: RunStarted
+    data_content: Mapping[str, Any]  # what the data holds, wherever it lies: for the run directory
+
+
+def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Session:
+    """Build model, data, optimiser, schedule and Freezer of ``recipe``, called ``name``.
+
+    ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. Raises RecipeError, one line, for
+    whatever only the real data or model can show to be wrong.
+    """
+    device = resolve_device(recipe.device)
+    seed_everything(recipe.seed, deterministic=recipe.deterministic)
+    data = load_data(recipe.data, recipe.seed)
+    loaders = make_loaders(data, recipe.batch_size, recipe.data.workers, recipe.seed, device)
+    model = build_model(recipe.model, data.num_classes)
+    notes = [*load_weights(model, recipe.model), *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    check_fit(model, data)
+    channels_last = device.type == "cuda" if recipe.channels_last == "auto" else recipe.channels_last
+    model.to(device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(recipe.optimizer, model)
+    recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
+    try:
+        freezer = Freezer(
+            model,
+            optimizer,
+            loaders.probe,
+            build_policy(recipe.policy, recipe.seed),
+            backward=recipe.backward,
+            exclude=recipe.exclude,
+        )
+    except FreezingError as error:
+        raise RecipeError([str(error)]) from error
+    trainer = Trainer(
+        recipe=recipe,
+        device=device,
+        channels_last=channels_last,
+        model=model,
+        loaders=loaders,
+        task=build_task(recipe.task, recipe.label_smoothing),
+        optimizer=optimizer,
+        scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
+        freezer=freezer,
+    )
+    started = RunStarted(
+        recipe_name=name,
+        description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
+        policy=_describe_policy(recipe),
+        device=describe_device(device),
+        epochs=recipe.epochs,
+        steps_per_epoch=len(loaders.train),
+        metric=trainer.task.metric,
+        layers={name: layer.neurons for name, layer in freezer.layers.items()},
+        notes=(*notes, *freezing_notes(freezer.anatomy)),
+    )
+    return Session(recipe, trainer, started, _content(data))
+
+
+def match(recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None) -> Recipe:
+    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to; the same recipe where it does not ask.
+
+    ``shape`` is that of one sample, batch dimension first.
+    """
+    policy = recipe.policy
+    if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
+        return recipe
+    if matched_flops is None:
+        raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")
+    anatomy = study(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
+    dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0)).paper
+    if not 0 < matched_flops <= dense * (1 + 1e-9):
+        raise RecipeValueError(
+            "policy.p",
+            f"'{policy.p}' has {matched_flops:.6g} mean FLOPs, and this model {dense:.6g} with nothing frozen; "
+            "match a run of the same model",
+        )
+    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs)})
+    return recipe.model_copy(update={"policy": matched})
+
+
+@dataclass(frozen=True)
+class FlopsEstimate:
+    """One sample's back-propagation in multiply-adds, averaged over the recipe's epochs; ``layers`` by layer, dense."""
+
+    flops_paper: float
+    flops_executed: float
+    flops_paper_dense: float
+    flops_executed_dense: float
+    layers: Mapping[str, Mapping[str, Any]]
+
+
+def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsEstimate:
+    """Count without training, data or weights: the model is built without numbers, on the meta device.
+
+    A stochastic policy is averaged over the epochs; the sets of any other are known only to training, so it counts as
+    dense. Raises RecipeError where the data does not tell the size of its images.
+    """
+    shape = sample_shape(recipe.data)
+    if shape is None and recipe.data.image_size is not None:
+        shape = (3, recipe.data.image_size, recipe.data.image_size)
+    if shape is None:
+        raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
+    with torch.device("meta"):
+        try:
+            model = build_model(recipe.model, class_count(recipe.data))
+        except NotImplementedError:  # an initialisation that wants numbers, such as RegNet's
+            with torch.device("cpu"):
+                model = build_model(recipe.model, class_count(recipe.data))
+    sample = torch.zeros((1, *shape), device=next(model.parameters()).device)
+    anatomy = study(model, sample, exclude=recipe.exclude)
+    dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
+    recipe = match(recipe, model, (1, *shape), matched_flops)
+    paper, executed = dense.paper, dense.executed
+    if isinstance(recipe.policy, StochasticPolicy):
+        paper, executed = mean_stochastic_flops(anatomy, chosen_share(recipe.policy), recipe.epochs)
+    layers = {
+        name: {
+            "kind": layer.kind,
+            "neurons": layer.neurons,
+            "flops_paper": dense.layers[name].paper,
+            "flops_executed": dense.layers[name].executed,
+        }
+        for name, layer in anatomy.neurons.layers.items()
+    }
+    return FlopsEstimate(paper, executed, dense.paper, dense.executed, layers)
+
+
+def freezing_notes(anatomy: Anatomy) -> list[str]:
+    """Return a line for every reason why something always trains; the output layer needs none but its name."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in anatomy.never_frozen.items():
+        by_reason.setdefault(f"never frozen ({reason})", []).append(name)
+    for name, reason in anatomy.neurons.outside.items():
+        by_reason.setdefault(f"outside neurons, always trained ({reason})", []).append(name)
+    return [f"{reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+
+
+def _describe_policy(recipe: Recipe) -> str:
+    policy = recipe.policy
+    if isinstance(policy, NEqPolicy):
+        reference = "" if policy.definition == "paper" else f" definition={policy.definition}"
+        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}"
+    if isinstance(policy, StochasticPolicy):
+        matched = f" ({policy.p})" if policy.matched_p is not None else ""
+        return f"stochastic p={chosen_share(policy):.4g}{matched}"
+    return getattr(policy, "entrypoint", policy.kind)
+
+
+def _content(data: Data) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "train": len(data.train) + len(data.probe),
+        "test": len(data.test),
+        "classes": data.num_classes,
+        "image_shape": list(data.image_shape),
+    }
