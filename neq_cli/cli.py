@@ -18,7 +18,7 @@ from neq_cli.errors import NeqError, Terminated
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from neq_cli.recipe_file import LoadedRecipe
+    from neq_cli.recipe.file import LoadedRecipe
     from neq_cli.runs.run_reader import Run
 
 # Typer's own errors; which module they live in differs between its versions.
@@ -74,7 +74,7 @@ def _version(wanted: bool) -> None:
 
 
 def _recipe_names(incomplete: str) -> list[str]:
-    from neq_cli.recipe_source import shipped_names
+    from neq_cli.recipe.source import shipped_names
 
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
@@ -208,7 +208,7 @@ def recipes() -> None:
     """List the recipes that ship with neq."""
     from rich.table import Table
 
-    from neq_cli.recipe_shipped import list_recipes
+    from neq_cli.recipe.shipped import list_recipes
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for shipped in list_recipes():
@@ -222,7 +222,7 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="where to put it")] = Path(),
 ) -> None:
     """Copy a shipped recipe here, to be changed."""
-    from neq_cli.recipe_shipped import copy_recipe
+    from neq_cli.recipe.shipped import copy_recipe
 
     for path in copy_recipe(name, folder):
         print(path)
@@ -258,9 +258,9 @@ def export(
 
 def _load(reference: str, overrides: Sequence[str] | None) -> LoadedRecipe:
     """Return the checked recipe; its warnings go to stderr."""
-    from neq_cli.recipe import warnings
-    from neq_cli.recipe_file import load_recipe
-    from neq_cli.recipe_source import find_recipe
+    from neq_cli.recipe.file import load_recipe
+    from neq_cli.recipe.keys import warnings
+    from neq_cli.recipe.source import find_recipe
     from neq_cli.training.checks import check_section
     from neq_cli.training.entrypoints import add_import_folder
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from neq_cli.errors import NeqError, Terminated, TrainingError
 from neq_cli.recipe import Recipe, StochasticPolicy
-from neq_cli.recipe_file import LoadedRecipe, dump_recipe
+from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.records import EpochRecord
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, writing

@@ -184,10 +184,8 @@ class RowKeeper:
                     count = rows.layout.count(self.parameters[rows.parameter])
                     masks[rows.parameter] = (rows.layout, torch.ones(count, dtype=torch.bool))
                 layout, mask = masks[rows.parameter]
-                if rows.layout == layout:
+                if rows.layout == layout:  # else shared along different dimensions, and always trainable
                     mask[rows.start : rows.start + rows.count] &= ~trainable[name]
-                else:  # shared along different dimensions: always trainable
-                    mask.zero_()
         return masks
 
     def _before_step(self) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from neq_cli import recipe_source
 from neq_cli.errors import NeqError
-from neq_cli.recipe import Recipe, warnings
-from neq_cli.recipe_file import load_recipe
-from neq_cli.recipe_shipped import copy_recipe, list_recipes
+from neq_cli.recipe import source
+from neq_cli.recipe.file import load_recipe
+from neq_cli.recipe.keys import Recipe, warnings
+from neq_cli.recipe.shipped import copy_recipe, list_recipes
 
 NAMES = [
     "cifar10-folder",
@@ -79,15 +79,15 @@ def test_the_digits_recipes_differ_in_their_policy_only(other: str) -> None:
 
 
 def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = recipe_source.shipped_directory()
-    monkeypatch.setattr(recipe_source, "__file__", str(tmp_path / "neq_cli" / "recipe_source.py"))
-    assert recipe_source.shipped_directory() == tmp_path / "recipes"
+    checkout = source.shipped_directory()
+    monkeypatch.setattr(source, "__file__", str(tmp_path / "neq_cli" / "recipe" / "source.py"))
+    assert source.shipped_directory() == tmp_path / "recipes"
     inside = tmp_path / "neq_cli" / "recipes"
     inside.mkdir(parents=True)
     (inside / "digits.yaml").write_bytes((checkout / "digits.yaml").read_bytes())
-    assert recipe_source.shipped_directory() == inside
-    assert recipe_source.find_recipe("digits") == inside / "digits.yaml"
-    assert recipe_source.shipped_names() == ["digits"]
+    assert source.shipped_directory() == inside
+    assert source.find_recipe("digits") == inside / "digits.yaml"
+    assert source.shipped_names() == ["digits"]
 
 
 def test_a_copy_is_the_same_recipe(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from neq_cli.recipe import POLICIES, SchedulerSection
-from neq_cli.recipe_yaml import KeyPath, YamlSyntaxError, read_yaml
+from neq_cli.recipe.keys import POLICIES, SchedulerSection
+from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from neq_cli.errors import RecipeError
-from neq_cli.recipe import (
+from neq_cli.recipe.file import Check, dump_recipe, load_recipe
+from neq_cli.recipe.keys import (
     CustomPolicy,
     DataSection,
     ModelSection,
@@ -19,7 +20,6 @@ from neq_cli.recipe import (
     Section,
     StochasticPolicy,
 )
-from neq_cli.recipe_file import Check, dump_recipe, load_recipe
 
 GOOD = """\
 model: {name: resnet32, kwargs: {num_classes: 10}}

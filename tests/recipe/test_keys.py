@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from neq_cli.recipe import (
+from neq_cli.recipe.keys import (
     POLICIES,
     BaselinePolicy,
     DataSection,
@@ -156,8 +156,8 @@ def test_warnings() -> None:
 
 
 def test_recipes_are_read_without_torch() -> None:
-    modules = "recipe recipe_document recipe_file recipe_problems recipe_reference recipe_shipped recipe_source"
-    imports = "; ".join(f"import neq_cli.{module}" for module in modules.split())
-    work = "neq_cli.recipe_shipped.list_recipes(); neq_cli.recipe_reference.recipe_reference()"
+    modules = "keys document file problems reference shipped source wording yaml"
+    imports = "; ".join(f"import neq_cli.recipe.{module}" for module in modules.split())
+    work = "neq_cli.recipe.shipped.list_recipes(); neq_cli.recipe.reference.recipe_reference()"
     code = f"import sys; {imports}; {work}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neq_cli.recipe_yaml import YamlSyntaxError, read_yaml, write_yaml
+from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from neq_cli.errors import RecipeError, did_you_mean
-from neq_cli.recipe_wording import one_line
+from neq_cli.recipe.wording import one_line
 
 LARGEST = 1_000_000  # bytes; far above any recipe, and quickly read
 
 
 def shipped_directory() -> Path:
     """Return the folder of shipped recipes: in the installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 

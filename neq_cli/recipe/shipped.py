@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neq_cli.errors import NeqError, did_you_mean
-from neq_cli.recipe import Recipe
-from neq_cli.recipe_file import load_recipe
-from neq_cli.recipe_source import shipped_directory, shipped_names
+from neq_cli.recipe.file import load_recipe
+from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.source import shipped_directory, shipped_names
 
 
 @dataclass(frozen=True)

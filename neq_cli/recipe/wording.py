@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
-from neq_cli.recipe import POLICIES, Recipe, Section, Words, policy_kind
+from neq_cli.recipe.keys import POLICIES, Recipe, Section, Words, policy_kind
 
 _UNIONS = (Union, types.UnionType)
 

@@ -9,9 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from neq_cli.errors import did_you_mean
-from neq_cli.recipe import POLICIES, PolicySection, Recipe, Section, policy_kind
-from neq_cli.recipe_wording import choices, expected, section_at, shown, slot_at
-from neq_cli.recipe_yaml import KeyPath, YamlSyntaxError, read_yaml
+from neq_cli.recipe.keys import POLICIES, PolicySection, Recipe, Section, policy_kind
+from neq_cli.recipe.wording import choices, expected, section_at, shown, slot_at
+from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
 _MISSING = object()
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from neq_cli.recipe import POLICIES, Recipe
-from neq_cli.recipe_reference import recipe_reference
+from neq_cli.recipe.keys import POLICIES, Recipe
+from neq_cli.recipe.reference import recipe_reference
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neq_cli.errors import RecipeError
-from neq_cli.recipe import Check, Problem, Recipe, Section
-from neq_cli.recipe_document import Document, Located, Override, Place
-from neq_cli.recipe_problems import valid_sections, validate
-from neq_cli.recipe_source import find_recipe, read_text, shipped_directory
-from neq_cli.recipe_wording import one_line, shown
-from neq_cli.recipe_yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
+from neq_cli.recipe.document import Document, Located, Override, Place
+from neq_cli.recipe.keys import Check, Problem, Recipe, Section
+from neq_cli.recipe.problems import valid_sections, validate
+from neq_cli.recipe.source import find_recipe, read_text, shipped_directory
+from neq_cli.recipe.wording import one_line, shown
+from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
 
 __all__ = ["Check", "LoadedRecipe", "Problem", "dump_recipe", "load_recipe"]
 
