@@ -32,7 +32,8 @@ def describe_device(device: torch.device) -> str:
     """Return the device in a few words: "cuda (NVIDIA H100 80GB HBM3)", "cpu (2 threads)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
