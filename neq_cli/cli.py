@@ -117,14 +117,14 @@ def train(
 
     changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
     loaded = _load(recipe, changes)
-    run_directory = output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now())
-    check_available(run_directory)
+    if output is not None:
+        check_available(output)
     if dry_run:
-        _show_plan(loaded, run_directory)
+        _show_plan(loaded, output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now()))
         return
     from neq_cli import running
 
-    running.train(loaded, run_directory, choose_progress(progress))
+    run_directory = running.train(loaded, output, choose_progress(progress))
     if not sys.stdout.isatty():
         print(run_directory)
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import NeqError, Terminated, TrainingError
+from neq_cli.errors import NeqError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.records import EpochRecord
 from neq_cli.runs.progress import Progress
-from neq_cli.runs.run_dir import RunWriter, atomic_write, writing
+from neq_cli.runs.run_dir import RunWriter, atomic_write, default_run_directory, writing
 from neq_cli.runs.run_reader import read_run
 
 if TYPE_CHECKING:
@@ -23,22 +24,24 @@ if TYPE_CHECKING:
 _MATCH = "match:"
 
 
-def train(loaded: LoadedRecipe, run_directory: Path, progress: Progress) -> None:
-    """Train ``loaded`` into ``run_directory``; its status tells afterwards how it ended.
+def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress) -> Path:
+    """Train ``loaded`` into ``run_directory`` (None: one named after recipe, time and seed) and return that folder.
 
-    Raises NeqError for what is wrong, KeyboardInterrupt or Terminated where a signal ended it; what was saved stays.
+    Its status tells afterwards how it ended. Raises NeqError for what is wrong, KeyboardInterrupt or Terminated where
+    a signal ended it; what was saved stays.
     """
     from neq_cli.training.device import environment
     from neq_cli.training.session import prepare
 
     session = prepare(loaded.recipe, loaded.name, matched_flops(loaded.recipe))
     about = {**environment(session.trainer.device), "data": dict(session.data_content)}
-    writer = RunWriter.create(run_directory, dump_recipe(session.recipe), about)
+    writer = _create_directory(run_directory, loaded.name, session.recipe, about)
     with _status_of(writer), progress:
         writer.write_started(session.started)
         progress.show(session.started)
         _stream(session, writer, progress)
         progress.message(f"finished: {writer.path}")
+    return writer.path
 
 
 def matched_flops(recipe: Recipe) -> float | None:
@@ -48,6 +51,21 @@ def matched_flops(recipe: Recipe) -> float | None:
         return None
     run = read_run(Path(policy.p.removeprefix(_MATCH)).expanduser())
     return float(run.column("flops_paper").mean())
+
+
+def _create_directory(chosen: Path | None, name: str, recipe: Recipe, about: Mapping[str, Any]) -> RunWriter:
+    if chosen is not None:
+        return RunWriter.create(chosen, dump_recipe(recipe), about)
+    attempts = 10
+    while True:
+        attempts -= 1
+        try:
+            path = default_run_directory(name, recipe.seed, datetime.now())
+            return RunWriter.create(path, dump_recipe(recipe), about)
+        except RunDirectoryError:
+            # Another run that began in the same second may have taken the name.
+            if not attempts:
+                raise
 
 
 def _stream(session: Session, writer: RunWriter, progress: Progress) -> None:
