@@ -17,9 +17,9 @@ from rich.text import Text
 
 from neq_cli.records import EpochRecord, Record, RunStarted
 from neq_cli.runs.formatting import printable
-from neq_cli.runs.frame import Painter
-from neq_cli.runs.frame_parts import text_of
-from neq_cli.runs.run_view import RunView
+from neq_cli.runs.screen.frame import Painter
+from neq_cli.runs.screen.frame_parts import text_of
+from neq_cli.runs.screen.run_view import RunView
 
 FRAMES_PER_SECOND = 4
 STARTING = "starting"

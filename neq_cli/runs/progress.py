@@ -14,7 +14,7 @@ from rich.console import Console
 from neq_cli.records import EpochRecord, Record, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_percent, printable, ratio_percent
-from neq_cli.runs.pace import Pace, clock
+from neq_cli.runs.screen.pace import Pace, clock
 
 Mode = Literal["auto", "rich", "plain", "off"]
 

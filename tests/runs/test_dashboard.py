@@ -20,9 +20,9 @@ from rich.console import Console
 
 from neq_cli.records import EpochRecord, LayerState, Record, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard, render_frame
-from neq_cli.runs.frame import Painter
-from neq_cli.runs.frame_parts import text_of
-from neq_cli.runs.run_view import RunView
+from neq_cli.runs.screen.frame import Painter
+from neq_cli.runs.screen.frame_parts import text_of
+from neq_cli.runs.screen.run_view import RunView
 
 DENSE = 138_940_000.0
 SMALL = [

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from rich.cells import cell_len
 
 from neq_cli.runs.formatting import MISSING, format_percent
-from neq_cli.runs.frame_parts import FROZEN, PLAIN, QUIET, Line, fit, span
-from neq_cli.runs.layer_groups import LayerGroup, fold
-from neq_cli.runs.run_view import LayerCounts, together
-from neq_cli.runs.sparkline import bar, shorten_names
+from neq_cli.runs.screen.frame_parts import FROZEN, PLAIN, QUIET, Line, fit, span
+from neq_cli.runs.screen.layer_groups import LayerGroup, fold
+from neq_cli.runs.screen.run_view import LayerCounts, together
+from neq_cli.runs.screen.sparkline import bar, shorten_names
 
 NARROWEST = 36  # a column: 15 for the name, a bar, the counts, the velocity
 SHORTEST_BAR = 5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from neq_cli.runs.frame_parts import QUIET, Line, StatRow, fit, span, stat_columns, stat_lines
-from neq_cli.runs.frame_rows import (
+from neq_cli.runs.screen.frame_parts import QUIET, Line, StatRow, fit, span, stat_columns, stat_lines
+from neq_cli.runs.screen.frame_rows import (
     epoch_rule,
     flops_row,
     frozen_row,
@@ -19,9 +19,9 @@ from neq_cli.runs.frame_rows import (
     total_line,
     velocity_row,
 )
-from neq_cli.runs.layer_table import Layout, lay_out, layer_lines
-from neq_cli.runs.run_view import RunView
-from neq_cli.runs.sparkline import shorten
+from neq_cli.runs.screen.layer_table import Layout, lay_out, layer_lines
+from neq_cli.runs.screen.run_view import RunView
+from neq_cli.runs.screen.sparkline import shorten
 
 # What a low window keeps, the most needed first, with so many rows for layers at least.
 NEEDED = ("epoch", "phase", "loss", "metric", "total", "paper FLOPs", "identity", "frozen rule")

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 
-from neq_cli.runs.sparkline import bar, chart, shorten
+from neq_cli.runs.screen.sparkline import bar, chart, shorten
 
 PLAIN = Style()
 STRONG = Style(bold=True)

@@ -8,11 +8,23 @@ from collections.abc import Sequence
 from rich.cells import cell_len
 
 from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_percent, printable
-from neq_cli.runs.frame_parts import DONE, FROZEN, GRAPH, QUIET, STRONG, Line, StatRow, bar_line, ends, rule, span
-from neq_cli.runs.layer_table import format_velocity
-from neq_cli.runs.pace import clock
-from neq_cli.runs.run_view import VELOCITY_DECADES, RunView
-from neq_cli.runs.sparkline import histogram, shorten
+from neq_cli.runs.screen.frame_parts import (
+    DONE,
+    FROZEN,
+    GRAPH,
+    QUIET,
+    STRONG,
+    Line,
+    StatRow,
+    bar_line,
+    ends,
+    rule,
+    span,
+)
+from neq_cli.runs.screen.layer_table import format_velocity
+from neq_cli.runs.screen.pace import clock
+from neq_cli.runs.screen.run_view import VELOCITY_DECADES, RunView
+from neq_cli.runs.screen.sparkline import histogram, shorten
 
 METRIC_NAMES = {"test_top1": "test top-1", "test_miou": "test mIoU"}
 LOWEST, HIGHEST = (f"1e{VELOCITY_DECADES[0]}", f"{10.0 ** VELOCITY_DECADES[1]:.0f}")

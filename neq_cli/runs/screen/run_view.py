@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from neq_cli.records import EpochRecord, LayerState, RunStarted, StepProgress
 from neq_cli.runs.formatting import printable
-from neq_cli.runs.pace import Pace
+from neq_cli.runs.screen.pace import Pace
 
 # |velocity| is at most about 4, and float32 phi next to 1 resolves 6e-8.
 VELOCITY_DECADES = (-7, 0)

@@ -1,0 +1,1 @@
+"""What the dashboard draws: from the records so far to lines that fit a window of any size."""
