@@ -20,7 +20,7 @@ from neq_cli.runs.configurations import (
     settings,
     written,
 )
-from neq_cli.runs.formatting import printable, ratio_percent
+from neq_cli.runs.formatting import plain_json, printable, ratio_percent
 from neq_cli.runs.run_reader import Run
 from neq_cli.runs.statistics import Difference, Summary, difference, mean_known, summarise
 
@@ -98,15 +98,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     ``flops_paper_percent``, ``flops_executed_percent``; ``final_difference`` and ``best_difference`` as
     ``{mean, p_value, test, pairs, why_no_p}``.
     """
-    return {"schema": 1, **_plain(asdict(comparison))}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {"schema": 1, **plain_json(asdict(comparison))}
 
 
 def _once(runs: Sequence[Run]) -> list[Run]:

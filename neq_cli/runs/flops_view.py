@@ -26,6 +26,6 @@ def render_flops(name: str, estimate: Mapping[str, Any]) -> RenderableType:
         layers.add_column(column, justify="left" if column in ("layer", "kind") else "right", overflow="fold")
     for layer, row in estimate["layers"].items():
         paper, executed = format_flops(row["flops_paper"]), format_flops(row["flops_executed"])
-        layers.add_row(printable(layer), row["kind"], str(row["neurons"]), paper, executed)
+        layers.add_row(Text(printable(layer)), Text(row["kind"]), str(row["neurons"]), paper, executed)
     unit = Text("one sample's back-propagation, one multiply-add each; per layer with nothing frozen", style="dim")
     return Group(sums, Text(), layers, unit)

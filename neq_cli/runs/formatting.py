@@ -1,9 +1,10 @@
-"""Numbers and foreign text as people read them on a terminal."""
+"""Numbers and foreign text as people read them on a terminal, and as JSON has them."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
+from typing import Any
 
 MISSING = "–"
 _PREFIXES = ("", "K", "M", "G", "T", "P", "E")
@@ -72,3 +73,12 @@ def printable(text: object, limit: int | None = None) -> str:
 def ratio_percent(part: float, whole: float) -> float:
     """``part`` in percent of ``whole``; NaN where the whole is zero."""
     return 100.0 * part / whole if whole else math.nan
+
+
+def plain_json(value: Any) -> Any:
+    """Return nested dictionaries, lists and tuples as JSON has them: lists, and None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from neq_cli.errors import NeqError, RunDirectoryError, did_you_mean
 from neq_cli.runs.configurations import model_and_data, policy_label
-from neq_cli.runs.formatting import printable, ratio_percent
+from neq_cli.runs.formatting import plain_json, printable, ratio_percent
 from neq_cli.runs.run_reader import LayerRow, Run
 from neq_cli.runs.statistics import mean_known
 
@@ -118,15 +118,7 @@ def fold_ranges(indices: Iterable[int]) -> str:
 
 def to_json(inspection: Inspection) -> dict[str, Any]:
     """Return the fields of ``Inspection`` as plain lists and dicts, with ``schema`` 1; what is not known is None."""
-    return {"schema": 1, **_plain(asdict(inspection))}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {"schema": 1, **plain_json(asdict(inspection))}
 
 
 def _history(
