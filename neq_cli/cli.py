@@ -28,7 +28,7 @@ app = typer.Typer(
     name="neq",
     help="Train any PyTorch model and stop updating the neurons that have reached equilibrium.",
     epilog="Example: neq train digits",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="neq", standalone_mode=False)
+        if code == 130:  # what some Typers make of Ctrl-C, without a word
+            raise KeyboardInterrupt
     except NeqError as error:
         _complain(str(error))
         code = error.exit_code
     except _UsageError as error:
-        command = error.ctx.command_path if getattr(error, "ctx", None) else "neq"
-        _complain(f"{command}: {error.format_message().rstrip('.')}; see `{command} --help`")
+        _complain(_usage_line(error))
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; finished epochs are kept")
@@ -61,6 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_line(error: Any) -> str:
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "neq"
+    message = error.format_message().rstrip(".").replace("Value error, ", "")
+    if hasattr(error.__cause__, "errors"):  # pydantic's, in newer Typers: it does not tell the value
+        value = repr(error.__cause__.errors()[0]["input"])
+        message += f", not {value}" if value not in message else ""
+    return f"{command}: {message}; see `{command} --help`"
 
 
 def _complain(message: str) -> None:
@@ -91,11 +101,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(epilog="Example: neq train digits epochs=5 policy.epsilon=0.005")
@@ -116,9 +128,9 @@ def train(
     from neq_cli.runs.run_dir import check_available, default_run_directory
 
     changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
-    loaded = _load(recipe, changes)
     if output is not None:
-        check_available(output)
+        check_available(output)  # before torch is imported, which takes seconds
+    loaded = _load(recipe, changes)
     if dry_run:
         _show_plan(loaded, output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now()))
         return

@@ -160,8 +160,8 @@ def _plain_error(error: yaml.MarkedYAMLError, text: str) -> YamlSyntaxError:
     mark = error.problem_mark
     if "quoted scalar" in context or "flow" in context:
         mark = error.context_mark or mark  # where the quote or bracket opens, not where the text ends
-    line = mark.line + 1 if mark is not None else 1
     lines = text.splitlines()
+    line = min(mark.line + 1, max(1, len(lines))) if mark is not None else 1
     here = lines[line - 1] if line <= len(lines) else ""
     indent = here[: len(here) - len(here.lstrip())]
     if "\t" in indent:
@@ -190,6 +190,7 @@ _SYNTAX = (
     ("flow sequence", "a [ that is not closed; close it with ]"),
     ("flow mapping", "a { that is not closed; close it with }"),
     ("<block end>", "indentation that does not fit the lines above; align it with its section"),
+    ("but found '<stream end>'", "a [ or { that is not closed; close it"),
     ("expected the node content", "a value that begins with a reserved character; put it in quotes"),
     ("cannot start any token", "a value that begins with a reserved character; put it in quotes"),
 )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from neq_cli.errors import RunDirectoryError
+from neq_cli.errors import RunDirectoryError, TrainingError
 
 _VERSION = "1"
 
@@ -22,8 +22,8 @@ _VERSION = "1"
 def save_state(state: Mapping[str, Any], path: Path) -> None:
     """Write ``state``, nested dictionaries, lists and tuples of tensors and plain values, to ``path``.
 
-    Tensors are stored contiguous; a reader that needs another memory format restores it. Raises TypeError for a value
-    that JSON does not know.
+    Tensors are stored contiguous; a reader that needs another memory format restores it. Raises TrainingError for
+    a value that JSON does not know, such as a policy of the user's own may keep.
     """
     tensors: dict[str, Tensor] = {}
     structure = _encode(state, "", tensors)
@@ -58,6 +58,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(f"{path}: cannot be read as weights ({type(error).__name__})") from error
     state = load_state(path)
+    if not isinstance(state, dict) or not {"model", "averaged"} <= state.keys():
+        raise RunDirectoryError(f"{path}: not the checkpoint of a run; give one from its folder checkpoints")
     averaged: dict[str, Tensor] | None = state["averaged"]
     if averaged is None:
         return dict(state["model"])
@@ -67,6 +69,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while key in tensors:  # {"a": {"b": ...}, "a/b": ...}
+            key += "'"
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {"tensor": key}
     if isinstance(value, Mapping):
@@ -77,7 +81,10 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple": items} if isinstance(value, tuple) else items
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{key}: a {type(value).__name__} cannot be stored in a checkpoint")
+    raise TrainingError(
+        f"checkpoint: {key.lstrip('/')}: a {type(value).__name__} cannot be stored; "
+        "keep tensors, numbers, text, lists and dictionaries"
+    )
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from neq_cli.errors import TrainingError
+from neq_cli.errors import FreezingError, TrainingError
 from neq_cli.freezing import Freezer, LayerFlops, Observation
 from neq_cli.recipe import Recipe
 from neq_cli.records import EpochRecord, LayerState, Record, StepProgress
@@ -57,10 +57,16 @@ class Trainer:
     def run(self) -> Iterator[Record]:
         """Train the epochs that are left; yields progress and one ``EpochRecord`` per epoch.
 
-        Raises TrainingError where the loss is not finite.
+        Raises TrainingError where the loss is not finite, the device's memory is full or the policy's answer is wrong.
         """
         while self.epoch < self.recipe.epochs:
-            yield from self._run_epoch(self.epoch + 1)
+            epoch = self.epoch + 1
+            try:
+                yield from self._run_epoch(epoch)
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(f"epoch {epoch}: {self.device} is out of memory; lower batch_size") from error
+            except FreezingError as error:
+                raise TrainingError(f"epoch {epoch}: {error}") from error
 
     def _run_epoch(self, epoch: int) -> Iterator[Record]:
         started, rows_before = time.perf_counter(), self.freezer.row_keeping_seconds

@@ -1,0 +1,328 @@
+"""The command line as its users meet it: exit codes, one-line errors, and a run from start to export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from neq_cli import __version__
+from neq_cli.cli import app, main
+
+VERBS = ("train", "inspect", "compare", "flops", "validate", "recipes", "init", "export")
+SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
+CHECKOUT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "100"}
+
+
+def start(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "neq_cli", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command ends with, code 2."""
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err.strip()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    folder = tmp_path_factory.mktemp("trained")
+    process = start("train", "digits", "epochs=2", *SHORT, "--device", "cpu", folder=folder)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return folder / out.strip(), out, err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_with_an_example_that_parses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    texts = []
+    for option in ("-h", "--help"):
+        assert call(verb, option) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    last = texts[0].strip().splitlines()[-1].strip()
+    words = shlex.split(last.removeprefix("Example: "))
+    assert words[:2] == ["neq", verb]
+    # Parsed by the very command, which is then not run.
+    import typer.main
+
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    assert command.make_context(verb, words[2:])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"neq {__version__}\n"
+
+
+def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call() == 0
+    alone = capsys.readouterr()
+    assert call("-h") == 0
+    assert alone == capsys.readouterr()
+    assert all(f"  {verb} " in alone.out for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--nope"], ["No such option: --nope", "neq --help"]),
+        (["frobnicate"], ["No such command 'frobnicate'"]),
+        (["train"], ["neq train: Missing argument 'RECIPE'", "neq train --help"]),
+        (["train", "digits", "--nope"], ["No such option: --nope"]),
+        (["train", "digits", "--progress", "loud"], ["--progress", "'loud'", "'plain'"]),
+        (["inspect", "x", "--epoch", "two"], ["--epoch", "two", "integer"]),
+        (["export", "x"], ["'-o'"]),
+        (["train", "nothere.yaml"], ["nothere.yaml: no such file", "known: cifar10-folder, digits"]),
+        (["train", "digits", "optimzer.lr=1"], ["optimzer: unknown key; did you mean 'optimizer'?"]),
+        (["train", "digits", "epochs=two"], ["epochs=two", "'two' is not a whole number", "250"]),
+        (["train", "digits", "epochs"], ["epochs: not KEY=VALUE"]),
+        (["train", "digits", "model.name=resnet21"], ["no torchvision model 'resnet21'", "did you mean"]),
+        (["train", "digits", "model.entrypoint=no_module:make"], ["no module 'no_module'", "PYTHONPATH"]),
+        (["train", "entrypoint", "model.kwargs={chanels: 3}"], ["'chanels'", "did you mean 'channels'?"]),
+        (["train", "digits", "optimizer.name=lbfgs"], ["LBFGS", "use sgd"]),
+        (["train", "digits", "batch_size=5000"], ["batch_size: 5000", "1388", "lower it"]),
+        (["train", "digits", "data.probe_size=1438"], ["data.probe_size: 1438", "1438", "lower it"]),
+        (["train", "digits", "exclude=[nothing]"], ["exclude: 'nothing' matches no layer"]),
+        (["train", "cifar10-folder", "data.root=missing"], ["data.root: no folder 'missing'"]),
+        (["train", "digits", "model.checkpoint=missing.pt"], ["no file 'missing.pt'"]),
+        (["train", "digits", "policy={kind: stochastic, p: 'match:missing'}"], ["missing: no such run directory"]),
+        (["inspect", "missing"], ["missing: no such run directory"]),
+        (["compare", "missing"], ["missing: no such run directory"]),
+        (["compare", "a", "--json", "--csv"], ["exclude each other"]),
+        (["export", "missing", "-o", "a.safetensors"], ["missing: no such run directory"]),
+        (["init", "digitz"], ["did you mean 'digits'?"]),
+        (["flops", "cifar10-folder", "data.image_size=null", "data.augment=none"], ["data.image_size"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    line = complaint(capsys, *arguments)
+    for part in parts:
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_cuda_asked_for_and_absent(capsys: pytest.CaptureFixture[str]) -> None:
+    line = complaint(capsys, "train", "digits", "--device", "cuda")
+    assert line == "command line: device=cuda: 'cuda', but no CUDA device is available; use device=auto"
+
+
+def test_folders_without_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "images" / part / "cat").mkdir(parents=True)
+    line = complaint(capsys, "train", "cifar10-folder", "data.root=images")
+    assert line == "data.root: 'images/train' has no images for the classes 'cat'"
+
+
+def test_all_problems_of_a_recipe_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(
+        "model: {name: resnet81}\ndata: {name: digitz}\nepochs: many\noptimizer: {name: sgd, lr: 0.1, momentun: 0.9}\n"
+        "policy: {kind: neq, epsilom: 0.1}\n"
+    )
+    assert call("validate", "bad.yaml") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [line.split(": ")[:2] for line in err.splitlines()] == [
+        ["bad.yaml:1", "model.name"], ["bad.yaml:2", "data.name"], ["bad.yaml:3", "epochs"],
+        ["bad.yaml:4", "optimizer.momentun"], ["bad.yaml:5", "policy.epsilom"],
+    ]  # fmt: skip
+    assert "did you mean 'epsilon'?" in err
+
+
+def test_an_open_bracket_is_found_in_its_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "open.yaml").write_text("epochs: [\n")
+    assert complaint(capsys, "validate", "open.yaml") == "open.yaml:1: a [ or { that is not closed; close it"
+
+
+def test_a_directory_that_exists_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    code = (
+        "import sys\nfrom neq_cli.cli import main\n"
+        "try: main(['train', 'digits', '-o', 'taken'])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "taken: already exists and is not empty; choose another with -o\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes"], ["--version"], []])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    code = (
+        f"import sys\nfrom neq_cli.cli import main\ntry: main({arguments!r})\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stderr == "0 False\n"
+
+
+def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("train", "digits", *SHORT, "-o", "somewhere", "--dry-run", "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "would write somewhere" in out
+    assert "FLOPs per sample and iteration" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recipes_init_and_validate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("recipes") == 0
+    listed = capsys.readouterr().out
+    assert {"digits", "entrypoint", "resnet32-cifar10"} <= {line.split()[0] for line in listed.splitlines()}
+    assert call("init", "entrypoint", "mine") == 0
+    assert capsys.readouterr().out.split() == ["mine/entrypoint.yaml", "mine/entrypoint_model.py"]
+    assert call("validate", "mine/entrypoint.yaml", "epochs=3") == 0
+    (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
+    assert "epochs: 3\n" in (tmp_path / "resolved.yaml").read_text()
+    assert "already" in complaint(capsys, "init", "entrypoint", "mine")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "printed", "exact"),
+    [
+        ([], "138.94M", 138937600.0),
+        (["policy.kind=stochastic", "policy.p=0.2"], "112.99M", None),
+        (["policy.kind=stochastic", "policy.p=0.5"], "69.75M", None),
+    ],
+)
+def test_the_papers_flops(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], printed: str, exact: float | None
+) -> None:
+    assert call("flops", "resnet32-cifar10", *overrides) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["paper", printed]
+    assert call("flops", "resnet32-cifar10", *overrides, "--json") == 0
+    estimate = json.loads(capsys.readouterr().out)
+    assert list(estimate) == ["flops_paper", "flops_executed", "flops_paper_dense", "flops_executed_dense", "layers"]
+    assert f"{estimate['flops_paper'] / 1e6:.2f}M" == printed
+    assert exact is None or estimate["flops_paper"] == exact
+
+
+def test_training_off_a_terminal_prints_a_line_per_epoch(trained: tuple[Path, str, str]) -> None:
+    run, out, err = trained
+    assert out.count("\n") == 1
+    assert run.is_dir()
+    assert run.parent.name == "digits"
+    assert "\x1b" not in out + err
+    lines = err.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/2", "2/2"]
+    assert lines[0].startswith("digits: resnet8 on digits, neq epsilon=")
+    assert lines[-1].startswith("finished: ")
+    assert json.loads((run / "environment.json").read_text())["argv"][1:3] == ["train", "digits"]
+
+
+def test_a_run_is_inspected_compared_and_exported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, trained: tuple[Path, str, str]
+) -> None:
+    run = str(trained[0])
+    assert call("inspect", run) == 0
+    assert "finished" in capsys.readouterr().out
+    assert call("inspect", run, "--epoch", "1", "--layer", "layer1*", "--json") == 0
+    assert json.loads(capsys.readouterr().out)
+    for option in ("--json", "--csv", "--markdown", "--latex"):
+        assert call("compare", run, option) == 0
+        out = capsys.readouterr().out
+        assert json.loads(out) if option == "--json" else "neq" in out.lower()
+    assert call("export", run, "-o", "final.safetensors") == 0
+    exported, final = load_file("final.safetensors"), load_file(trained[0] / "weights.safetensors")
+    assert exported.keys() == final.keys()
+    assert all((exported[name] == final[name]).all() for name in final)
+    assert call("export", run, "-o", "last.safetensors", "--from", "last") == 0
+    assert all((load_file("last.safetensors")[name] == final[name]).all() for name in final)
+    capsys.readouterr()
+    assert "already exists" in complaint(capsys, "export", run, "-o", "last.safetensors")
+    assert "must end in .safetensors" in complaint(capsys, "export", run, "-o", "last.bin")
+    assert "3" in complaint(capsys, "inspect", run, "--epoch", "3")
+    assert "nolayer" in complaint(capsys, "inspect", run, "--layer", "nolayer")
+
+
+def test_a_failure_while_training_is_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("train", "digits", *SHORT, "optimizer.lr=1e+30", "-o", "run", "--progress", "off") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("epoch 1, step 2: the loss is not a finite number")
+    assert err.count("\n") == 1
+    line = complaint(capsys, "inspect", "run")
+    assert "no finished epoch yet" in line
+
+
+def wait_for_an_epoch(process: subprocess.Popen[str], run: Path) -> None:
+    ends = time.monotonic() + 60
+    while not (run / "checkpoints" / "last.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted; finished epochs are kept"),
+        (signal.SIGTERM, 143, "terminated; finished epochs are kept"),
+        (signal.SIGKILL, -signal.SIGKILL, None),
+    ],
+)
+def test_a_run_that_is_stopped_can_be_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, code: int, line: str | None
+) -> None:
+    process = start("train", "digits", *SHORT, "epochs=1000", "-o", "run", "--device", "cpu", folder=tmp_path)
+    try:
+        wait_for_an_epoch(process, tmp_path / "run")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code
+    assert "Traceback" not in err
+    if line is not None:
+        assert err.splitlines()[-1] == line
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert (status["state"], status["reason"]) == ("interrupted", signal.Signals(number).name)
+    assert call("inspect", "run") == 0
+    assert ("interrupted" if line else "killed") in capsys.readouterr().out
+    assert call("compare", "run", "--json") == 0

@@ -1,0 +1,310 @@
+"""The training loop, against steps written out by hand on a network small enough to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
+
+from neq_cli.errors import TrainingError
+from neq_cli.recipe import Recipe
+from neq_cli.records import EpochRecord
+from neq_cli.training.engine import Trainer
+from neq_cli.training.session import prepare
+
+TIMINGS = {"images_per_second", "epoch_seconds", "probe_seconds"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def noise(size: int = 42) -> tuple[TensorDataset, TensorDataset]:
+    """Images [1, 4, 4] whose first pixel is their number, so that a test can tell which of them were seen."""
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(size + 12, 1, 4, 4, generator=generator)
+    images[:, 0, 0, 0] = torch.arange(size + 12) / 100
+    labels = torch.randint(0, 3, (size + 12,), generator=generator)
+    labels[-1] = labels[0] = 2
+    return TensorDataset(images[:size], labels[:size]), TensorDataset(images[size:], labels[size:])
+
+
+def plain_network() -> nn.Module:
+    """A network in which every image is worth the same, whatever the others in its batch."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def normalised_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    )
+
+
+def make_recipe(network: str = "plain_network", size: int = 42, **changes: Any) -> Recipe:
+    values = {
+        "model": {"entrypoint": f"{__name__}:{network}"},
+        "data": {"entrypoint": f"{__name__}:noise", "kwargs": {"size": size}, "probe_size": 10, "workers": 0},
+        "epochs": 1,
+        "batch_size": 8,
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "policy": {"kind": "baseline"},
+        "device": "cpu",
+    }
+    return Recipe.model_validate(values | changes)
+
+
+def make_trainer(**changes: Any) -> Trainer:
+    return prepare(make_recipe(**changes), "test").trainer
+
+
+def epochs_of(trainer: Trainer) -> list[EpochRecord]:
+    return [record for record in trainer.run() if isinstance(record, EpochRecord)]
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def train_by_hand(trainer: Trainer, groups: list[int], clip: float | None = None) -> dict[str, Tensor]:
+    """Plain steps of SGD, each on the mean loss of so many joined batches."""
+    model, rate = trainer.model, trainer.recipe.optimizer.lr
+    assert rate is not None
+    trainer.loaders.start_epoch(1)
+    batches = list(trainer.loaders.train)
+    assert sum(groups) == len(batches)
+    for group in groups:
+        inputs = torch.cat([batch[0] for batch in batches[:group]])
+        targets = torch.cat([batch[1] for batch in batches[:group]])
+        del batches[:group]
+        gradients = torch.autograd.grad(functional.cross_entropy(model(inputs), targets), list(model.parameters()))
+        norm = torch.sqrt(sum(((gradient**2).sum() for gradient in gradients), torch.zeros(())))
+        scale = 1.0 if clip is None else min(1.0, clip / float(norm))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= rate * scale * gradient
+    return weights_of(trainer)
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "groups"), [(1, [1, 1, 1, 1]), (4, [4]), (3, [3, 1]), (9, [4])], ids=["no", "all", "rest", "more"]
+)
+def test_accumulated_batches_are_one_large_batch(accumulation: int, groups: list[int]) -> None:
+    trainer = make_trainer(gradient_accumulation=accumulation)
+    by_hand = train_by_hand(make_trainer(), groups)
+    epochs_of(trainer)
+    assert_close(weights_of(trainer), by_hand)
+
+
+@pytest.mark.parametrize(("clip", "accumulation", "groups"), [(0.05, 1, [1] * 4), (0.05, 2, [2, 2]), (100.0, 4, [4])])
+def test_gradients_are_clipped_once_per_step(clip: float, accumulation: int, groups: list[int]) -> None:
+    trainer = make_trainer(clip_grad_norm=clip, gradient_accumulation=accumulation)
+    by_hand = train_by_hand(make_trainer(), groups, clip)
+    start = weights_of(trainer)
+    epochs_of(trainer)
+    assert_close(weights_of(trainer), by_hand)
+    moved = torch.sqrt(sum(((weights_of(trainer)[name] - start[name]) ** 2).sum() for name in start))
+    if clip < 1:
+        assert float(moved) <= 0.1 * clip * len(groups) * (1 + 1e-5)
+
+
+def test_averaged_weights_are_the_closed_form() -> None:
+    decay = 0.8
+    trainer = make_trainer(network="normalised_network", ema=decay, epochs=2)
+    after_steps: list[dict[str, Tensor]] = []
+    trainer.optimizer.register_step_post_hook(lambda *_: after_steps.append(weights_of(trainer)))
+    last = epochs_of(trainer)[-1]
+    steps = len(after_steps)
+    assert steps == 8
+    averaged = trainer.tested_model.state_dict()
+    for name in ("0.weight", "1.weight", "1.running_mean", "4.bias"):
+        # The first step's weights are taken as they are.
+        expected = decay ** (steps - 1) * after_steps[0][name]
+        for step in range(2, steps + 1):
+            expected = expected + (1 - decay) * decay ** (steps - step) * after_steps[step - 1][name]
+        torch.testing.assert_close(averaged[name], expected)
+        assert not torch.equal(averaged[name], weights_of(trainer)[name])
+    trainer.tested_model.eval()
+    batches = list(trainer.loaders.test)
+    hits = sum(int((trainer.tested_model(x).argmax(1) == y).sum()) for x, y in batches)
+    assert last.metrics["test_top1"] == pytest.approx(100 * hits / 12)
+
+
+def test_losses_are_means_over_all_images_and_smoothing_is_in_the_training_loss() -> None:
+    smoothing = 0.2
+    trainer = make_trainer(optimizer={"name": "sgd", "lr": 0.0}, label_smoothing=smoothing)
+    (record,) = epochs_of(trainer)
+    trainer.loaders.start_epoch(1)
+    batches = list(trainer.loaders.train)
+    inputs, targets = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    logs = functional.log_softmax(trainer.model(inputs), 1).detach()
+    truth = -logs.gather(1, targets[:, None]).mean()
+    spread = -logs.mean()
+    assert record.metrics["train_loss"] == pytest.approx(float((1 - smoothing) * truth + smoothing * spread), rel=1e-5)
+    hits = float((trainer.model(inputs).argmax(1) == targets).double().mean())
+    assert record.metrics["train_top1"] == pytest.approx(100 * hits)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_follow_fp32(precision: str) -> None:
+    full, lower = make_trainer(epochs=2), make_trainer(epochs=2, precision=precision, clip_grad_norm=10.0)
+    assert lower.scaler.is_enabled() == (precision == "fp16")
+    full_records, records = epochs_of(full), epochs_of(lower)
+    assert records[-1].metrics["train_loss"] == pytest.approx(float(full_records[-1].metrics["train_loss"]), rel=0.05)
+    assert all(tensor.dtype == torch.float32 for tensor in weights_of(lower).values())
+    assert not torch.equal(weights_of(lower)["0.weight"], weights_of(full)["0.weight"])
+
+
+def test_a_step_that_fp16_skips_holds_frozen_rows_and_goes_on() -> None:
+    trainer = make_trainer(precision="fp16", epochs=1)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    start = weights_of(trainer)
+    epochs_of(trainer)
+    assert_close(weights_of(trainer), start, 0.0)
+    assert trainer.scaler.get_scale() == 2.0**56
+
+
+@pytest.mark.parametrize("network", ["plain_network", "normalised_network"])
+def test_channels_last_changes_the_layout_only(network: str) -> None:
+    plain, other = make_trainer(network=network), make_trainer(network=network, channels_last=True)
+    weight = other.model.get_parameter("0.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    epochs_of(plain)
+    epochs_of(other)
+    assert_close(weights_of(plain), weights_of(other), 1e-5)
+
+
+STOCHASTIC = {"kind": "stochastic", "p": 0.5}
+
+
+@pytest.mark.parametrize("policy", [STOCHASTIC, {"kind": "neq", "epsilon": 0.05}], ids=["stochastic", "neq"])
+def test_the_same_seed_gives_the_same_bits(policy: dict[str, Any]) -> None:
+    def run(seed: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        torch.rand(seed + 5)  # what was drawn before must not matter
+        trainer = make_trainer(
+            network="normalised_network", seed=seed, epochs=3, policy=policy, deterministic=True, ema=0.9
+        )
+        records = epochs_of(trainer)
+        kept = [{key: v for key, v in record.metrics.items() if key not in TIMINGS} for record in records]
+        return weights_of(trainer), kept
+
+    weights, metrics = run(1)
+    same_weights, same_metrics = run(1)
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert metrics == same_metrics
+    other_weights, other_metrics = run(2)
+    assert not torch.equal(weights["0.weight"], other_weights["0.weight"])
+    assert metrics != other_metrics
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
+    # The first epoch ends well; the second one's first step makes the weights huge, its second loss shows it.
+    trainer = make_trainer(epochs=3, scheduler={"name": "multistep", "milestones": [1], "gamma": 1e38})
+    records = trainer.run()
+    seen: list[int] = []
+    with pytest.raises(TrainingError) as raised:
+        seen.extend(record.epoch for record in records if isinstance(record, EpochRecord))
+    assert str(raised.value).startswith("epoch 2, step 2: the loss is not a finite number")
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == 1
+    assert trainer.epoch == 1
+
+
+def test_a_loss_that_only_the_test_set_makes_infinite_is_a_measurement() -> None:
+    trainer = make_trainer(optimizer={"name": "sgd", "lr": 1e38}, batch_size=32)
+    (record,) = epochs_of(trainer)  # one step: the training loss was taken before it
+    assert not torch.isfinite(torch.tensor(float(record.metrics["test_loss"])))
+
+
+def test_epochs_between_tests_have_no_test_metrics() -> None:
+    records = epochs_of(make_trainer(epochs=5, eval_every=2))
+    tested = [record.epoch for record in records if record.metrics["test_top1"] == record.metrics["test_top1"]]
+    assert tested == [2, 4, 5]
+    assert all(record.metrics["train_loss"] == record.metrics["train_loss"] for record in records)
+
+
+def test_the_learning_rate_is_the_one_an_epoch_started_with() -> None:
+    records = epochs_of(make_trainer(epochs=5, scheduler={"name": "multistep", "milestones": [2, 4], "gamma": 0.5}))
+    assert [record.metrics["lr"] for record in records] == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025])
+
+
+def test_columns_of_an_epoch_tell_the_sets_in_force_during_it() -> None:
+    records = epochs_of(make_trainer(epochs=3, policy=STOCHASTIC))
+    # Paper, one sample: the convolution 2 x 9 x 16 x 4 multiply-adds, the linear layer 2 x 64 x 3.
+    convolution, linear = 2 * 9 * 16 * 4, 2 * 64 * 3
+    frozen = [0, 2, 2]  # int(0.5 * 4) of the convolution; the output layer never
+    for record, count in zip(records, frozen, strict=True):
+        assert record.metrics["neurons"] == 7
+        assert record.metrics["frozen"] == count
+        assert record.metrics["flops_paper_dense"] == convolution + linear
+        assert record.metrics["flops_paper"] == convolution * (1 - count / 4) + linear
+    for before, after in pairwise(records):
+        for layer, later in zip(before.layers, after.layers, strict=True):
+            assert (layer.trainable == later.trained).all()
+    assert list(records[0].metrics)[:6] == ["epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1"]
+
+
+def test_frozen_rows_do_not_move_during_their_epoch() -> None:
+    trainer = make_trainer(
+        epochs=3, policy=STOCHASTIC, optimizer={"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    )
+    before = weights_of(trainer)
+    for record in epochs_of_one_by_one(trainer):
+        after = weights_of(trainer)
+        trained = torch.from_numpy(record.layers[0].trained)
+        for name in ("0.weight", "0.bias"):
+            same = (
+                (before[name] == after[name]).flatten(1).all(1)
+                if after[name].dim() > 1
+                else before[name] == after[name]
+            )
+            assert torch.equal(same, ~trained)
+        before = after
+
+
+def epochs_of_one_by_one(trainer: Trainer) -> Iterator[EpochRecord]:
+    yield from (record for record in trainer.run() if isinstance(record, EpochRecord))
+
+
+def test_probe_images_are_never_trained_on() -> None:
+    trainer = make_trainer(epochs=2, policy=STOCHASTIC)
+    trained_on: set[int] = set()
+    observed: set[int] = set()
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        (trained_on if module.training else observed).update((inputs[0][:, 0, 0, 0] * 100).round().int().tolist())
+
+    trainer.model.register_forward_pre_hook(note)
+    epochs_of(trainer)
+    probe = {round(float(image[0, 0, 0]) * 100) for images, _ in trainer.loaders.probe for image in images}
+    test = set(range(42, 54))
+    assert len(probe) == 10
+    assert trained_on == set(range(42)) - probe
+    # The prober may call the network by other ways than through its hooks; whatever else it saw, it saw in eval mode.
+    assert observed <= probe | test
+
+
+def test_state_names_all_that_the_rest_of_a_run_depends_on() -> None:
+    trainer = make_trainer(epochs=2, scheduler={"name": "cosine"}, precision="fp16", ema=0.9)
+    epochs_of(trainer)
+    state = trainer.state_dict()
+    assert state["epoch"] == 2
+    assert state["averaged"].keys() >= {"module.0.weight", "n_averaged"}
+    for part in ("model", "optimizer", "scheduler", "scaler", "freezer", "random"):
+        assert state[part], part

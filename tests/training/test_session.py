@@ -1,0 +1,130 @@
+"""A recipe made ready to start, and its FLOPs counted without starting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from neq_cli.errors import RecipeError
+from neq_cli.recipe import Recipe, StochasticPolicy
+from neq_cli.recipe.file import dump_recipe, load_recipe
+from neq_cli.training.session import estimate_flops, match, prepare
+
+
+def make_recipe(**changes: Any) -> Recipe:
+    values = {
+        "model": {"name": "resnet8", "kwargs": {"num_classes": 10, "in_channels": 1, "width": 4}},
+        "data": {"name": "digits", "workers": 0},
+        "epochs": 2,
+        "batch_size": 64,
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "device": "cpu",
+    }
+    return Recipe.model_validate(values | changes)
+
+
+def test_a_session_says_what_it_is() -> None:
+    session = prepare(make_recipe(), "small")
+    started = session.started
+    assert started.recipe_name == "small"
+    assert started.description == "resnet8 on digits"
+    assert started.policy == "neq epsilon=0.001 mu=0.5"
+    assert started.epochs == 2
+    assert started.steps_per_epoch == 1388 // 64
+    assert started.metric == "test_top1"
+    assert dict(started.layers) == {name: len(mask) for name, mask in session.trainer.freezer.trainable.items()}
+    assert started.layers["fc"] == 10
+    assert "never frozen (output layer): fc" in started.notes
+    assert session.data_content == {
+        "name": "digits", "train": 1438, "test": 359, "classes": 10, "image_shape": [1, 8, 8]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ({"kind": "baseline"}, "baseline"),
+        ({"kind": "stochastic", "p": 0.25}, "stochastic p=0.25"),
+        ({"kind": "stochastic", "p": "match:a/b", "matched_p": 0.5}, "stochastic p=0.5 (match:a/b)"),
+        ({"kind": "neq", "definition": "reference"}, "neq epsilon=0.001 mu=0.5 definition=reference"),
+    ],
+)
+def test_the_policy_in_words(policy: dict[str, Any], words: str) -> None:
+    assert prepare(make_recipe(policy=policy), "small").started.policy == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exclude": ["nothing"]}, "exclude: 'nothing' matches no layer"),
+        ({"batch_size": 1389}, "batch_size: 1389 images per step, but digits has 1388"),
+        ({"data": {"name": "digits", "probe_size": 1438}}, "data.probe_size: 1438 probe images of 1438"),
+        ({"policy": {"kind": "stochastic", "p": "match:a"}}, "policy.p: 'match:a' needs the run it names"),
+    ],
+)
+def test_what_only_the_data_or_model_can_tell_is_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        prepare(make_recipe(**changes), "small")
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_seed_decides_the_weights() -> None:
+    first = prepare(make_recipe(seed=5), "a").trainer.model.state_dict()
+    torch.rand(3)
+    again = prepare(make_recipe(seed=5), "b").trainer.model.state_dict()
+    other = prepare(make_recipe(seed=6), "c").trainer.model.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["fc.weight"], other["fc.weight"])
+
+
+def test_matching_is_written_into_the_recipe_and_holds_without_the_other_run() -> None:
+    policy = {"kind": "stochastic", "p": "match:a"}
+    dense = estimate_flops(make_recipe(policy={"kind": "baseline"})).flops_paper
+    matched = prepare(make_recipe(policy=policy, epochs=10), "small", 0.7 * dense)
+    section = matched.recipe.policy
+    assert isinstance(section, StochasticPolicy)
+    assert section.p == "match:a"
+    assert section.matched_p is not None
+    again = prepare(matched.recipe, "small")  # no FLOPs given
+    assert again.recipe == matched.recipe
+    assert again.started.policy == matched.started.policy
+    assert estimate_flops(matched.recipe).flops_paper == pytest.approx(0.7 * dense, rel=0.05)
+    assert "matched_p: " in dump_recipe(matched.recipe)
+
+
+@pytest.mark.parametrize("flops", [0.0, 1e12, float("nan")])
+def test_flops_of_another_model_are_refused(flops: float) -> None:
+    recipe = make_recipe(policy={"kind": "stochastic", "p": "match:a"})
+    with pytest.raises(RecipeError, match=r"^policy.p: 'match:a' has .* match a run of the same model$"):
+        match(recipe, prepare(make_recipe(), "small").trainer.model, (1, 1, 8, 8), flops)
+
+
+def test_the_papers_numbers() -> None:
+    def paper(*overrides: str) -> str:
+        recipe = load_recipe("resnet32-cifar10", overrides).recipe
+        return f"{estimate_flops(recipe).flops_paper / 1e6:.2f}M"
+
+    assert paper() == "138.94M"
+    assert paper("policy.kind=stochastic", "policy.p=0.2") == "112.99M"
+    assert paper("policy.kind=stochastic", "policy.p=0.5") == "69.75M"
+
+
+def test_an_estimate_sums_its_layers_and_agrees_with_training() -> None:
+    estimate = estimate_flops(make_recipe())
+    assert estimate.flops_paper == estimate.flops_paper_dense
+    assert estimate.flops_paper == sum(layer["flops_paper"] for layer in estimate.layers.values())
+    assert estimate.layers["fc"] == {
+        "kind": "Linear", "neurons": 10, "flops_paper": 2 * 16 * 10, "flops_executed": 2 * 16 * 10
+    }  # fmt: skip
+    flops = prepare(make_recipe(), "small").trainer.freezer.flops()
+    assert (flops.paper, flops.executed) == (estimate.flops_paper, estimate.flops_executed)
+
+
+def test_an_estimate_needs_the_size_of_the_images() -> None:
+    recipe = make_recipe(data={"name": "image_folder"}, model={"name": "resnet8"})
+    with pytest.raises(RecipeError, match=r"^data.image_size: "):
+        estimate_flops(recipe)
+    assert estimate_flops(make_recipe(data={"name": "image_folder", "image_size": 32}, model={"name": "resnet8"}))
