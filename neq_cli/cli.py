@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A terminal that knows no "±" gets a "?" rather than a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(arguments, prog_name="neq", standalone_mode=False)
         if code == 130:  # what some Typers make of Ctrl-C, without a word
@@ -61,7 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader has gone, as in `neq inspect ... | head`.
         sys.stderr.close()
         code = 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM: end what runs so that it can say so."""
+    raise Terminated
 
 
 def _usage_line(error: Any) -> str:
@@ -196,13 +205,11 @@ def compare(
 @app.command(epilog="Example: neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5")
 def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count one sample's back-propagation without training, averaged over the recipe's epochs."""
-    from neq_cli.running import matched_flops
+    from neq_cli.running import estimated_flops
     from neq_cli.runs.flops_view import render_flops
 
     loaded = _load(recipe, overrides)
-    from neq_cli.training.session import estimate_flops
-
-    estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded.recipe)))
+    estimate = estimated_flops(loaded)
     if as_json:
         _print_json(estimate)
     else:
@@ -293,12 +300,11 @@ def _read_runs(paths: Sequence[Path]) -> list[Run]:
 def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:
     from rich.console import Console
 
-    from neq_cli.running import matched_flops
+    from neq_cli.running import prepared
     from neq_cli.runs.formatting import format_flops
     from neq_cli.runs.progress import PlainProgress
-    from neq_cli.training.session import prepare
 
-    session = prepare(loaded.recipe, loaded.name, matched_flops(loaded.recipe))
+    session = prepared(loaded)
     PlainProgress(Console(file=sys.stdout)).show(session.started)
     flops = session.trainer.freezer.flops()
     print(

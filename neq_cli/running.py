@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import NeqError, RunDirectoryError, Terminated, TrainingError
+from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.records import EpochRecord
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, default_run_directory, writing
 from neq_cli.runs.run_reader import read_run
+from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
     from neq_cli.training.session import Session
@@ -31,9 +31,8 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress) 
     a signal ended it; what was saved stays.
     """
     from neq_cli.training.device import environment
-    from neq_cli.training.session import prepare
 
-    session = prepare(loaded.recipe, loaded.name, matched_flops(loaded.recipe))
+    session = prepared(loaded)
     about = {**environment(session.trainer.device), "data": dict(session.data_content)}
     writer = _create_directory(run_directory, loaded.name, session.recipe, about)
     with _status_of(writer), progress:
@@ -44,13 +43,41 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress) 
     return writer.path
 
 
-def matched_flops(recipe: Recipe) -> float | None:
+def prepared(loaded: LoadedRecipe) -> Session:
+    """Return the session of ``loaded``, ready to train."""
+    from neq_cli.training.session import prepare
+
+    with _located(loaded):
+        return prepare(loaded.recipe, loaded.name, matched_flops(loaded))
+
+
+def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Return the fields of ``FlopsEstimate`` for ``loaded``."""
+    from neq_cli.training.session import estimate_flops
+
+    with _located(loaded):
+        return asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
+
+
+@contextmanager
+def _located(loaded: LoadedRecipe) -> Iterator[None]:
+    """Tell what only data and model show to be wrong with its place in the recipe or on the command line."""
+    try:
+        yield
+    except RecipeValueError as error:
+        raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+
+
+def matched_flops(loaded: LoadedRecipe) -> float | None:
     """Return the mean paper FLOPs of the run that ``p: match:RUN_DIR`` names; None where the policy names none."""
-    policy = recipe.policy
+    policy = loaded.recipe.policy
     if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
         return None
-    run = read_run(Path(policy.p.removeprefix(_MATCH)).expanduser())
-    return float(run.column("flops_paper").mean())
+    try:
+        run = read_run(Path(policy.p.removeprefix(_MATCH)).expanduser())
+        return float(run.column("flops_paper").mean())
+    except RunDirectoryError as error:
+        raise RecipeError([loaded.problem("policy.p", str(error))]) from error
 
 
 def _create_directory(chosen: Path | None, name: str, recipe: Recipe, about: Mapping[str, Any]) -> RunWriter:
@@ -112,12 +139,7 @@ def _save_weights(session: Session, writer: RunWriter) -> None:
 
 @contextmanager
 def _status_of(writer: RunWriter) -> Iterator[None]:
-    """Say in status.json how what happens inside ended; SIGTERM ends it as Terminated."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    """Say in status.json how what happens inside ended."""
     try:
         yield
     except KeyboardInterrupt:
@@ -133,5 +155,3 @@ def _status_of(writer: RunWriter) -> Iterator[None]:
         raise
     else:
         writer.finish()
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -123,12 +123,15 @@ def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits", "model.entrypoint=no_module:make"], ["no module 'no_module'", "PYTHONPATH"]),
         (["train", "entrypoint", "model.kwargs={chanels: 3}"], ["'chanels'", "did you mean 'channels'?"]),
         (["train", "digits", "optimizer.name=lbfgs"], ["LBFGS", "use sgd"]),
-        (["train", "digits", "batch_size=5000"], ["batch_size: 5000", "1388", "lower it"]),
-        (["train", "digits", "data.probe_size=1438"], ["data.probe_size: 1438", "1438", "lower it"]),
+        (["train", "digits", "batch_size=5000"], ["command line: batch_size=5000: 5000", "1388", "lower it"]),
+        (["train", "digits", "data.probe_size=1438"], ["data.probe_size=1438: 1438 probe", "lower it"]),
         (["train", "digits", "exclude=[nothing]"], ["exclude: 'nothing' matches no layer"]),
-        (["train", "cifar10-folder", "data.root=missing"], ["data.root: no folder 'missing'"]),
-        (["train", "digits", "model.checkpoint=missing.pt"], ["no file 'missing.pt'"]),
-        (["train", "digits", "policy={kind: stochastic, p: 'match:missing'}"], ["missing: no such run directory"]),
+        (["train", "cifar10-folder", "data.root=missing"], ["command line: data.root=missing: no folder 'missing'"]),
+        (["train", "digits", "model.checkpoint=missing.pt"], ["no file 'missing.pt'; give"]),
+        (
+            ["train", "digits", "policy={kind: stochastic, p: 'match:missing'}"],
+            ["command line: policy={", "policy.p: missing: no such run directory"],
+        ),
         (["inspect", "missing"], ["missing: no such run directory"]),
         (["compare", "missing"], ["missing: no such run directory"]),
         (["compare", "a", "--json", "--csv"], ["exclude each other"]),
@@ -163,14 +166,14 @@ def test_folders_without_images(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_all_problems_of_a_recipe_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(
         "model: {name: resnet81}\ndata: {name: digitz}\nepochs: many\noptimizer: {name: sgd, lr: 0.1, momentun: 0.9}\n"
-        "policy: {kind: neq, epsilom: 0.1}\n"
+        "policy: {kind: neq, epsilom: 0.1}\ndevice: gpu\n"
     )
     assert call("validate", "bad.yaml") == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(": ")[:2] for line in err.splitlines()] == [
         ["bad.yaml:1", "model.name"], ["bad.yaml:2", "data.name"], ["bad.yaml:3", "epochs"],
-        ["bad.yaml:4", "optimizer.momentun"], ["bad.yaml:5", "policy.epsilom"],
+        ["bad.yaml:4", "optimizer.momentun"], ["bad.yaml:5", "policy.epsilom"], ["bad.yaml:6", "device"],
     ]  # fmt: skip
     assert "did you mean 'epsilon'?" in err
 

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from neq_cli import running
+from neq_cli.cli import terminate
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.freezing import Observation
 from neq_cli.recipe.file import LoadedRecipe, load_recipe
@@ -135,7 +136,7 @@ def test_a_matched_run_retrains_without_the_run_it_matched(finished: Path, tmp_p
     with pytest.raises(RecipeError, match="match a run of the same model"):
         running.train(other, tmp_path / "other", Silent())
     missing = load(tmp_path, "policy.kind=stochastic", f"policy.p=match:{tmp_path}/missing")
-    with pytest.raises(RunDirectoryError, match="missing"):
+    with pytest.raises(RecipeError, match=r"^command line: policy\.p=match:.*: no such run directory"):
         running.train(missing, tmp_path / "missing-run", Silent())
     assert not (tmp_path / "other").exists()
     assert not (tmp_path / "missing-run").exists()
@@ -171,12 +172,14 @@ class AfterOneEpoch(Silent):
 )
 def test_a_signal_ends_a_run_and_is_noted(tmp_path: Path, number: int, error: type[BaseException], reason: str) -> None:
     assert threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(error):
-        running.train(load(tmp_path), tmp_path / "run", AfterOneEpoch(number))
+    before = signal.signal(signal.SIGTERM, terminate)  # as the command line has it
+    try:
+        with pytest.raises(error):
+            running.train(load(tmp_path), tmp_path / "run", AfterOneEpoch(number))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["reason"]) == ("interrupted", reason)
     assert read_run(tmp_path / "run").epochs == 1
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Odd:

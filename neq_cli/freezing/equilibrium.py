@@ -36,8 +36,9 @@ class Dynamics:
     @staticmethod
     def start(neurons: int) -> Dynamics:
         """Return epoch 0, a network compared with itself: phi = 1, nothing moves."""
-        still = torch.zeros(neurons, dtype=torch.float64)
-        return Dynamics(torch.ones(neurons, dtype=torch.float64), still, still.clone())
+        # On the CPU whatever torch.set_default_device says, here and wherever neurons are counted.
+        still = torch.zeros(neurons, dtype=torch.float64, device="cpu")
+        return Dynamics(torch.ones_like(still), still, still.clone())
 
     def next(self, phi: Tensor, mu: float, definition: Definition = "paper") -> Dynamics:
         """Return the dynamics after the next epoch, whose similarity is ``phi``.

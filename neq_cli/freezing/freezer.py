@@ -157,7 +157,7 @@ class Freezer:
         self.keeper.keep(trainable)
 
     def _everything(self) -> dict[str, Tensor]:
-        return {name: torch.ones(layer.neurons, dtype=torch.bool) for name, layer in self.layers.items()}
+        return {name: torch.ones(layer.neurons, dtype=torch.bool, device="cpu") for name, layer in self.layers.items()}
 
     def _first_probe_input(self) -> Any:
         if isinstance(self.probe_loader, Iterator):

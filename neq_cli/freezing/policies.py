@@ -101,8 +101,9 @@ class Stochastic:
         return {name: self._draw(len(observation.trainable)) for name, observation in observations.items()}
 
     def _draw(self, neurons: int) -> Tensor:
-        trainable = torch.ones(neurons, dtype=torch.bool)
-        trainable[torch.randperm(neurons, generator=self.generator)[: frozen_count(self.p, neurons)]] = False
+        trainable = torch.ones(neurons, dtype=torch.bool, device="cpu")
+        order = torch.randperm(neurons, generator=self.generator, device="cpu")
+        trainable[order[: frozen_count(self.p, neurons)]] = False
         return trainable
 
     def state_dict(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class _Comparison:
     def phi(self, layer: Layer) -> Tensor:
         total = self.total.get(layer.name)
         if total is None or layer.name in self.unlike:
-            return torch.full((layer.neurons,), torch.nan, dtype=torch.float64)
+            return torch.full((layer.neurons,), torch.nan, dtype=torch.float64, device="cpu")
         return (total[0] / total[1] if self.per_sample else cosine(total)).cpu()
 
 
@@ -132,7 +132,8 @@ def sums_by_neuron(layer: Layer, new: Tensor, old: Tensor, *, per_sample: bool) 
     step = max(1, CHUNK // max(1, new[0].numel()))
     for a, b in zip(torch.split(new, step), torch.split(old, step), strict=True):
         a, b = (_samples_and_neurons(layer, part, per_sample=per_sample) for part in (a, b))
-        parts.append(torch.stack([(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)]))
+        sums = torch.stack([(a * b).sum(-1), (a * a).sum(-1), (b * b).sum(-1)])
+        parts.append(sums if sums.dtype == torch.float64 else sums.cpu().double())
     if per_sample:
         return torch.cat(parts, 1)
     return torch.stack(parts).sum(0)

@@ -51,7 +51,7 @@ def _is_stock(kind: type) -> bool:
 
 def _updates_row_by_row(optimizer: torch.optim.Optimizer) -> bool:
     generator = torch.Generator().manual_seed(0)
-    start, common = torch.randn(4, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    start, common = torch.randn(2, 4, 3, generator=generator, device="cpu")
     results = []
     for scale in (1.0, 3.0):
         weight = nn.Parameter(start.clone())
@@ -128,9 +128,12 @@ class RowKeeper:
         self.gradient_hooks: list[RemovableHandle] = []
         self.stale = False
         self.seconds = 0.0  # spent around the optimiser's steps so far
+        after_step = optimizer.register_step_post_hook(lambda *_: self._after_step())
+        # Before other hooks there, which may average the weights: they shall see the rows as they are held.
+        optimizer._optimizer_step_post_hooks.move_to_end(after_step.id, last=False)  # type: ignore[attr-defined]
         self.hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            after_step,
             optimizer.register_load_state_dict_post_hook(lambda *_: self.forget()),
             # On every module, for a part of the model may be loaded alone.
             *(m.register_load_state_dict_post_hook(_ForgetOnLoad(self)) for m in model.modules()),  # type: ignore[no-untyped-call]
@@ -182,7 +185,7 @@ class RowKeeper:
             for rows in layer.rows:
                 if rows.parameter not in masks:
                     count = rows.layout.count(self.parameters[rows.parameter])
-                    masks[rows.parameter] = (rows.layout, torch.ones(count, dtype=torch.bool))
+                    masks[rows.parameter] = (rows.layout, torch.ones(count, dtype=torch.bool, device="cpu"))
                 layout, mask = masks[rows.parameter]
                 if rows.layout == layout:  # else shared along different dimensions, and always trainable
                     mask[rows.start : rows.start + rows.count] &= ~trainable[name]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neq_cli.errors import RecipeError
 from neq_cli.recipe.document import Document, Located, Override, Place
-from neq_cli.recipe.keys import Check, Problem, Recipe, Section
-from neq_cli.recipe.problems import valid_sections, validate
+from neq_cli.recipe.keys import Check, Problem, Recipe
+from neq_cli.recipe.problems import valid_parts, validate
 from neq_cli.recipe.source import find_recipe, read_text, shipped_directory
 from neq_cli.recipe.wording import one_line, shown
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
@@ -23,6 +24,8 @@ class LoadedRecipe:
 
     recipe: Recipe
     path: Path  # absolute
+    file: str  # as the user named it
+    document: Document
 
     @property
     def name(self) -> str:
@@ -33,6 +36,11 @@ class LoadedRecipe:
     def directory(self) -> Path:
         """Where the file lies, and with it the Python files that its entrypoints may name."""
         return self.path.parent
+
+    def problem(self, key: str, message: str) -> str:
+        """Return the line that tells a user of a problem with ``key``, and where it was written."""
+        path = tuple(key.split("."))
+        return one_line(_line(self.document.place(path), path, message, self.file))
 
     def resolved_yaml(self) -> str:
         """Return the recipe with its overrides and defaults written out; see ``dump_recipe``."""
@@ -58,7 +66,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), checks: Sequence[
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
         raise RecipeError(_lines(problems, file))
-    return LoadedRecipe(recipe, path)
+    return LoadedRecipe(recipe, path, file, document)
 
 
 def _read(text: str, file: str) -> Document:
@@ -79,17 +87,17 @@ def _checked(document: Document, checks: Sequence[Check]) -> tuple[Recipe | None
     unread = {(place, path) for place, path, _ in problems}
     located = [(document.place(path), path, message) for path, message in wrong.items()]
     problems += [problem for problem in located if problem[:2] not in unread]
-    for name, section in valid_sections(document.values).items():
-        problems += _run(checks, name, section, document)
+    for name, part in valid_parts(document.values).items():
+        problems += _run(checks, name, part, document)
     if recipe is not None and not problems:
         problems += _run(checks, "", recipe, document)
     return recipe, problems
 
 
-def _run(checks: Sequence[Check], name: str, section: Section, document: Document) -> list[Located]:
+def _run(checks: Sequence[Check], name: str, part: Any, document: Document) -> list[Located]:
     located: list[Located] = []
     for check in checks:
-        for problem in check(name, section):
+        for problem in check(name, part):
             path = tuple(problem.key.split(".")) if problem.key else ()
             located.append((document.place(path), path, problem.message))
     return located

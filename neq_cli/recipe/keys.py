@@ -31,8 +31,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-# Called with a section's name and the section, or with "" and the whole recipe.
-Check = Callable[[str, Section], Iterable[Problem]]
+# Called with a section's name and the section, with "device" and its text, or with "" and the whole recipe.
+Check = Callable[[str, Any], Iterable[Problem]]
 
 _DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _CALLABLE = rf"{_DOTTED}:{_DOTTED}"

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from neq_cli.errors import did_you_mean
-from neq_cli.recipe.keys import POLICIES, PolicySection, Recipe, Section, policy_kind
+from neq_cli.recipe.keys import POLICIES, Device, PolicySection, Recipe, Section, policy_kind
 from neq_cli.recipe.wording import choices, expected, section_at, shown, slot_at
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
@@ -29,29 +29,29 @@ def validate(values: Mapping[str, Any]) -> tuple[Recipe | None, dict[KeyPath, st
         return None, problems
 
 
-def valid_sections(values: Mapping[str, Any]) -> dict[str, Section]:
-    """Return the sections that are valid whatever is wrong elsewhere; one that is left out has its defaults."""
-    sections = {}
-    for name, adapter in _section_adapters().items():
+def valid_parts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the valid ones of the sections and the device, whatever is wrong elsewhere; defaults where left out."""
+    parts = {}
+    for name, adapter in _part_adapters().items():
         field = Recipe.model_fields[name]
         try:
             if name in values:
-                sections[name] = adapter.validate_python(values[name])
+                parts[name] = adapter.validate_python(values[name], strict=True)
             elif not field.is_required():
-                sections[name] = field.get_default(call_default_factory=True)
+                parts[name] = field.get_default(call_default_factory=True)
         except ValidationError:
             continue
-    return sections
+    return parts
 
 
-def _section_adapters() -> dict[str, TypeAdapter[Any]]:
+def _part_adapters() -> dict[str, TypeAdapter[Any]]:
     adapters: dict[str, TypeAdapter[Any]] = {}
     for name, field in Recipe.model_fields.items():
         if name == "policy":
             adapters[name] = TypeAdapter(PolicySection)
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             adapters[name] = TypeAdapter(field.annotation)
-    return adapters
+    return {**adapters, "device": TypeAdapter(Device)}
 
 
 def unknown_key(path: KeyPath, values: Mapping[str, Any]) -> str:

@@ -25,12 +25,15 @@ from neq_cli.training.problems import RecipeValueError
 _DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps", "gpu": "cuda"}  # what a word may mean
 
 
-def check_section(name: str, section: Section) -> list[Problem]:
-    """Return every problem of a section, or of the whole recipe (``name`` "") beyond those of its sections.
+def check_section(name: str, section: Any) -> list[Problem]:
+    """Return every problem of a section, of the device (its text), or of the whole recipe (``name`` "") beyond these.
 
     Imports the modules that entrypoints name, and calls none of them; builders of torchvision are tried on the meta
     device, which holds no numbers.
     """
+    if name == "device":
+        problem = device_problem(section)
+        return [] if problem is None else [Problem("device", problem)]
     if isinstance(section, Recipe):
         return list(_recipe(section))
     checks: dict[type[Section], Callable[[Any], Iterator[Problem]]] = {
@@ -139,9 +142,6 @@ def _recipe(recipe: Recipe) -> Iterator[Problem]:
     """Yield what concerns several sections or none."""
     yield from _classes(recipe)
     yield from _task(recipe)
-    problem = device_problem(recipe.device)
-    if problem is not None:
-        yield Problem("device", problem)
 
 
 def _classes(recipe: Recipe) -> Iterator[Problem]:

@@ -60,7 +60,7 @@ def find_checkpoint(checkpoint: str) -> Path:
     if path.suffix not in _SUFFIXES:
         raise RecipeValueError("model.checkpoint", f"'{path}' is none of {', '.join(_SUFFIXES)}")
     if not path.is_file():
-        raise RecipeValueError("model.checkpoint", f"no file '{path}'")
+        raise RecipeValueError("model.checkpoint", f"no file '{path}'; give the path of one that is there")
     return path
 
 

@@ -407,7 +407,7 @@ class Recorder:
 def test_checks_see_every_section_and_then_the_whole() -> None:
     recorder = Recorder()
     recipe = load(checks=[recorder])
-    assert list(recorder.called) == ["model", "data", "optimizer", "scheduler", "policy", ""]
+    assert list(recorder.called) == ["model", "data", "optimizer", "scheduler", "policy", "device", ""]
     assert recorder.called[""] is recipe
     assert recorder.called["policy"] == recipe.policy
 
@@ -421,7 +421,7 @@ def test_checks_see_valid_sections_of_a_broken_recipe_and_their_problems_are_loc
         }
     )
     lines = problems(GOOD + "  epsilom: 1\n", "data.workers=-1", "scheduler.name=cosin", checks=[recorder])
-    assert list(recorder.called) == ["model", "optimizer", "scheduler"], "data and policy are not valid"
+    assert list(recorder.called) == ["model", "optimizer", "scheduler", "device"], "data and policy are not valid"
     assert lines == [
         "cifar10.yaml:1: model.name: no torchvision model 'resnet32'",
         "cifar10.yaml:6: optimizer.momentum: unknown argument",

@@ -81,7 +81,7 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
         "model.kwargs.num_clases: unknown argument 'num_clases' of resnet18; did you mean 'num_classes'?",
         "model.kwargs.progress: 'progress' of resnet18 is set by neq; remove it",
         "model.weights: resnet18 has no weights 'NONE'; IMAGENET1K_V1, DEFAULT",
-        f"model.checkpoint: no file '{tmp_path}/w.pt'",
+        f"model.checkpoint: no file '{tmp_path}/w.pt'; give the path of one that is there",
         "model.checkpoint: both weights and checkpoint are given; remove one of them",
     ]
 
@@ -126,7 +126,6 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
             recipe(model={"name": "resnet8", "kwargs": {"num_classes": 3}}),
             "model.kwargs.num_classes: 3 outputs for data of 10 classes; leave it out or raise it",
         ),
-        (recipe(device="gpu"), "device: 'gpu' is no torch device; did you mean 'cuda'?"),
         (
             recipe(task="textwrap:dedent", label_smoothing=0.1),
             "label_smoothing: the task 'textwrap:dedent' does not take it; remove it",
@@ -136,6 +135,12 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
 )
 def test_a_problem_is_one_line_at_its_key(section: Section, problem: str) -> None:
     assert found(section) == [problem]
+
+
+def test_the_device_is_checked_by_itself() -> None:
+    (problem,) = check_section("device", "gpu")
+    assert (problem.key, problem.message) == ("device", "'gpu' is no torch device; did you mean 'cuda'?")
+    assert check_section("device", "cpu") == []
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
