@@ -160,7 +160,7 @@ def test_folders_without_images(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     for part in ("train", "test"):
         (tmp_path / "images" / part / "cat").mkdir(parents=True)
     line = complaint(capsys, "train", "cifar10-folder", "data.root=images")
-    assert line == "data.root: 'images/train' has no images for the classes 'cat'"
+    assert line == "command line: data.root=images: 'images/train' has no images for the classes 'cat'"
 
 
 def test_all_problems_of_a_recipe_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
