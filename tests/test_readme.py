@@ -59,6 +59,8 @@ def test_the_file_tree_has_every_module_and_nothing_else() -> None:
     assert named == modules | folders | {"neq_cli/", "recipes/", "tests/", "digits.safetensors", "py.typed"}
 
 
-@pytest.mark.parametrize("command", ["pip install . && neq train recipes/digits.yaml", "pip install '.[test]' && pytest"])
+@pytest.mark.parametrize(
+    "command", ["pip install . && neq train recipes/digits.yaml", "pip install '.[test]' && pytest"]
+)
 def test_the_two_set_up_commands_are_there(command: str) -> None:
     assert command in README

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from neq_cli import Freezer, Stochastic
+
+NAMES = torchvision.models.list_models(module=torchvision.models)
+# The cheapest model of every family, in every test run; all of them with `pytest -m slow`.
+CHEAPEST = {
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "vgg11",
+    "vit_b_32",
+}
+# Pixels of a side: the least that each family takes in training mode, auxiliary heads included; 32 where not listed.
+SIZES = {"alexnet": 64, "googlenet": 64, "inception_v3": 299, "maxvit_t": 224, "squeezenet1_0": 64, "squeezenet1_1": 64}
+
+
+def build(name: str) -> tuple[nn.Module, int]:
+    size = SIZES.get(name, 32)
+    arguments: dict[str, Any] = {"weights": None, "num_classes": 5}
+    if name.startswith("vit_"):
+        size = arguments["image_size"] = 2 * int(name.rpartition("_")[2])  # four patches
+    if name in ("googlenet", "inception_v3"):
+        arguments["init_weights"] = False  # minutes of SciPy
+    return torchvision.models.get_model(name, **arguments), size
+
+
+def build_narrowed(name: str) -> tuple[nn.Module, int]:
+    """Build AlexNet or VGG with narrow linear layers: theirs hold nine tenths of the weights, half a gigabyte."""
+    with torch.device("meta"):
+        model, size = build(name)
+        linear = [number for number, layer in enumerate(model.classifier) if isinstance(layer, nn.Linear)]
+        inputs = model.classifier[linear[0]].in_features
+        for number, width in zip(linear, (24, 16, 5), strict=True):
+            model.classifier[number] = nn.Linear(inputs, width)
+            inputs = width
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return model, size
+
+
+def layers_by_hand(model: nn.Module) -> dict[str, list[str]]:
+    """Return the layers and their parameters; in all of these models neurons run along dimension 0."""
+    layers: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm)) and own:
+            layers[name] = own
+        elif isinstance(module, nn.MultiheadAttention):
+            layers[f"{name}.in_proj"] = own
+    return layers
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [value for value in outputs if isinstance(value, Tensor)]
+
+
+def assert_half_of_every_layer_freezes(model: nn.Module, size: int) -> None:
+    parameters = dict(model.named_parameters())
+    layers = layers_by_hand(model)
+    # Weight decay moves every weight that is not held, also where an untrained network passes no gradient on.
+    # One parameter at a time: foreach would hold a second gradient of the largest models.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1, foreach=False)
+    freezer = Freezer(model, optimizer, [torch.randn(2, 3, size, size)], Stochastic(0.5))
+    assert {layer: found.neurons for layer, found in freezer.layers.items()} == {
+        layer: len(parameters[own[0]]) for layer, own in layers.items()
+    }
+    assert set(freezer.anatomy.neurons.outside) == set(parameters) - {own for names in layers.values() for own in names}
+    assert not freezer.anatomy.neurons.fixed
+    flops = freezer.flops()
+    assert 0 < flops.paper == flops.paper_dense
+
+    observations = freezer.step()
+    always = set(freezer.anatomy.never_frozen)
+    assert 1 <= len(always) < 12  # the output layer, and auxiliary heads
+    for layer, seen in observations.items():
+        assert int((~seen.trainable).sum()) == (0 if layer in always else len(seen.trainable) // 2), layer
+        # Nothing was trained yet: every neuron the probe reaches is what it was.
+        assert layer in always or torch.allclose(seen.phi, torch.ones_like(seen.phi)), layer
+
+    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    model.train()
+    sum(output.float().square().mean() for output in tensors_in(model(torch.randn(2, 3, size, size)))).backward()
+    optimizer.step()
+    for layer, own in layers.items():
+        trainable = observations[layer].trainable
+        for key in own:
+            changed = (parameters[key] != before[key]).flatten(1) if parameters[key].dim() > 1 else None
+            rows = (parameters[key] != before[key]) if changed is None else changed.any(1)
+            assert not rows[~trainable].any(), key
+            if key == own[0]:
+                moving = before[key].flatten(1).any(1) if before[key].dim() > 1 else before[key] != 0
+                assert rows[trainable & moving].all(), key
+    assert freezer.flops().paper < flops.paper
+
+
+def test_the_cheapest_models_are_of_all_families() -> None:
+    families = {torchvision.models.get_model_builder(name).__module__ for name in NAMES}
+    assert len(CHEAPEST) == len(families)
+    assert {torchvision.models.get_model_builder(name).__module__ for name in CHEAPEST} == families
+
+
+@pytest.mark.parametrize("name", sorted(CHEAPEST))
+def test_one_model_of_every_family(name: str) -> None:
+    assert_half_of_every_layer_freezes(*(build_narrowed if name in ("alexnet", "vgg11") else build)(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model(name: str) -> None:
+    torch.set_num_threads(2)
+    assert_half_of_every_layer_freezes(*build(name))
+    gc.collect()  # the largest take most of 16 GB
