@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
+from neq_cli.recipe.shipped import python_files
 from neq_cli.records import EpochRecord
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, default_run_directory, writing
@@ -36,6 +37,8 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress) 
     about = {**environment(session.trainer.device), "data": dict(session.data_content)}
     writer = _create_directory(run_directory, loaded.name, session.recipe, about)
     with _status_of(writer), progress:
+        for source in python_files(session.recipe, loaded.directory):
+            writer.write_source(source.name, source.read_bytes())
         writer.write_started(session.started)
         progress.show(session.started)
         _stream(session, writer, progress)

@@ -55,8 +55,8 @@ def test_the_file_tree_has_every_module_and_nothing_else() -> None:
     named = {line.split()[0] for line in tree.strip().splitlines()}
     package = ROOT / "neq_cli"
     modules = {path.name for path in package.rglob("*.py") if path.name != "__init__.py"}
-    folders = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").is_file()}
-    assert named == modules | folders | {"neq_cli/", "recipes/", "tests/", "digits.safetensors", "py.typed"}
+    folders = {f"{path.parent.name}/" for path in package.rglob("__init__.py")}
+    assert named == modules | folders | {"recipes/", "tests/", "digits.safetensors", "py.typed"}
 
 
 @pytest.mark.parametrize(

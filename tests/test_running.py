@@ -220,3 +220,24 @@ def test_a_taken_directory_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="already exists"):
         running.train(load(tmp_path), tmp_path / "run", Silent())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_a_run_with_an_entrypoint_trains_again_from_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "my_own_network.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, num_classes))\n"
+    )
+    (origin / "mine.yaml").write_text(
+        "model: {entrypoint: 'my_own_network:make'}\ndata: {name: digits, probe_size: 1400}\nepochs: 1\n"
+        "batch_size: 38\noptimizer: {lr: 0.1}\n"
+    )
+    monkeypatch.syspath_prepend(origin)
+    running.train(load_recipe(str(origin / "mine.yaml")), tmp_path / "run", Silent())
+    assert (tmp_path / "run" / "my_own_network.py").read_bytes() == (origin / "my_own_network.py").read_bytes()
+    again = running.train(load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "again", Silent())
+    first, second = read_weights(tmp_path / "run" / "weights.safetensors"), read_weights(again / "weights.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -36,7 +36,7 @@ def copy_recipe(name: str, destination_directory: Path | str) -> list[Path]:
     if name not in known:
         raise NeqError(f"{name}: no recipe of that name; known: {', '.join(known)}{did_you_mean(name, known)}")
     recipe = shipped_directory() / f"{name}.yaml"
-    sources = [recipe, *_python_files(load_recipe(str(recipe)).recipe, recipe.parent)]
+    sources = [recipe, *python_files(load_recipe(str(recipe)).recipe, recipe.parent)]
     destination = Path(destination_directory).expanduser()
     copies = [destination / source.name for source in sources]
     for copy in copies:
@@ -52,7 +52,7 @@ def copy_recipe(name: str, destination_directory: Path | str) -> list[Path]:
     return copies
 
 
-def _python_files(recipe: Recipe, directory: Path) -> list[Path]:
+def python_files(recipe: Recipe, directory: Path) -> list[Path]:
     """Return the files beside a recipe that its entrypoints are in; entrypoints from installed packages have none."""
     policy_entrypoint = getattr(recipe.policy, "entrypoint", None)
     entrypoints = [recipe.model.entrypoint, recipe.data.entrypoint, recipe.task, policy_entrypoint]

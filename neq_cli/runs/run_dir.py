@@ -146,6 +146,12 @@ class RunWriter:
             raise _cannot_be_made(path, error) from error
         return writer
 
+    def write_source(self, name: str, content: bytes) -> None:
+        """Keep a Python file that the recipe's entrypoints name beside the recipe, so that it can be trained again."""
+        path = self.files.root / Path(name).name
+        with writing(path):
+            atomic_write(path, content)
+
     @property
     def path(self) -> Path:
         return self.files.root
