@@ -204,7 +204,8 @@ def through_safetensors(state: Any, folder: Path) -> Any:
     tensors = {key: value.contiguous().clone() for key, value in flat.items() if isinstance(value, Tensor)}
     plain = {key: value for key, value in flat.items() if not isinstance(value, Tensor)}
     assert all(isinstance(value, (int, float, str, bool)) for value in plain.values())
-    path = folder / "state.safetensors"
+    # A file of its own: tensors that were read may still be backed by theirs.
+    path = folder / f"state{len(list(folder.iterdir()))}.safetensors"
     save_file(tensors, path, metadata={key: repr(value) for key, value in plain.items()})
     nested: dict[str, Any] = {}
     for key, value in {**load_file(path), **plain}.items():
