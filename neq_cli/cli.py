@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -63,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader has gone, as in `neq inspect ... | head`.
         sys.stderr.close()
         code = 0
+    except Exception as error:
+        # Code of the user's own, such as a policy or a model, or a mistake of ours.
+        if os.environ.get("NEQ_TRACEBACK"):
+            raise
+        _complain(_unexpected_line(error))
+        code = 1
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
@@ -80,6 +89,19 @@ def _usage_line(error: Any) -> str:
         value = repr(error.__cause__.errors()[0]["input"])
         message += f", not {value}" if value not in message else ""
     return f"{command}: {message}; see `{command} --help`"
+
+
+def _unexpected_line(error: Exception) -> str:
+    """Say what was raised, and in which line of the user's own code where some of it took part."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    own = [frame for frame in frames if not frame.filename.startswith(ours)]
+    place = (own or frames)[-1]
+    message = " ".join(str(error).split())
+    return (
+        f"{place.filename}:{place.lineno}: {type(error).__name__}: {message}; "
+        "set NEQ_TRACEBACK=1 to see how it came about"
+    )
 
 
 def _complain(message: str) -> None:

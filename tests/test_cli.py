@@ -329,3 +329,31 @@ def test_a_run_that_is_stopped_can_be_read(
     assert call("inspect", "run") == 0
     assert ("interrupted" if line else "killed") in capsys.readouterr().out
     assert call("compare", "run", "--json") == 0
+
+
+FAILING_POLICY = """
+class Odd:
+    def choose(self, observations, epoch):
+        return observations["no such layer"]
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+"""
+
+
+def test_an_error_in_code_of_the_users_own_is_one_line_with_its_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_policy.py").write_text(FAILING_POLICY)
+    policy = "policy={kind: entrypoint, entrypoint: 'odd_policy:Odd'}"
+    assert call("train", "digits", *SHORT, policy, "-o", "run", "--progress", "off") == 1
+    _, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith(f"{tmp_path}/odd_policy.py:4: KeyError: 'no such layer'; ")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    monkeypatch.setenv("NEQ_TRACEBACK", "1")
+    with pytest.raises(KeyError, match="no such layer"):
+        main(["train", "digits", *SHORT, policy, "-o", "again", "--progress", "off"])
