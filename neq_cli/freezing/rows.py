@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -87,15 +86,13 @@ def _row_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dic
     return {key: value for key, value in tensors.items() if value.shape == parameter.shape}
 
 
-@dataclass
-class _Frozen:
-    """The frozen rows of one parameter, and what they and their state are held at."""
+@dataclass(frozen=True)
+class _Selection:
+    """The frozen rows of a parameter, which may be read and written in anything of its shape."""
 
-    parameter: nn.Parameter
     layout: Layout
     index: tuple[Tensor, ...]  # of the frozen rows in the layout's view, on the parameter's device
     whole: bool  # every row of the parameter is frozen
-    held: dict[str, Tensor]  # optimiser state by key, and the parameter itself under ""
 
     def read(self, tensor: Tensor) -> Tensor:
         return self.layout.view(tensor.detach())[self.index]  # a copy, as indexing with tensors is
@@ -106,6 +103,21 @@ class _Frozen:
             view[self.index] = values
         else:
             view.index_put_(self.index, values.to(view))
+
+    def discard_gradient(self, parameter: Tensor) -> None:
+        if self.whole:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            self.write(parameter.grad, 0.0)
+
+
+@dataclass
+class _Frozen:
+    """A parameter with frozen rows, and what they and their state are held at."""
+
+    parameter: nn.Parameter
+    rows: _Selection
+    held: dict[str, Tensor]  # optimiser state by key, and the parameter itself under ""
 
 
 class RowKeeper:
@@ -149,10 +161,12 @@ class RowKeeper:
             if not mask.any() or not parameter.requires_grad:
                 continue
             rows = mask.nonzero().squeeze(1).to(parameter.device)
-            frozen = _Frozen(parameter, layout, layout.index(parameter, rows), bool(mask.all()), {})
-            self.frozen.append(frozen)
-            _discard_gradient(frozen, parameter)
-            hook = parameter.register_post_accumulate_grad_hook(partial(_discard_gradient, frozen))  # type: ignore[no-untyped-call]
+            selection = _Selection(layout, layout.index(parameter, rows), bool(mask.all()))
+            self.frozen.append(_Frozen(parameter, selection, {}))
+            selection.discard_gradient(parameter)
+            # The hook knows no parameter: one that did would keep it in memory for ever, since autograd holds hooks
+            # where Python's garbage collector does not look.
+            hook = parameter.register_post_accumulate_grad_hook(selection.discard_gradient)  # type: ignore[no-untyped-call]
             self.gradient_hooks.append(hook)
         self.refresh()
 
@@ -172,6 +186,7 @@ class RowKeeper:
         self._remove_gradient_hooks()
         for hook in self.hooks:
             hook.remove()
+        self.frozen = []
 
     def _remove_gradient_hooks(self) -> None:
         for hook in self.gradient_hooks:
@@ -197,7 +212,7 @@ class RowKeeper:
             self.refresh()
         # Once more: what combines gradients after backward (DDP) may have written them again.
         for frozen in self.frozen:
-            _discard_gradient(frozen, frozen.parameter)
+            frozen.rows.discard_gradient(frozen.parameter)
         self.seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
@@ -212,11 +227,11 @@ class RowKeeper:
         for frozen in self.frozen:
             for key, value in {"": frozen.parameter, **_row_state(self.optimizer, frozen.parameter)}.items():
                 if key not in frozen.held:  # just frozen, loaded, or state born in this step
-                    frozen.held[key] = frozen.read(value)
+                    frozen.held[key] = frozen.rows.read(value)
                     if self.discard_momentum and key in ("momentum_buffer", "exp_avg"):
                         frozen.held[key].zero_()
-                if not frozen.whole or self.discard_momentum:
-                    frozen.write(value, frozen.held[key])
+                if not frozen.rows.whole or self.discard_momentum:
+                    frozen.rows.write(value, frozen.held[key])
 
     def _decay_second_moments(self) -> None:
         decay = {
@@ -242,12 +257,3 @@ class _ForgetOnLoad:
 
     def __reduce__(self) -> tuple[type[_ForgetOnLoad], tuple[()]]:
         return (_ForgetOnLoad, ())
-
-
-def _discard_gradient(frozen: _Frozen, parameter: Tensor) -> None:
-    if parameter.grad is None:
-        return
-    if frozen.whole:
-        parameter.grad = None
-    else:
-        frozen.write(parameter.grad, 0.0)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -627,6 +629,20 @@ def test_detach_puts_everything_back() -> None:
     step(net, optimizer, data)
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_what_is_no_longer_used_leaves_memory(detach: bool) -> None:
+    def use() -> list[weakref.ref[Any]]:
+        net, optimizer, freezer = prepared(SGD)
+        step(net, optimizer, batch())
+        if detach:
+            freezer.detach()
+        return [weakref.ref(thing) for thing in (net, optimizer, freezer, *net.parameters())]
+
+    references = use()
+    gc.collect()
+    assert [reference() for reference in references] == [None] * len(references)
 
 
 def test_nothing_leaves_the_optimiser_and_every_parameter_needs_gradients() -> None:
