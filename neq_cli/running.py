@@ -20,6 +20,7 @@ from neq_cli.runs.run_reader import read_run
 from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
+    from neq_cli.freezing.dispatch import Dispatch
     from neq_cli.training.session import Session
 
 _MATCH = "match:"
@@ -40,6 +41,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress) 
         for source in python_files(session.recipe, loaded.directory):
             writer.write_source(source.name, source.read_bytes())
         writer.write_started(session.started)
+        _keep_kernel_choices(session, writer)
         progress.show(session.started)
         _stream(session, writer, progress)
         progress.message(f"finished: {writer.path}")
@@ -109,6 +111,18 @@ def _stream(session: Session, writer: RunWriter, progress: Progress) -> None:
             _save_checkpoints(session, writer, improved=improved)
         progress.show(record)
     _save_weights(session, writer)
+
+
+def _keep_kernel_choices(session: Session, writer: RunWriter) -> None:
+    """Have every choice of a kernel written before it is first used, and what is dense whatever the choice."""
+    freezer = session.trainer.freezer
+
+    def write(dispatch: Dispatch) -> None:
+        dense = {} if freezer.backward == "dense" else freezer.anatomy.dense_because
+        writer.write_dispatch({"backward": freezer.backward, "dense": dense, "choices": dispatch.state_dict()})
+
+    write(freezer.dispatch)
+    freezer.dispatch.on_choice = write
 
 
 def _save_checkpoints(session: Session, writer: RunWriter, *, improved: bool) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
+from neq_cli.freezing.backward import Mode, why_dense
 from neq_cli.freezing.equilibrium import Definition
-from neq_cli.freezing.flops import Flops, count_flops
+from neq_cli.freezing.flops import Execution, Flops, count_flops
 from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, Neurons, find_neurons
+from neq_cli.freezing.propagation import propagate
 from neq_cli.freezing.trace import Trace, trace_model, with_found_axes
 
 
@@ -24,9 +27,49 @@ class Anatomy:
     trace: Trace
     never_frozen: Mapping[str, str]
 
-    def flops(self, trainable: Mapping[str, Tensor | float]) -> Flops:
-        """Return one sample's back-propagation with these sets (bool, [neurons]) or trainable shares in force."""
-        return count_flops(self.neurons, self.trace, trainable)
+    def flops(
+        self,
+        trainable: Mapping[str, Tensor | float],
+        mode: Mode = "exact",
+        *,
+        rows_computed: Mapping[str, int] | None = None,
+        compiled: bool = False,
+    ) -> Flops:
+        """Return one sample's back-propagation with these sets (bool, [neurons]) or trainable shares in force.
+
+        ``rows_computed`` are those that a backward pass really computed, by layer, where one has run. ``compiled``:
+        torch.compile runs the model.
+        """
+        execution = self._execution(mode, compiled, rows_computed or {})
+        return count_flops(self.neurons, self.trace, trainable, execution)
+
+    def reached(self, trainable: Mapping[str, Tensor], mode: Mode, *, compiled: bool = False) -> frozenset[str]:
+        """Return the layers that an error reaches: in truncated mode frozen layers may cut others off from it."""
+        shares = {name: float(rows.any()) for name, rows in trainable.items()}
+        blocking = self._execution(mode, compiled, {}).blocking(self.neurons, shares)
+        return propagate(self.trace, shares, blocking).reached
+
+    def _execution(self, mode: Mode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
+        dense = frozenset([*self.dense_because, *(self.functional if compiled else ())])
+        return Execution(mode, dense, rows_computed, compiled)
+
+    @property
+    def functional(self) -> dict[str, str]:
+        """For each layer whose weight one module passes to a function, that module's name."""
+        return {
+            name: next(iter(users))
+            for name, users in self.trace.users.items()
+            if name in self.neurons.layers
+            and len(users) == 1
+            and (self.neurons.layers[name].functional or users != {name})
+        }
+
+    @cached_property
+    def dense_because(self) -> dict[str, str]:
+        """For each layer whose gradients cannot be computed in part, why."""
+        functional = self.functional
+        reasons = {name: why_dense(layer, name in functional) for name, layer in self.neurons.layers.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def study(

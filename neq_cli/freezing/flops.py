@@ -7,8 +7,50 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.neurons import Layer, Neurons
+from neq_cli.freezing.propagation import Propagation, propagate
 from neq_cli.freezing.trace import Trace
+
+Shares = Mapping[str, Tensor | float]
+"""By layer: the set of trainable neurons (bool, [neurons]), or their share."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the backward pass is carried out.
+
+    Layers in ``dense`` compute all rows unless none trains (where ``compiled``, even then). Of the others
+    ``rows_computed`` tells how many, where that is known already; else as many as train are counted. ``compiled``:
+    torch.compile runs the model, and errors go wherever they would with nothing frozen.
+    """
+
+    mode: Mode
+    dense: frozenset[str]
+    rows_computed: Mapping[str, int]
+    compiled: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether autograd knows nothing of what is frozen, and passes the error on everywhere."""
+        return self.mode == "dense" or self.compiled
+
+    def computed(self, layer: Layer, share: float) -> float:
+        """Return the share of a layer's weight gradient that is computed where ``share`` of its neurons train."""
+        if self.mode == "dense" or (layer.name in self.dense and (share > 0 or self.compiled)):
+            return 1.0
+        rows = self.rows_computed.get(layer.name)
+        return share if rows is None else rows / layer.neurons
+
+    def blocking(self, neurons: Neurons, shares: Mapping[str, float]) -> set[str]:
+        """Return the layers that pass no error on at all where these ``shares`` of their neurons train."""
+        sliced = {name for name, layer in neurons.layers.items() if layer.cost != "norm" and name not in self.dense}
+        return {name for name in sliced if self.mode == "truncated" and not shares[name]}
+
+    def passing(self, layer: Layer, share: float) -> float:
+        """Return the share of a layer's input gradient that is computed, where one is needed."""
+        sliced = self.mode == "truncated" and layer.cost != "norm" and layer.name not in self.dense
+        return self.computed(layer, share) if sliced else 1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +73,7 @@ class Flops:
 
     layers: Mapping[str, LayerFlops]
     other: float
+    other_dense: float
 
     @property
     def paper(self) -> float:
@@ -46,7 +89,7 @@ class Flops:
 
     @property
     def executed_dense(self) -> float:
-        return sum(layer.executed_dense for layer in self.layers.values()) + self.other
+        return sum(layer.executed_dense for layer in self.layers.values()) + self.other_dense
 
 
 def forward_cost(layer: Layer, trace: Trace) -> int:
@@ -56,27 +99,43 @@ def forward_cost(layer: Layer, trace: Trace) -> int:
     return trace.multiply_adds.get(layer.name, 0)
 
 
-def count_flops(neurons: Neurons, trace: Trace, trainable: Mapping[str, Tensor | float]) -> Flops:
-    """Return both accountings with the given sets (bool, [neurons]) or shares of trainable neurons in force.
+def count_flops(neurons: Neurons, trace: Trace, trainable: Shares, execution: Execution) -> Flops:
+    """Return both accountings with the given sets in force.
 
     Layers whose weights do not train have no cost in the paper's accounting; they still pass the error on.
     """
+    everything = dict.fromkeys(neurons.layers, 1.0)
+    shares = {name: _share(trainable[name]) for name in neurons.layers}
+    dense = propagate(trace, everything)
+    now = dense if execution.whole else propagate(trace, shares, execution.blocking(neurons, shares))
     layers = {}
     for name, layer in neurons.layers.items():
-        cost, passes_on = forward_cost(layer, trace), trace.input_gradient.get(name, False)
+        cost, share = forward_cost(layer, trace), shares[name]
         weight_trains = any(rows.parameter == layer.weight for rows in layer.rows)
-        layers[name] = _layer_flops(cost, passes_on + weight_trains, _share(trainable[name]))
+        passing, computed = execution.passing(layer, share), execution.computed(layer, share) * weight_trains
+        layers[name] = LayerFlops(
+            paper=2 * cost * share,
+            executed=_executed(name, cost, now, passing, computed),
+            paper_dense=2.0 * cost,
+            executed_dense=_executed(name, cost, dense, 1.0, float(weight_trains)),
+        )
     for name, layer in neurons.fixed.items():
-        passed_on = float(forward_cost(layer, trace) * trace.input_gradient.get(name, False))
-        layers[name] = LayerFlops(0.0, passed_on, 0.0, passed_on)
-    return Flops(layers, other=float(trace.other_backward))
+        cost = forward_cost(layer, trace)
+        layers[name] = LayerFlops(
+            0.0, _executed(name, cost, now, 1.0, 0.0), 0.0, _executed(name, cost, dense, 1.0, 0.0)
+        )
+    return Flops(layers, _products(trace, now), _products(trace, dense))
 
 
 def _share(trainable: Tensor | float) -> float:
     return trainable if isinstance(trainable, float) else trainable.sum().item() / len(trainable)
 
 
-def _layer_flops(cost: int, gradients: int, share: float) -> LayerFlops:
-    dense = float(cost * gradients)
-    # backward: dense computes the weight gradient of frozen rows too, and discards it.
-    return LayerFlops(paper=2 * cost * share, executed=dense, paper_dense=2.0 * cost, executed_dense=dense)
+def _executed(name: str, cost: int, propagation: Propagation, passing: float, computed: float) -> float:
+    if name not in propagation.reached:
+        return 0.0
+    return cost * (passing * (name in propagation.passes_on) + computed)
+
+
+def _products(trace: Trace, propagation: Propagation) -> float:
+    return float(sum(count for name, count in trace.products.items() if name == "" or name in propagation.reached))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neq_cli.errors import FreezingError
+from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.freezing.anatomy import study
+from neq_cli.freezing.backward import MODES, KernelUse, Mode, SlicedBackward
+from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.neurons import Layer
-from neq_cli.freezing.observing import first_input, undisturbed, unwrap
+from neq_cli.freezing.observing import first_input, is_compiled, undisturbed, unwrap
 from neq_cli.freezing.policies import NEq, Observation, Policy
 from neq_cli.freezing.probe import copied, device_of, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
@@ -29,8 +31,16 @@ class Freezer:
 
     ``probe_loader`` yields held-out inputs, or (inputs, targets...); it is iterated once per epoch and should yield the
     same inputs in the same order each time. ``exclude`` are globs of layer names that are never frozen, beyond the
-    output layer, which never is. ``backward``: ``dense`` computes every gradient and discards the frozen rows'.
-    ``probe_autocast``: run the probe under autocast with this dtype.
+    output layer, which never is. ``probe_autocast``: run the probe under autocast with this dtype.
+
+    ``backward``: ``exact`` computes the weight gradients of the trainable neurons only and the same errors as ever, so
+    that training is what it would be without the saving, up to rounding. ``truncated`` is an approximation: frozen
+    neurons of convolutions and linear layers pass no error to the layers below (a layer that no error reaches at all
+    is paused until one does). ``dense`` computes every gradient and
+    discards the frozen ones. ``dispatch`` holds the choices of kernels; by default they are timed, once for each kind
+    of call. ``compiled``: torch.compile runs the model (default: whether the one given is compiled); then nothing is
+    compiled again when the frozen sets change. Modules with frozen neurons are of a subclass of their own class in the
+    meantime; copies and pickles of them are not.
 
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
@@ -42,12 +52,15 @@ class Freezer:
         probe_loader: Iterable[Any],
         policy: Policy | None = None,
         *,
-        backward: Literal["dense"] = "dense",
+        backward: Mode = "exact",
+        dispatch: Dispatch | None = None,
+        compiled: bool | None = None,
         exclude: Sequence[str] = (),
         probe_autocast: torch.dtype | None = None,
     ) -> None:
-        if backward != "dense":
-            raise FreezingError(f"backward: {backward!r} is not a backward mode; use 'dense'")
+        if backward not in MODES:
+            hint = did_you_mean(str(backward), MODES) or f"; use {', '.join(MODES)}"
+            raise FreezingError(f"backward: {backward!r} is not a backward mode{hint}")
         self.model = unwrap(model)
         self.optimizer = optimizer
         self.probe_loader = probe_loader
@@ -68,6 +81,19 @@ class Freezer:
         self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
         self.trainable: dict[str, Tensor] = self._everything()
         self.keeper = RowKeeper(self.model, optimizer, self.layers, discard_momentum=self.definition == "reference")
+        self.backward: Mode = backward
+        self.dispatch = Dispatch() if dispatch is None else dispatch
+        self.compiled = is_compiled(model) if compiled is None else compiled
+        self.slicing = SlicedBackward(
+            self.model,
+            self.layers,
+            self.anatomy.functional,
+            self.anatomy.dense_because,
+            backward,
+            self.dispatch,
+            compiled=self.compiled,
+        )
+        self.slicing.put_in_force(self.trainable)
         self._previous = snapshot(self.model)
 
     def step(self) -> dict[str, Observation]:
@@ -99,8 +125,18 @@ class Freezer:
         return self.keeper.seconds
 
     def flops(self) -> Flops:
-        """Return what one sample's back-propagation costs with the sets in force, in both accountings."""
-        return self.anatomy.flops(self.trainable)
+        """Return what one sample's back-propagation costs with the sets in force, in both accountings.
+
+        What is executed depends on the kernels, which the first backward pass with these sets chooses: before it, the
+        trainable rows are counted, after it, those that were computed.
+        """
+        computed = {name: plan.rows_computed() for name, plan in self.slicing.plans.items()}
+        known = {name: rows for name, rows in computed.items() if rows is not None}
+        return self.anatomy.flops(self.trainable, self.backward, rows_computed=known, compiled=self.compiled)
+
+    def kernels(self) -> dict[str, KernelUse]:
+        """Return for every layer with frozen neurons how its gradients are computed, and why."""
+        return self.slicing.kernels(self.trainable)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
@@ -145,6 +181,7 @@ class Freezer:
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self.keeper.remove()
+        self.slicing.remove()
         self.trainable = self._everything()
 
     def _remember(self, tensors: Mapping[str, Tensor]) -> None:
@@ -154,6 +191,11 @@ class Freezer:
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable = trainable
+        self.slicing.put_in_force(trainable)
+        if self.backward == "truncated":
+            # What no error reaches has nothing to learn from: it is paused like what is frozen.
+            reached = self.anatomy.reached(trainable, self.backward, compiled=self.compiled)
+            trainable = {name: rows & (name in reached) for name, rows in trainable.items()}
         self.keeper.keep(trainable)
 
     def _everything(self) -> dict[str, Tensor]:

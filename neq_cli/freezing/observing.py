@@ -108,6 +108,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile runs ``model``: its wrapper, or ``model.compile()``."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return is_compiled(model.module)
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def first_input(batch: Any) -> Any:
     """Return the inputs of a batch: the batch itself, or its first element where it is (inputs, targets...)."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch

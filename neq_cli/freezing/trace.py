@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,11 @@ class Trace:
     elements: dict[str, int] = field(default_factory=dict)  # output elements, all calls together
     input_gradient: dict[str, bool] = field(default_factory=dict)  # something trainable lies before the layer
     axes: dict[str, int | None] = field(default_factory=dict)  # found by experiment; None where none was found
-    other_backward: int = 0  # multiply-adds of the backward pass of products without a layer, such as attention's
+    before: dict[str, frozenset[str]] = field(default_factory=dict)  # layers whose outputs reach a layer first
+    after_outside: frozenset[str] = frozenset()  # layers that parameters outside neurons reach before another layer
+    users: dict[str, frozenset[str]] = field(default_factory=dict)  # modules in whose forward a layer's weight is used
+    # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
+    products: dict[str, int] = field(default_factory=dict)
     output_layers: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
 
@@ -67,6 +72,9 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
 def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any, *, training: bool) -> Trace:
     trace = Trace()
     producers: dict[Node, str] = {}
+    sources: dict[str, set[str | None]] = {}  # None: a parameter outside neurons
+    running: list[nn.Module] = []
+    products = _Products()
 
     def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
         name = layer.name
@@ -79,8 +87,11 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
             # this many multiply-adds.
             each, elements = weight[0].numel(), (inputs if layer.cost == "transposed" else output).numel()
             trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + each * elements
-            trace.other_backward -= each * elements * (inputs.requires_grad + weight.requires_grad)
+            products.backward[products.last] -= each * elements * (inputs.requires_grad + weight.requires_grad)
+        products.last = name
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
+        sources.setdefault(name, set()).update(_sources_of([inputs], producers))
+        trace.users[name] = trace.users.get(name, frozenset()) | {names[running[-1]]}
         if output.grad_fn is not None:
             producers[output.grad_fn] = name
 
@@ -92,8 +103,9 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     parameters = {
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
     }
-    products = _Products()
+    names = {module: name for name, module in model.named_modules()}
     with (
+        _keeping_track(model, running),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         checkpointing_seen_through(),
@@ -101,10 +113,12 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         watch_calls(layers.values(), parameters, on_call),
     ):
         outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
-    trace.other_backward = max(trace.other_backward + products.backward, 0)
-    found = _producers_of(outputs, producers)
+    trace.products = {name: count for name, count in products.backward.items() if count > 0}
+    trace.before = {name: frozenset(source for source in found if source) for name, found in sources.items()}
+    trace.after_outside = frozenset(name for name, found in sources.items() if None in found)
+    producing = {name for name in _sources_of(outputs, producers) if name}
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
-    trace.output_layers = frozenset(found or trace.order[-1:])
+    trace.output_layers = frozenset(producing or trace.order[-1:])
     return trace
 
 
@@ -113,7 +127,8 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.backward = 0
+        self.backward: defaultdict[str, int] = defaultdict(int)  # by the layer called last
+        self.last = ""
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
@@ -123,7 +138,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # one for each that needs a gradient. The formulas take two per multiply-add.
             factors = arguments[1:3] if "add" in function._overloadpacket.__name__ else arguments[:2]
             forward = formula(*arguments, **(keywords or {}), out_val=result) // 2
-            self.backward += forward * sum(factor.requires_grad for factor in factors)
+            self.backward[self.last] += forward * sum(factor.requires_grad for factor in factors)
         return result
 
 
@@ -136,11 +151,23 @@ def checkpointing_seen_through() -> Iterator[None]:
         yield
 
 
-def _producers_of(outputs: list[Tensor], producers: Mapping[Node, str]) -> set[str]:
-    """Walk the graph back from ``outputs`` and return the first layer met on every path."""
-    found: set[str] = set()
+@contextmanager
+def _keeping_track(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
+    """Keep ``running`` the modules whose forward is under way, the innermost last."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            enter = module.register_forward_pre_hook(lambda module, _: running.append(module), prepend=True)
+            leave = module.register_forward_hook(lambda *_: running.pop() and None)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        yield
+
+
+def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> set[str | None]:
+    """Walk the graph back from ``tensors`` and return the first layer met on every path, None for a parameter."""
+    found: set[str | None] = set()
     seen: set[Node] = set()
-    pending = [tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None]
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     while pending:
         node = pending.pop()
         if node in seen:
@@ -148,6 +175,8 @@ def _producers_of(outputs: list[Tensor], producers: Mapping[Node, str]) -> set[s
         seen.add(node)
         if node in producers:
             found.add(producers[node])
+        elif hasattr(node, "variable"):
+            found.add(None)
         else:
             pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
     return found

@@ -52,6 +52,11 @@ class RunFiles:
         return self.root / "layers.csv"
 
     @property
+    def dispatch(self) -> Path:
+        """Which kernel computes which gradients."""
+        return self.root / "dispatch.json"
+
+    @property
     def weights(self) -> Path:
         """The final plain state_dict."""
         return self.root / "weights.safetensors"
@@ -151,6 +156,11 @@ class RunWriter:
         path = self.files.root / Path(name).name
         with writing(path):
             atomic_write(path, content)
+
+    def write_dispatch(self, dispatch: Mapping[str, Any]) -> None:
+        """Replace the table of kernel choices, anything JSON can hold."""
+        with writing(self.files.dispatch):
+            atomic_write(self.files.dispatch, _json(dispatch))
 
     @property
     def path(self) -> Path:

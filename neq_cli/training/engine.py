@@ -72,9 +72,9 @@ class Trainer:
         started, rows_before = time.perf_counter(), self.freezer.row_keeping_seconds
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         trained = dict(self.freezer.trainable)
-        flops = self.freezer.flops()
         trained_on = yield from self._train(epoch)
         train_seconds = time.perf_counter() - started
+        flops = self.freezer.flops()  # now that it is known which kernels ran
         score = self.task.metric.removeprefix("test_")
         tested_on: Mapping[str, float] = {"loss": math.nan, score: math.nan}
         if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from neq_cli.errors import NeqError
 from neq_cli.freezing import Baseline, NEq, Policy, Stochastic
 from neq_cli.freezing.anatomy import Anatomy
+from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.policies import frozen_count
 from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, StochasticPolicy
 from neq_cli.training.entrypoints import load_entrypoint
@@ -58,9 +59,9 @@ def trainable_shares(anatomy: Anatomy, p: float) -> dict[str, float]:
     }
 
 
-def mean_stochastic_flops(anatomy: Anatomy, p: float, epochs: int) -> tuple[float, float]:
+def mean_stochastic_flops(anatomy: Anatomy, p: float, epochs: int, mode: Mode = "exact") -> tuple[float, float]:
     """Return (paper, executed) multiply-adds per sample, averaged over a run whose first epoch trains everything."""
-    flops = anatomy.flops(trainable_shares(anatomy, p))
+    flops = anatomy.flops(trainable_shares(anatomy, p), mode)
     return tuple(  # type: ignore[return-value]
         (dense + (epochs - 1) * frozen) / epochs
         for dense, frozen in ((flops.paper_dense, flops.paper), (flops.executed_dense, flops.executed))

@@ -1,0 +1,141 @@
+"""Layers with frozen neurons compute fewer gradients: their modules change class while a frozen set is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from neq_cli.freezing.compiled import Slot
+from neq_cli.freezing.dispatch import Dispatch, Kernel
+from neq_cli.freezing.neurons import Layer
+from neq_cli.freezing.plans import Plan
+from neq_cli.freezing.swapping import restore, swap_frozen, swap_intercepting, swap_sliced
+
+Mode = Literal["exact", "truncated", "dense"]
+COMPILED_FUNCTIONAL = "its weight is passed to a function, inside what torch.compile made"
+MODES: tuple[Mode, ...] = ("exact", "truncated", "dense")
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """How a layer with frozen neurons computed its gradients last."""
+
+    kernel: Kernel | Literal["none"] | None  # none: no weight gradient at all; None: not known before a backward pass
+    rows_computed: int
+    reason: str  # in words
+
+
+class SlicedBackward:
+    """Puts frozen sets in force in the modules of a model, and takes them off again.
+
+    ``exact``: only the trainable rows' weight gradients are computed, input gradients are whole. ``truncated``: frozen
+    neurons of convolutions and linear layers pass no error to their inputs either, which is an approximation.
+    ``dense``: nothing changes. Layers in ``dense_because`` cannot be sliced; they too stop computing their weight
+    gradient where all of their neurons are frozen.
+
+    ``functional`` names, for each layer whose weight is passed to a function, the module in whose forward that happens.
+    ``compiled``: torch.compile runs the model. Then modules stay what they are whatever is frozen, so that nothing is
+    compiled again; it costs the saving of memory, of errors that nobody needs, and of functional weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        functional: Mapping[str, str],
+        dense_because: Mapping[str, str],
+        mode: Mode,
+        dispatch: Dispatch,
+        *,
+        compiled: bool,
+    ) -> None:
+        self.layers = layers if mode != "dense" else {}
+        self.truncated = mode == "truncated"
+        self.dispatch = dispatch
+        self.parameters = dict(model.named_parameters())
+        self.functional = {name: model.get_submodule(owner) for name, owner in functional.items()}
+        self.dense_because = dense_because
+        self.compiled = compiled
+        self.slots = {
+            name: Slot() for name in self.layers if name not in self.functional and name not in self.dense_because
+        }
+        self.plans: dict[str, Plan] = {}  # of the layers with frozen neurons that can be sliced
+        self.swapped: list[nn.Module] = []
+
+    def put_in_force(self, trainable: Mapping[str, Tensor]) -> None:
+        """From now on compute what ``trainable`` (bool, [neurons], per layer) asks for."""
+        self.remove()
+        for name, slot in self.slots.items():
+            plan = Plan(trainable[name], truncated=self.truncated, dispatch=self.dispatch)
+            slot.put(plan)
+            if self.compiled or plan.rows < len(plan.trainable):
+                self.plans[name] = plan
+                self.swapped.append(self.layers[name].module)
+                swap_sliced(self.layers[name].module, self.layers[name].cost, plan, slot.number)
+        if not self.compiled:
+            self._put_functional_in_force(trainable)
+            self._put_dense_in_force(trainable)
+
+    def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:
+        by_owner: dict[nn.Module, dict[int, Plan]] = {}
+        for name, owner in self.functional.items():
+            if name in self.layers and not bool(trainable[name].all()):
+                plan = Plan(trainable[name], truncated=self.truncated, dispatch=self.dispatch)
+                self.plans[name] = plan
+                by_owner.setdefault(owner, {})[id(self.parameters[self.layers[name].weight])] = plan
+        for owner, plans in by_owner.items():
+            self.swapped.append(owner)
+            swap_intercepting(owner, plans)
+
+    def _put_dense_in_force(self, trainable: Mapping[str, Tensor]) -> None:
+        for name in self.dense_because:
+            layer = self.layers.get(name)
+            if layer is not None and not layer.functional and not bool(trainable[name].any()):
+                owned = {id(self.parameters[rows.parameter]) for rows in layer.rows}
+                keys = frozenset(key for key, value in layer.module._parameters.items() if id(value) in owned)
+                self.swapped.append(layer.module)
+                swap_frozen(layer.module, keys)
+
+    def remove(self) -> None:
+        """Give every module its own class back."""
+        for module in self.swapped:
+            restore(module)
+        self.swapped = []
+        self.plans = {}
+
+    def kernels(self, trainable: Mapping[str, Tensor]) -> dict[str, KernelUse]:
+        """Return for every layer with frozen neurons how its gradients were computed last, and why."""
+        frozen = {name: layer for name, layer in self.layers.items() if not bool(trainable[name].all())}
+        return {name: self._kernel(name, layer, int(trainable[name].sum())) for name, layer in frozen.items()}
+
+    def _kernel(self, name: str, layer: Layer, rows: int) -> KernelUse:
+        plan = self.plans.get(name)
+        if rows == 0 and (plan is not None or not (layer.functional or self.compiled)):
+            return KernelUse("none", 0, "no neuron trains")
+        if plan is None:
+            return KernelUse("dense", layer.neurons, self.dense_because.get(name, COMPILED_FUNCTIONAL))
+        computed, choice = plan.rows_computed(), plan.last_choice()
+        if computed is None or choice is None:
+            return KernelUse(None, rows, "chosen in the first backward pass")
+        return KernelUse(choice.kernel, computed, choice.reason)
+
+
+def why_dense(layer: Layer, functional: bool) -> str | None:
+    """Return why the gradients of ``layer`` cannot be computed in part; None where they can.
+
+    ``functional``: its weight is passed to a function, always in the forward of the same module.
+    """
+    if layer.cost == "norm":
+        return "normalisation: the gradients of its few parameters come with its input's"
+    if functional:
+        return None
+    module, kind = layer.module, getattr(nn, layer.kind)
+    if layer.functional:
+        return "its weight is used by several modules, or by none that was seen"
+    own_way = type(module).forward is not kind.forward or "forward" in vars(module)
+    if own_way or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):
+        return f"{type(module).__name__} computes its output its own way"
+    return None

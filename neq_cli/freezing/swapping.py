@@ -1,0 +1,244 @@
+"""What modules are while a frozen set is in force: subclasses of their own class that compute fewer gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from neq_cli.freezing.compiled import apply_compiled
+from neq_cli.freezing.neurons import BATCH_NORMS, Cost
+from neq_cli.freezing.operations import Convolution, LinearMap
+from neq_cli.freezing.plans import Plan
+
+_PLAN, _NUMBER = "_neq_plan", "_neq_number"
+
+
+def swap_sliced(module: nn.Module, cost: Cost, plan: Plan, number: int) -> None:
+    """Have ``module``, a convolution or linear layer, compute its gradients by ``plan``; ``number`` is of its slot."""
+    vars(module)[_NUMBER] = number
+    _swap(module, _SLICED[cost], plan)
+
+
+def swap_frozen(module: nn.Module, owned: frozenset[str]) -> None:
+    """Have ``module`` compute no gradient of its own parameters called ``owned``."""
+    _swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, owned)
+
+
+def swap_intercepting(module: nn.Module, plans: Mapping[int, Plan]) -> None:
+    """Have ``module`` pass weights to ``torch.nn.functional.linear`` by ``plans``, by the weight's identity."""
+    _swap(module, _Intercepting, plans)
+
+
+def restore(module: nn.Module) -> None:
+    """Give ``module`` its own class back."""
+    if isinstance(module, _Swapped):
+        vars(module).pop(_PLAN)
+        vars(module).pop(_NUMBER, None)
+        module.__class__ = _own_class(type(module))
+
+
+def _swap(module: nn.Module, swapped: type[_Swapped], plan: object) -> None:
+    vars(module)[_PLAN] = plan
+    if not isinstance(module, _Swapped):
+        module.__class__ = _subclass(cast(Any, swapped), cast(Any, type(module)))
+
+
+@cache
+def _subclass(swapped: Any, own: Any) -> Any:
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (swapped, own), names)
+
+
+def _own_class(kind: Any) -> Any:
+    return kind.__bases__[1]
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    kinds = [kind for kind in BATCH_NORMS if isinstance(module, kind)]
+    return bool(kinds) and kinds[0] is not nn.SyncBatchNorm and type(module).forward is nn.BatchNorm2d.forward
+
+
+class _Swapped(nn.Module):
+    """What a module is while a frozen set is in force; copies and pickles of it are of its own class again."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        make, arguments, state, *rest = reduced
+        arguments = tuple(_own_class(type(self)) if argument is type(self) else argument for argument in arguments)
+        return (make, arguments, {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}, *rest)
+
+
+class _SlicedConvolution(_Swapped):
+    """A convolution with frozen neurons."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return cast(Tensor, super().forward(input))
+        module = cast(nn.Conv2d, self)
+        padding, input = _padded(module, input)
+        return _convolve(module, input, padding, ())
+
+
+class _SlicedTransposedConvolution(_Swapped):
+    """A transposed convolution with frozen neurons."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return cast(Tensor, super().forward(input, output_size))
+        module = cast(nn.ConvTranspose2d, self)
+        padding = cast("tuple[int, ...]", module.padding)
+        sizes: Any = (module.stride, padding, module.kernel_size, len(module.kernel_size), module.dilation)
+        return _convolve(module, input, padding, tuple(module._output_padding(input, output_size, *sizes)))
+
+
+class _SlicedLinear(_Swapped):
+    """A linear layer with frozen neurons."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return cast(Tensor, super().forward(input))
+        module = cast(nn.Linear, self)
+        if torch.compiler.is_compiling():
+            return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
+        plan: Plan = vars(self)[_PLAN]
+        return plan.apply(LinearMap(), input, module.weight, module.bias)
+
+
+class _Frozen(_Swapped):
+    """Any other layer with no trainable neuron: its parameters take no part in the backward pass."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*arguments, **keywords)
+        own, state = self._parameters, vars(self)
+        state["_parameters"] = {
+            name: parameter.detach() if parameter is not None and name in state[_PLAN] else parameter
+            for name, parameter in own.items()
+        }
+        try:
+            return super().forward(*arguments, **keywords)
+        finally:
+            state["_parameters"] = own
+
+
+class _FrozenBatchNorm(_Frozen):
+    """Batch normalisation with no trainable neuron: by its running statistics it is a fixed scale and shift."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module = cast(nn.BatchNorm2d, self)
+        if module.training or module.running_var is None or not torch.is_grad_enabled() or not input.requires_grad:
+            return cast(Tensor, super().forward(input))
+        scale = torch.rsqrt(module.running_var + module.eps)
+        if module.weight is not None:
+            scale = scale * module.weight.detach()
+        return cast(Tensor, _Scaled.apply(input, scale, super().forward))
+
+
+class _Scaled(torch.autograd.Function):
+    """A function of the input whose derivative is a scale per channel: the input is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, scale: Tensor, function: Any) -> Tensor:
+        ctx.save_for_backward(scale)
+        return cast(Tensor, function(input))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return grad_output * scale.view(-1, *[1] * (grad_output.dim() - 2)).to(grad_output.dtype), None, None
+
+
+class _Intercepting(_Swapped):
+    """A module that passes the weights of layers with frozen neurons to ``torch.nn.functional.linear``."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return super().forward(*arguments, **keywords)
+        with _intercepted(vars(self)[_PLAN]):
+            return super().forward(*arguments, **keywords)
+
+
+_SLICED: Mapping[Cost, type[_Swapped]] = {
+    "convolution": _SlicedConvolution,
+    "transposed": _SlicedTransposedConvolution,
+    "linear": _SlicedLinear,
+}
+
+
+def _padded(module: nn.Conv2d, input: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Return the padding left to the convolution, and the input with the rest of it done."""
+    dimensions = len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        padded = nn.functional.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        return (0,) * dimensions, padded
+    if module.padding == "valid":
+        return (0,) * dimensions, input
+    if module.padding != "same":
+        return cast("tuple[int, ...]", module.padding), input
+    totals = [step * (size - 1) for step, size in zip(module.dilation, module.kernel_size, strict=True)]
+    # An odd total puts one more at the end, as PyTorch does.
+    uneven = [side for total in reversed(totals) for side in (0, total % 2)]
+    return tuple(total // 2 for total in totals), nn.functional.pad(input, uneven) if any(uneven) else input
+
+
+def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
+    """Return a convolution's output; a transposed one's where ``output_padding`` is given."""
+    dimensions = len(module.kernel_size)
+    if input.dim() == dimensions + 1:  # one sample, without a batch dimension
+        return _convolve(module, input.unsqueeze(0), padding, output_padding).squeeze(0)
+    if torch.compiler.is_compiling():
+        sizes = [module.stride, padding, module.dilation, output_padding, [module.groups]]
+        return apply_compiled(module._neq_number, input, module.weight, module.bias, [list(size) for size in sizes])
+    transposed = bool(output_padding)
+    operation = Convolution(
+        module.stride, padding, module.dilation, transposed, output_padding or (0,) * dimensions, module.groups
+    )
+    plan: Plan = vars(module)[_PLAN]
+    return plan.apply(operation, input, module.weight, module.bias)
+
+
+class _Watched(threading.local):
+    """The weights that this thread's running modules pass to functions, by identity."""
+
+    plans: Mapping[int, Plan] = {}
+
+
+_watched = _Watched()
+_lock = threading.Lock()
+_depth = 0
+_stock_linear = nn.functional.linear
+
+
+@contextmanager
+def _intercepted(plans: Mapping[int, Plan]) -> Iterator[None]:
+    """Send ``torch.nn.functional.linear`` with one of these weights, or a piece of one, through its plan."""
+    global _depth, _stock_linear
+    before, _watched.plans = _watched.plans, {**_watched.plans, **plans}
+    with _lock:  # threads, as of DataParallel, may overlap: the first in replaces it, the last out puts it back
+        if _depth == 0:
+            _stock_linear, nn.functional.linear = nn.functional.linear, _sliced_linear
+        _depth += 1
+    try:
+        yield
+    finally:
+        _watched.plans = before
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                nn.functional.linear = _stock_linear
+
+
+def _sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # torch.split and chunk give views; `_base` is the parameter that they were cut from.
+    whole = weight if id(weight) in _watched.plans else weight._base
+    plan = _watched.plans.get(id(whole))
+    if plan is None or whole is None:
+        return _stock_linear(input, weight, bias)
+    first = (int(weight.storage_offset()) - int(whole.storage_offset())) // max(whole.stride(0), 1)
+    return plan.chunk(first, len(weight)).apply(LinearMap(), input, weight, bias)
