@@ -49,6 +49,7 @@ Task = Annotated[
     Field(pattern=f"^(classification|{_CALLABLE})$"),
     Words("classification or pkg.mod:callable", ("classification",)),
 ]
+Cache = Literal["auto", "memory", "device", "none"]
 Device = Annotated[
     str,
     Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
@@ -111,6 +112,9 @@ class DataSection(Section):
     )
     probe_size: Count = Field(default=50, description="held-out training inputs that neurons are observed on")
     workers: Annotated[int, Field(ge=0)] = Field(default=2, description="processes that load images; 0: none")
+    cache: Cache = Field(
+        default="auto", description="where decoded images are kept: in memory, on the device; auto: where they fit"
+    )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="further arguments of the dataset or callable", examples=["{split: digits}"]
     )
@@ -256,14 +260,15 @@ class Recipe(Section):
     exclude: list[str] = Field(
         default_factory=list, description="globs of layers that are never frozen", examples=["['conv1', 'layer1.*']"]
     )
-    backward: Literal["dense"] = Field(
-        default="dense", description="dense: compute every gradient, discard the frozen rows'"
+    backward: Literal["exact", "truncated", "dense"] = Field(
+        default="exact",
+        description="exact: skip frozen weight gradients; truncated: also their errors, an approximation; dense: nothing",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="bf16, fp16: autocast; fp16 scales the loss"
     )
     channels_last: bool | Literal["auto"] = Field(
-        default="auto", description="memory layout of images and convolutions"
+        default="auto", description="memory layout of images and convolutions; auto: the faster one, timed"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
     gradient_accumulation: Count = Field(default=1, description="batches per optimiser step")

@@ -17,6 +17,8 @@ SEED_AND_SURROUNDINGS = frozenset(
         "description",
         "device",
         "checkpoint_minutes",
+        "channels_last",
+        "cuda_graph",
         "policy.matched_p",
         "data.root",
         "data.workers",

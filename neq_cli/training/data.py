@@ -30,6 +30,8 @@ class Data:
     num_classes: int
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]  # channels, height, width of what the model sees
+    image_bytes: int  # of such an image before normalisation
+    own: bool  # a dataset of the user's own, which may hold chance or change
 
     @property
     def description(self) -> str:
@@ -57,11 +59,22 @@ def load_data(section: DataSection, seed: int) -> Data:
     train = _images(source, source.train, kept, preparation, augmented=True)
     probe = _images(source, source.train, probed, preparation, augmented=False)
     test = _images(source, source.test, torch.arange(len(source.test)), preparation, augmented=False)
-    channels, height, width = probe[0][0].shape
+    first = probe.fixed([0])[0][0]
+    channels, height, width = first.shape
     for images in (train, probe, test):
         if isinstance(images, ReadImages):
-            images.shape = torch.Size((channels, height, width))
-    return Data(source.name, train, probe, test, len(source.classes), source.classes, (channels, height, width))
+            images.shape = first.shape
+    return Data(
+        name=source.name,
+        train=train,
+        probe=probe,
+        test=test,
+        num_classes=len(source.classes),
+        classes=source.classes,
+        image_shape=(channels, height, width),
+        image_bytes=first.nbytes,
+        own=section.entrypoint is not None,
+    )
 
 
 def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from neq_cli.training.tasks import Task
 PROGRESS_SECONDS = 0.25
 """Between two ``StepProgress`` records; reading the loss for one waits for the device."""
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Trainer:
         return self.task.results(totals)
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST[self.recipe.precision]
+        dtype = AUTOCAST[self.recipe.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _to_device(self, tensor: Tensor) -> Tensor:

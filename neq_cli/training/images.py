@@ -29,6 +29,36 @@ class Images(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
+        """Prepare a batch in one go; DataLoader asks for this where it is there."""
+        indices, draws = zip(*map(self._resolved, keys), strict=True)
+        images, labels = self._fixed(indices, draws)
+        return list(zip(self._finished(images, draws), labels.tolist(), strict=True))
+
+    def fixed(self, positions: Sequence[int]) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Return images before augmentation and normalisation, and labels int64 [batch]: what a cache keeps.
+
+        A tensor [batch, channels, height, width], or a list where ``differ`` allows each a size of its own.
+        """
+        indices = self.indices[list(positions)].tolist()
+        return self._fixed(indices, indices)
+
+    @property
+    def scales_at_random(self) -> bool:
+        """Whether augmentation cuts and scales images, one by one on the CPU."""
+        return self.augmented and self.preparation.scales_at_random
+
+    @property
+    def differ(self) -> bool:
+        """Whether images may differ in size until augmentation has scaled them."""
+        return False
+
+    def _fixed(self, indices: Sequence[int], draws: Sequence[int]) -> tuple[Tensor | list[Tensor], Tensor]:
+        raise NotImplementedError
+
     def _resolved(self, key: Key) -> tuple[int, int]:
         """Return the source's index and a draw; without one given, chance decides where it may, else nothing does."""
         position, draw = key if isinstance(key, tuple) else (key, None)
@@ -37,10 +67,14 @@ class Images(Dataset[tuple[Tensor, int]]):
             return index, index
         return index, int(torch.randint(2**63 - 1, ())) if draw is None else draw
 
-    def _prepared(self, images: Tensor, draws: Sequence[int]) -> Tensor:
-        if self.augmented:
-            return self.preparation.train(images, torch.tensor(draws))
-        return self.preparation.test(images)
+    def _finished(self, images: Tensor | list[Tensor], draws: Sequence[int]) -> list[Tensor]:
+        if isinstance(images, list):
+            varied = self.preparation.varied
+            pairs = zip(images, draws, strict=True)
+            images = torch.cat([varied(image.unsqueeze(0), torch.tensor([draw])) for image, draw in pairs])
+        elif self.augmented:
+            images = self.preparation.varied(images, torch.tensor(draws))
+        return list(self.preparation.finished(images).unbind())
 
 
 class StoredImages(Images):
@@ -61,14 +95,14 @@ class StoredImages(Images):
             tuple(self.images.shape[-2:]) != (size, size) or self.preparation.augment == "imagenet"
         )
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
+    @property
+    def unchanged(self) -> bool:
+        """Whether ``fixed`` returns images as they are stored."""
+        return not self.resizes or self.scales_at_random
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
-        """Prepare a batch in one go; DataLoader asks for this where it is there."""
-        indices, draws = zip(*map(self._resolved, keys), strict=True)
-        images = self._prepared(self.images[list(indices)], draws)
-        return list(zip(images.unbind(), self.labels[list(indices)].tolist(), strict=True))
+    def _fixed(self, indices: Sequence[int], draws: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = list(indices)
+        return self.preparation.fixed(self.images[chosen], augmented=self.augmented), self.labels[chosen]
 
 
 class ReadImages(Images):
@@ -95,20 +129,19 @@ class ReadImages(Images):
         self.shape = shape
         self.classes = classes
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
+    @property
+    def differ(self) -> bool:
+        return self.scales_at_random
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
-        """Read a batch one by one, and prepare it in one go where all images have the same size."""
-        resolved = [self._resolved(key) for key in keys]
-        images, labels = zip(*(self._read(index, draw) for index, draw in resolved), strict=True)
-        draws = [draw for _, draw in resolved]
-        if len({image.shape for image in images}) == 1:
-            prepared = list(self._prepared(torch.stack(images), draws).unbind())
-        else:
-            pairs = zip(images, draws, strict=True)
-            prepared = [self._prepared(image.unsqueeze(0), [draw])[0] for image, draw in pairs]
-        return list(zip(prepared, labels, strict=True))
+    def _fixed(self, indices: Sequence[int], draws: Sequence[int]) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Read images one by one, and scale them in one go where all have the same size."""
+        read = [self._read(index, draw) for index, draw in zip(indices, draws, strict=True)]
+        images, labels = [image for image, _ in read], torch.tensor([label for _, label in read])
+        if self.differ:
+            return images, labels
+        alike = len({image.shape for image in images}) == 1
+        groups = [torch.stack(images)] if alike else [image.unsqueeze(0) for image in images]
+        return torch.cat([self.preparation.fixed(group, augmented=self.augmented) for group in groups]), labels
 
     def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
         try:

@@ -1,69 +1,37 @@
-"""Batches of data: shuffled and augmented by seed and epoch alone, however many processes read them."""
+"""The batches of a run: shuffled and augmented by seed and epoch alone, wherever images are kept or read."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from neq_cli.recipe.keys import Cache
+from neq_cli.training.batches import Batches, in_batches
+from neq_cli.training.cache import choose_cache
 from neq_cli.training.data import Data
-from neq_cli.training.images import Images, KeptImages, Key, StoredImages
-from neq_cli.training.problems import DataError, RecipeValueError
+from neq_cli.training.images import Images, KeptImages, ReadImages, StoredImages
+from neq_cli.training.kept import KeptApart, KeptBatches, Reading
+from neq_cli.training.problems import RecipeValueError
+from neq_cli.training.sampling import ShuffledSampler
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch
 
-
-class Batches(DataLoader[Any]):
-    """A DataLoader of (images [batch, channels, height, width], labels [batch]) whose workers' errors end at once."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except DataError as error:
-            # Its traceback holds the workers, and torch waits five seconds for each when it is let go (torch 2.15).
-            error.__traceback__ = None
-            message = str(error)
-        else:
-            return
-        raise DataError(message)
-
-
-class ShuffledSampler(Sampler[Key]):
-    """Every image once, in an order of its own each epoch, with the random integer that decides its augmentation.
-
-    Order and integers follow from the seed and ``epoch`` alone, the number of epochs begun: set it to go on from there.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[Key]:
-        self.epoch += 1
-        words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
-        order = torch.randperm(self.size, generator=generator)
-        draws = torch.randint(2**63 - 1, (self.size,), generator=generator)
-        return zip(order.tolist(), draws.tolist(), strict=True)
+Passes = Batches | KeptBatches | KeptApart
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """The three parts in batches, on the CPU, pinned for a GPU."""
+    """The three parts in batches (float images [batch, channels, height, width], int64 labels [batch]).
 
-    train: Batches  # whole batches only
-    probe: Batches
-    test: Batches
+    On the training device where images are kept, else on the CPU, pinned for a GPU.
+    """
+
+    train: Passes  # whole batches only
+    probe: Passes
+    test: Passes
+    note: str  # where images are kept, and why: "data.cache: memory, 184 MB"
 
     def start_epoch(self, epoch: int) -> None:
         """Make the next pass over ``train`` that of ``epoch``, counted from 1; without it passes follow each other."""
@@ -72,12 +40,15 @@ class Loaders:
             sampler.epoch = epoch - 1
 
 
-def make_loaders(data: Data, batch_size: int, workers: int, seed: int, device: torch.device) -> Loaders:
-    """Return the batches of a run on ``device``. The rest of an epoch that fills no batch is left out of it.
+def make_loaders(
+    data: Data, batch_size: int, workers: int, seed: int, device: torch.device, *, cache: Cache = "auto"
+) -> Loaders:
+    """Return the batches of a run on ``device``, the same ones whatever ``cache`` and ``workers`` are.
 
-    A last batch of few images would make BatchNorm's statistics, and so the step, an outlier. Images in memory are
-    prepared in the main process, which is faster than handing them over, unless they are resized. No pass touches the
-    global random state. Raises RecipeValueError where ``batch_size`` is larger than the training data.
+    The rest of an epoch that fills no batch is left out of it: a batch of few images would make BatchNorm's
+    statistics, and so the step, an outlier. Nothing is decoded before the first pass, and no pass touches the global
+    random state. Raises RecipeValueError where ``batch_size`` is larger than the training data, or where ``cache``
+    cannot be had.
     """
     if batch_size > len(data.train):
         raise RecipeValueError(
@@ -85,32 +56,50 @@ def make_loaders(data: Data, batch_size: int, workers: int, seed: int, device: t
             f"{batch_size} images per step, but {data.name} has {len(data.train)} to train on "
             f"(and {len(data.probe)} in the probe set); lower it",
         )
+    choice = choose_cache(data, cache, device)
     shuffled = ShuffledSampler(len(data.train), seed)
-    train = _loader(data.train, batch_size, workers, seed, device, sampler=shuffled, drop_last=True)
-    test = _loader(data.test, batch_size, workers, seed, device)
-    kept = 4 * prod(data.image_shape) * len(data.probe) <= _KEPT_BYTES
-    probed = KeptImages(data.probe) if kept else data.probe
-    probe = _loader(probed, batch_size, 0 if kept else workers, seed, device)
-    return Loaders(train, probe, test)
-
-
-def _loader(
-    images: Images | KeptImages, batch_size: int, workers: int, seed: int, device: torch.device, **options: Any
-) -> Batches:
-    if isinstance(images, StoredImages) and not images.resizes:
-        workers = 0
-    batches = -(-len(images) // batch_size)
-    workers = min(workers, batches)
-    with warnings.catch_warnings():
-        # How many workers there are is the recipe's decision, also where there are fewer CPUs.
-        warnings.filterwarnings("ignore", message=".*worker processes in total")
-        return Batches(
-            cast("Dataset[Any]", images),
-            batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            # Workers seed torch, random and NumPy from this; without it passes would draw from the global generator.
-            generator=torch.Generator().manual_seed(seed),
-            **options,
+    reading = Reading(batch_size, workers, seed)
+    # The probe set is so small that starting workers for it takes longer than reading it.
+    few = 4 * prod(data.image_shape) * len(data.probe) <= _KEPT_BYTES
+    probe_reading = Reading(batch_size, 0 if few else workers, seed)
+    if choice.place == "none":
+        probed = KeptImages(data.probe) if few else data.probe
+        return Loaders(
+            _read(data.train, reading, device, shuffled),
+            _read(probed, probe_reading, device),
+            _read(data.test, reading, device),
+            choice.note,
         )
+    place = device if choice.place == "device" else torch.device("cpu")
+    return Loaders(
+        _kept(data.train, place, device, reading, shuffled),
+        KeptBatches(data.probe, place, device, probe_reading),
+        KeptBatches(data.test, place, device, reading),
+        choice.note,
+    )
+
+
+def _kept(
+    images: Images, place: torch.device, device: torch.device, reading: Reading, sampler: ShuffledSampler
+) -> Passes:
+    if not images.scales_at_random:
+        return KeptBatches(images, place, device, reading, sampler)
+    if isinstance(images, ReadImages):
+        return KeptApart(images, reading, sampler, pin_memory=device.type == "cuda")
+    return _read(images, reading, device, sampler)  # in memory already
+
+
+def _read(
+    images: Images | KeptImages, reading: Reading, device: torch.device, sampler: ShuffledSampler | None = None
+) -> Batches:
+    # Images in memory are prepared in the main process, which is faster than handing them over, unless it scales them.
+    workers = 0 if isinstance(images, StoredImages) and not images.resizes else reading.workers
+    return in_batches(
+        images,
+        reading.batch_size,
+        workers,
+        reading.seed,
+        sampler=sampler,
+        drop_last=sampler is not None,
+        pin_memory=device.type == "cuda",
+    )

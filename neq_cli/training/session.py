@@ -12,12 +12,15 @@ from torch import nn
 from neq_cli.errors import FreezingError, RecipeError
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.backward import Mode
+from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.records import RunStarted
 from neq_cli.training.catalogue import class_count, sample_shape
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.device import describe_device, resolve_device, seed_everything
-from neq_cli.training.engine import Trainer
+from neq_cli.training.engine import AUTOCAST, Trainer
+from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
 from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
@@ -46,14 +49,23 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
     device = resolve_device(recipe.device)
     seed_everything(recipe.seed, deterministic=recipe.deterministic)
     data = load_data(recipe.data, recipe.seed)
-    loaders = make_loaders(data, recipe.batch_size, recipe.data.workers, recipe.seed, device)
+    loaders = make_loaders(data, recipe.batch_size, recipe.data.workers, recipe.seed, device, cache=recipe.data.cache)
     model = build_model(recipe.model, data.num_classes)
-    notes = [*load_weights(model, recipe.model), *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    notes = [loaders.note, *load_weights(model, recipe.model), *scheduler_notes(recipe.scheduler, recipe.epochs)]
     check_fit(model, data)
-    channels_last = device.type == "cuda" if recipe.channels_last == "auto" else recipe.channels_last
     model.to(device)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
+    if recipe.channels_last == "auto":
+        channels_last, note = choose_layout(
+            model,
+            data.image_shape,
+            recipe.batch_size,
+            autocast=AUTOCAST[recipe.precision],
+            fixed=recipe.deterministic,
+        )
+        recipe = recipe.model_copy(update={"channels_last": channels_last})
+        notes.append(note)
+    elif recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(recipe.optimizer, model)
     recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
     try:
@@ -63,6 +75,8 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
             loaders.probe,
             build_policy(recipe.policy, recipe.seed),
             backward=recipe.backward,
+            dispatch=Dispatch(fixed=recipe.deterministic),
+            compiled=recipe.compile,
             exclude=recipe.exclude,
         )
     except FreezingError as error:
@@ -70,7 +84,7 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
     trainer = Trainer(
         recipe=recipe,
         device=device,
-        channels_last=channels_last,
+        channels_last=bool(recipe.channels_last),
         model=model,
         loaders=loaders,
         task=build_task(recipe.task, recipe.label_smoothing),
@@ -87,7 +101,7 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
         steps_per_epoch=len(loaders.train),
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
-        notes=(*notes, *freezing_notes(freezer.anatomy)),
+        notes=(*notes, *freezing_notes(freezer.anatomy, recipe.backward)),
     )
     return Session(recipe, trainer, started, _content(data))
 
@@ -148,7 +162,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     recipe = match(recipe, model, (1, *shape), matched_flops)
     paper, executed = dense.paper, dense.executed
     if isinstance(recipe.policy, StochasticPolicy):
-        paper, executed = mean_stochastic_flops(anatomy, chosen_share(recipe.policy), recipe.epochs)
+        paper, executed = mean_stochastic_flops(anatomy, chosen_share(recipe.policy), recipe.epochs, recipe.backward)
     layers = {
         name: {
             "kind": layer.kind,
@@ -161,14 +175,24 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     return FlopsEstimate(paper, executed, dense.paper, dense.executed, layers)
 
 
-def freezing_notes(anatomy: Anatomy) -> list[str]:
-    """Return a line for every reason why something always trains; the output layer needs none but its name."""
+def freezing_notes(anatomy: Anatomy, mode: Mode) -> list[str]:
+    """Return a line for every reason why something always trains, or cannot be computed in part.
+
+    Normalisation layers never can; they are listed with the kernels, in dispatch.json.
+    """
     by_reason: dict[str, list[str]] = {}
+    if mode != "dense":
+        for name, reason in anatomy.dense_because.items():
+            if anatomy.neurons.layers[name].cost != "norm" and name not in anatomy.never_frozen:
+                by_reason.setdefault(f"dense gradient used ({reason})", []).append(name)
     for name, reason in anatomy.never_frozen.items():
         by_reason.setdefault(f"never frozen ({reason})", []).append(name)
     for name, reason in anatomy.neurons.outside.items():
         by_reason.setdefault(f"outside neurons, always trained ({reason})", []).append(name)
-    return [f"{reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+    notes = [f"{reason}: {', '.join(names)}" for reason, names in by_reason.items()]
+    if mode == "truncated":
+        notes.insert(0, "backward: truncated is an approximation; frozen neurons pass no error to the layers below")
+    return notes
 
 
 def _describe_policy(recipe: Recipe) -> str:

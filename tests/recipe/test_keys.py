@@ -39,6 +39,7 @@ def test_the_smallest_recipe_has_the_papers_defaults() -> None:
     assert isinstance(found.policy, NEqPolicy)
     assert (found.policy.epsilon, found.policy.mu, found.policy.definition) == (0.001, 0.5, "paper")
     assert (found.batch_size, found.data.probe_size) == (100, 50)
+    assert found.data.cache == "auto"
     assert found.scheduler.name == "constant"
 
 
@@ -99,6 +100,9 @@ def test_numbers_are_finite(value: float) -> None:
         ({"device": "cuda 1"}, False),
         ({"data": {"name": "digits", "mean": []}}, False),
         ({"data": {"name": "digits", "std": [0.0]}}, False),
+        *(({"data": {"name": "digits", "cache": cache}}, True) for cache in ("auto", "memory", "device", "none")),
+        ({"data": {"name": "digits", "cache": "disk"}}, False),
+        ({"data": {"name": "digits", "cache": True}}, False),
     ],
 )
 def test_limits(keys: dict[str, Any], allowed: bool) -> None:

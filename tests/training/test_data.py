@@ -53,6 +53,7 @@ def test_digits_as_data() -> None:
     assert (len(data.train), len(data.probe), len(data.test)) == (1388, 50, 359)
     assert data.num_classes == 10
     assert data.image_shape == (1, 8, 8)
+    assert (data.image_bytes, data.own) == (1 * 8 * 8 * 4, False)
     assert data.description == "digits: 1388 training, 50 probe, 359 test images of 1x8x8, 10 classes"
     images = torch.stack([data.train[i][0] for i in range(len(data.train))])
     assert abs(images.mean().item()) < 0.02
@@ -95,6 +96,7 @@ def test_images_of_several_sizes_are_told_when_they_are_met(tmp_path: Path) -> N
     section = write(tmp_path, [(6, 6), (6, 6), (7, 6)])
     data = load_data(section, 1)
     assert data.image_shape == (3, 6, 6)
+    assert data.image_bytes == 3 * 6 * 6
     with pytest.raises(TrainingError, match=r"2.png: 3x7x6, but the first image is 3x6x6; set data.image_size"):
         [data.train[index] for index in range(len(data.train))]
     scaled = load_data(section.model_copy(update={"image_size": 4}), 1)
@@ -123,7 +125,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_floats_of_the_users_own_are_normalised_only_when_asked(module: str) -> None:
     section = DataSection(entrypoint=f"{module}:floats", probe_size=2)
-    assert torch.equal(load_data(section, 1).train[0][0], torch.full((3, 4, 4), 0.5))
+    data = load_data(section, 1)
+    assert torch.equal(data.train[0][0], torch.full((3, 4, 4), 0.5))
+    assert (data.image_bytes, data.own) == (3 * 4 * 4 * 4, True)
     asked = section.model_copy(update={"mean": [0.1] * 3, "std": [0.5] * 3})
     torch.testing.assert_close(load_data(asked, 1).train[0][0], torch.full((3, 4, 4), 0.8))
     eights = DataSection(entrypoint=f"{module}:bytes", probe_size=2)

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from neq_cli import Freezer, NEq, Stochastic
 from neq_cli.recipe.file import load_recipe
+from neq_cli.recipe.keys import Cache
 from neq_cli.records import EpochRecord
+from neq_cli.training.data import Data
+from neq_cli.training.images import StoredImages
+from neq_cli.training.kept import KeptBatches
+from neq_cli.training.loaders import make_loaders
 from neq_cli.training.session import Session, prepare
+from neq_cli.training.transforms import Preparation
 
 pytestmark = pytest.mark.gpu
 
@@ -87,10 +93,39 @@ def test_frozen_rows_and_state_are_bit_identical_and_a_step_never_waits(fused: b
         assert not torch.equal(old[~frozen], new[~frozen])
 
 
+@pytest.mark.parametrize("augment", ["none", "crop", "cifar"])
+@pytest.mark.parametrize("cache", ["memory", "device"])
+def test_kept_images_are_those_of_the_cpu_and_a_batch_never_waits(cache: Cache, augment: str) -> None:
+    bytes_ = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    preparation = Preparation(augment=augment, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))  # type: ignore[arg-type]
+    part = StoredImages(bytes_, torch.arange(40), torch.arange(40), preparation, augmented=True)
+    data = Data("noise", part, part, part, 40, (), (3, 8, 8), bytes_[0].nbytes, own=False)
+    cuda, cpu = (make_loaders(data, 8, 0, 1, torch.device(device), cache=cache) for device in ("cuda", "cpu"))
+    assert isinstance(cuda.train, KeptBatches)
+    assert cuda.train.place.type == ("cuda" if cache == "device" else "cpu")
+    for _ in range(2):
+        found = iter(cuda.train)
+        batches = [next(found)]  # what a pass needs is sent with its first batch
+        with no_waiting():
+            batches += found
+        for (images, labels), (expected, expected_labels) in zip(batches, cpu.train, strict=True):
+            assert images.device.type == labels.device.type == "cuda"
+            torch.testing.assert_close(images.cpu(), expected, rtol=1e-6, atol=1e-6)
+            assert torch.equal(labels.cpu(), expected_labels)
+
+
+def test_images_in_memory_are_pinned_where_they_are_not_kept() -> None:
+    loaded = load_recipe("digits", ["device=cuda", "data.cache=none"])
+    loaders = prepare(loaded.recipe, loaded.name).trainer.loaders
+    images, labels = next(iter(loaders.train))
+    assert images.is_pinned()
+    assert labels.is_pinned()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_recipe_trains(precision: str) -> None:
     ready = session(f"precision={precision}")
-    assert ready.trainer.loaders.train.pin_memory
+    assert ready.started.notes[0] == "data.cache: device, 0.46 MB"
     records = [record for record in ready.trainer.run() if isinstance(record, EpochRecord)]
     assert [record.epoch for record in records] == [1, 2]
     assert records[1].metrics["train_loss"] < records[0].metrics["train_loss"]

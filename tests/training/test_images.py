@@ -52,6 +52,31 @@ def test_a_draw_decides_the_augmentation_one_by_one_or_in_batches(augment: Any) 
 
 
 @pytest.mark.parametrize("which", [0, 1])
+def test_what_a_cache_keeps_is_not_augmented_yet(which: int) -> None:
+    images = both(Preparation(augment="cifar", mean=(0.5,) * 3, std=(0.5,) * 3), augmented=True)[which]
+    kept, labels = images.fixed([2, 0])
+    assert torch.equal(torch.as_tensor(kept), PIXELS[[2, 5]])
+    assert (labels.tolist(), labels.dtype) == ([4, 9], torch.int64)
+    assert not images.differ
+
+
+def test_images_that_are_cut_at_random_may_differ_in_size() -> None:
+    preparation = Preparation(8, "imagenet")
+    pairs = [(PIXELS[0], 0), (PIXELS[1, :, :5], 1)]
+    train, test = (ReadImages(pairs, torch.arange(2), preparation, name="pairs", augmented=a) for a in (True, False))
+    assert (train.differ, test.differ) == (True, False)
+    kept, labels = train.fixed([0, 1])
+    assert isinstance(kept, list)
+    assert torch.equal(kept[0], PIXELS[0])
+    assert torch.equal(kept[1], PIXELS[1, :, :5])
+    assert labels.tolist() == [0, 1]
+    assert torch.as_tensor(test.fixed([0, 1])[0]).shape == (2, 3, 8, 8)
+    stored, _ = both(preparation, augmented=True)
+    assert stored.scales_at_random
+    assert not stored.differ
+
+
+@pytest.mark.parametrize("which", [0, 1])
 def test_without_a_draw_chance_decides_in_training_only(which: int) -> None:
     augmented = both(Preparation(augment="cifar"), augmented=True)[which]
     assert len({augmented[0][0].numpy().tobytes() for _ in range(12)}) > 1
@@ -147,6 +172,16 @@ def test_only_scaling_makes_images_in_memory_slow() -> None:
 
     assert [resizes(None), resizes(8), resizes(None, "cifar")] == [False] * 3
     assert [resizes(16), resizes(8, "imagenet"), resizes(None, "imagenet")] == [True] * 3
+
+
+def test_only_scaling_for_good_changes_images_in_memory() -> None:
+    def unchanged(size: int | None, augment: Any = "none", *, augmented: bool = True) -> bool:
+        images = StoredImages(PIXELS, LABELS, INDICES, Preparation(size, augment), augmented=augmented)
+        assert images.unchanged == torch.equal(torch.as_tensor(images.fixed([0, 1, 2])[0]), PIXELS[INDICES])
+        return images.unchanged
+
+    assert [unchanged(None), unchanged(8), unchanged(None, "cifar"), unchanged(16, "imagenet")] == [True] * 4
+    assert [unchanged(16), unchanged(8, "imagenet", augmented=False)] == [False] * 2
 
 
 def test_kept_images_are_read_once() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from neq_cli.errors import NeqError, TrainingError
 from neq_cli.recipe import DataSection
 from neq_cli.training.data import Data, load_data
-from neq_cli.training.loaders import Loaders, ShuffledSampler, make_loaders
+from neq_cli.training.kept import KeptBatches
+from neq_cli.training.loaders import Loaders, make_loaders
 
 CPU = torch.device("cpu")
 
@@ -39,34 +40,14 @@ def data(tmp_path: Path) -> Data:
     return load_data(write(tmp_path), 1)
 
 
-def loaders(data: Data, batch_size: int = 5, workers: int = 0, seed: int = 1) -> Loaders:
-    return make_loaders(data, batch_size, workers, seed, CPU)
+def loaders(data: Data, batch_size: int = 5, workers: int = 0, seed: int = 1, device: torch.device = CPU) -> Loaders:
+    """The loaders that read anew in each pass; tests/training/test_kept.py has the others."""
+    return make_loaders(data, batch_size, workers, seed, device, cache="none")
 
 
 def one_pass(batches: Any) -> tuple[Tensor, Tensor]:
     images, labels = zip(*batches, strict=True)
     return torch.cat(images), torch.cat(labels)
-
-
-def test_a_sampler_gives_every_image_once_each_epoch() -> None:
-    sampler = ShuffledSampler(50, seed=3)
-    epochs = [list(sampler) for _ in range(3)]
-    for keys in epochs:
-        assert sorted(index for index, _ in keys) == list(range(50))
-        assert all(0 <= draw < 2**63 for _, draw in keys)
-        assert len({draw for _, draw in keys}) == 50
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert sampler.epoch == 3
-
-
-def test_a_sampler_follows_seed_and_epoch_alone() -> None:
-    first = ShuffledSampler(50, seed=3)
-    list(first)
-    again = ShuffledSampler(50, seed=3)
-    again.epoch = 1
-    torch.manual_seed(77)
-    assert list(first) == list(again)
-    assert list(ShuffledSampler(50, seed=3)) != list(ShuffledSampler(50, seed=4))
 
 
 def test_training_batches_are_whole_and_the_others_complete(data: Data) -> None:
@@ -121,11 +102,18 @@ def test_no_pass_touches_the_global_generators(data: Data) -> None:
 def test_images_in_memory_need_no_workers_unless_they_are_scaled() -> None:
     def workers(**values: Any) -> list[int]:
         section = DataSection(name="digits", **values)
-        made = make_loaders(load_data(section, 1), 100, 2, 1, CPU)
+        made = loaders(load_data(section, 1), 100, 2)
         return [made.train.num_workers, made.test.num_workers, made.probe.num_workers]
 
     assert workers() == workers(augment="crop") == [0, 0, 0]
     assert workers(image_size=16) == [2, 2, 0]
+
+
+def test_what_fits_is_kept_and_said_so(data: Data) -> None:
+    made = make_loaders(data, 5, 0, 1, CPU)
+    assert all(isinstance(part, KeptBatches) for part in (made.train, made.probe, made.test))
+    assert made.note == f"data.cache: memory, {48 * 8 * 8 * 3 / 1e6:.3g} MB"
+    assert loaders(data).note == "data.cache: none"
 
 
 def test_workers_stay_for_the_next_epoch(data: Data) -> None:
@@ -138,7 +126,7 @@ def test_workers_stay_for_the_next_epoch(data: Data) -> None:
 
 def test_memory_is_pinned_for_a_gpu_only(data: Data) -> None:
     assert not loaders(data).train.pin_memory
-    assert make_loaders(data, 5, 0, 1, torch.device("cuda")).train.pin_memory
+    assert loaders(data, device=torch.device("cuda")).train.pin_memory
 
 
 @pytest.mark.parametrize("workers", [0, 2])

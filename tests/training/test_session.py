@@ -37,6 +37,7 @@ def test_a_session_says_what_it_is() -> None:
     assert dict(started.layers) == {name: len(mask) for name, mask in session.trainer.freezer.trainable.items()}
     assert started.layers["fc"] == 10
     assert "never frozen (output layer): fc" in started.notes
+    assert "data.cache: memory, 0.46 MB" in started.notes
     assert session.data_content == {
         "name": "digits", "train": 1438, "test": 359, "classes": 10, "image_shape": [1, 8, 8]
     }  # fmt: skip

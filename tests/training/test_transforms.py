@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from neq_cli.training import transforms
 from neq_cli.training.transforms import Preparation, crop_and_mirror, drawn_from
 
 
@@ -41,6 +42,73 @@ def test_each_image_is_cropped_and_mirrored_by_its_own_draw(padding: int, mirror
     for image, draw, result in zip(images, chances.tolist(), out, strict=True):
         mirrored = mirror and bool(draw // 2**32 % 2)
         assert torch.equal(result, placed(image, draw % places, draw // 2**16 % places, padding, mirrored))
+
+
+def one_by_one(images: Tensor, chances: Tensor, *, padding: int, mirror: bool) -> Tensor:
+    """The augmentation as a loop over images."""
+    height, width = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    cropped = torch.empty_like(images)
+    for index, draw in enumerate(chances.tolist()):
+        row, column = draw % (2 * padding + 1), (draw >> 16) % (2 * padding + 1)
+        cut = padded[index, :, row : row + height, column : column + width]
+        cropped[index] = cut.flip(-1) if mirror and (draw >> 32) & 1 else cut
+    return cropped
+
+
+@pytest.mark.parametrize("device", ["cpu", "other"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "padding", "mirror"),
+    [
+        ((100, 3, 32, 32), 4, True),
+        ((64, 1, 8, 8), 1, False),
+        ((5, 3, 224, 224), 28, False),
+        ((7, 2, 5, 9), 4, True),  # padded by nearly its height
+        ((6, 4, 7, 4), 0, False),  # "crop" pads small images by nothing
+        ((1, 3, 6, 6), 4, True),
+    ],
+)
+def test_a_batch_is_cut_as_a_loop_would_cut_it(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    padding: int,
+    mirror: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    if device == "other":  # what accelerators run
+        monkeypatch.setattr(transforms, "_windows", transforms._gathered)
+    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = images.clone()
+    for seed in range(3):
+        chances = draws(shape[0], seed)
+        expected = one_by_one(images, chances, padding=padding, mirror=mirror)
+        assert torch.equal(crop_and_mirror(images, chances, padding=padding, mirror=mirror), expected)
+        strided = images.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(crop_and_mirror(strided, chances, padding=padding, mirror=mirror), expected)
+    assert torch.equal(images, before)
+
+
+def test_normalising_leaves_its_input_alone() -> None:
+    images = torch.rand(2, 1, 4, 4)
+    before = images.clone()
+    out = Preparation(mean=(0.5,), std=(0.25,)).finished(images)
+    torch.testing.assert_close(out, (before - 0.5) * 4)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "cifar", "imagenet"])
+def test_the_three_steps_make_the_whole(augment: str) -> None:
+    preparation = Preparation(8, augment, (0.5,) * 3, (0.2,) * 3)  # type: ignore[arg-type]
+    images, chances = pictures(height=12, width=10), draws(6)
+    kept = preparation.fixed(images, augmented=True)
+    assert kept.shape[-2:] == ((12, 10) if augment == "imagenet" else (8, 8))
+    assert kept.dtype == torch.uint8
+    assert torch.equal(preparation.finished(preparation.varied(kept, chances)), preparation.train(images, chances))
+    kept = preparation.fixed(images, augmented=False)
+    assert kept.shape[-2:] == (8, 8)
+    assert torch.equal(preparation.finished(kept), preparation.test(images))
 
 
 def test_places_and_mirrors_are_even_and_independent() -> None:

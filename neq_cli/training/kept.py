@@ -1,0 +1,199 @@
+"""Batches of images that were decoded once, in the first pass, and are augmented and normalised where they train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from neq_cli.training.batches import in_batches
+from neq_cli.training.images import Images, ReadImages, StoredImages
+from neq_cli.training.problems import DataError
+from neq_cli.training.sampling import ShuffledSampler
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are decoded before they are kept."""
+
+    batch_size: int
+    workers: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Decoded images [all, channels, height, width], labels [all] on the CPU; image i of the part is at ``rows[i]``."""
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class KeptBatches:
+    """Batches of (images [batch, channels, height, width], labels [batch]) on ``device``, in any number of passes.
+
+    Images are decoded in the first pass and kept at ``place``. With a ``sampler`` they are shuffled, augmented where
+    the part is, and come in whole batches only. Raises DataError as the part does, and where they do not fit.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        place: torch.device,
+        device: torch.device,
+        reading: Reading,
+        sampler: ShuffledSampler | None = None,
+    ) -> None:
+        self.images = images
+        self.place = place
+        self.device = device
+        self.reading = reading
+        self.sampler = sampler
+        self._kept: _Kept | None = None
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.reading.batch_size)
+        return whole + (rest > 0 and self.sampler is None)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._kept is None:
+            self._kept = _decoded(self.images, self.place, self.reading)
+        order = draws = torch.arange(len(self.images))  # without a sampler nothing is augmented, so no draw is used
+        if self.sampler is not None:
+            order, draws = self.sampler.begin()
+        # What the pass needs is sent at once, so that no batch waits for the device.
+        rows = self._kept.rows[order]
+        labels, draws, rows = self._kept.labels[rows].to(self.device), draws.to(self.device), rows.to(self.place)
+        preparation, size = self.images.preparation, self.reading.batch_size
+        for start in range(0, len(self) * size, size):
+            batch = slice(start, start + size)
+            images = self._taken(self._kept.images, rows[batch])
+            if self.images.augmented:
+                images = preparation.varied(images, draws[batch])
+            yield preparation.finished(images), labels[batch]
+
+    def _taken(self, images: Tensor, rows: Tensor) -> Tensor:
+        """Return copies of the images at ``rows`` on the device: a model may overwrite its input in place."""
+        if self.device.type != "cuda" or self.place.type == "cuda":
+            return images.index_select(0, rows).to(self.device)
+        pinned = torch.empty((len(rows), *images.shape[1:]), dtype=images.dtype, pin_memory=True)
+        return torch.index_select(images, 0, rows, out=pinned).to(self.device, non_blocking=True)
+
+
+class KeptApart:
+    """Batches of images that may differ in size, decoded in the first pass; workers augment them in each.
+
+    For augmentation that cuts and scales images one by one, on the CPU.
+    """
+
+    def __init__(self, images: ReadImages, reading: Reading, sampler: ShuffledSampler, *, pin_memory: bool) -> None:
+        self.images = copy(images)
+        self.reading = reading
+        self.sampler = sampler
+        self.batches = in_batches(
+            self.images,
+            reading.batch_size,
+            reading.workers,
+            reading.seed,
+            sampler=sampler,
+            drop_last=True,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not isinstance(self.images.source, _Decoded):
+            # Before the first pass over ``batches``: workers take the images along when they start.
+            self.images.source = _Decoded(self.images, self.reading)
+            self.images.indices = torch.arange(len(self.images))
+        return iter(self.batches)
+
+
+class _Decoded:
+    """Images of several sizes in a few long tensors, as many as they were read in batches: a dataset of its own."""
+
+    def __init__(self, images: ReadImages, reading: Reading) -> None:
+        self.strips: list[Tensor] = []
+        self.found: list[tuple[int, int, tuple[int, ...], int]] = []  # strip, start, shape, label
+        for strip, shapes, labels in _read(images, reading):
+            start = 0
+            for shape, label in zip(shapes.tolist(), labels.tolist(), strict=True):
+                self.found.append((len(self.strips), start, tuple(shape), label))
+                start += shape[0] * shape[1] * shape[2]
+            self.strips.append(strip.clone())  # out of the memory that is shared with the worker
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        strip, start, shape, label = self.found[index]
+        return self.strips[strip][start:].narrow(0, 0, shape[0] * shape[1] * shape[2]).view(shape), label
+
+
+def _decoded(images: Images, place: torch.device, reading: Reading) -> _Kept:
+    everything = torch.arange(len(images))
+    if isinstance(images, StoredImages) and images.unchanged:
+        if place.type == "cpu":
+            return _Kept(images.images, images.labels, images.indices)
+        chosen = images.images[images.indices]
+        return _Kept(_room(len(images), chosen, place).copy_(chosen), images.labels[images.indices], everything)
+    kept: Tensor | None = None
+    labels, start = [], 0
+    for batch, batch_labels in _read(images, reading):
+        if kept is None:
+            kept = _room(len(images), batch, place)
+        if batch.dtype != kept.dtype:
+            raise DataError(f"data.cache: images of {kept.dtype} and {batch.dtype}; make all alike, or use none")
+        kept[start : start + len(batch)] = batch
+        start += len(batch)
+        labels.append(batch_labels.clone())
+    assert kept is not None  # no part is empty
+    return _Kept(kept, torch.cat(labels), everything)
+
+
+def _room(count: int, batch: Tensor, place: torch.device) -> Tensor:
+    try:
+        return torch.empty((count, *batch.shape[1:]), dtype=batch.dtype, device=place)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+        raise DataError(f"data.cache: no room for {count} images on {place}; use none") from error
+
+
+def _read(images: Images, reading: Reading) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what ``_Fixed`` makes of one batch after the other, decoded by the workers, which then end."""
+    batches = in_batches(
+        _Fixed(images),
+        reading.batch_size,
+        reading.workers,
+        reading.seed,
+        collate_fn=_as_it_is,
+        persistent_workers=False,
+    )
+    return iter(batches)
+
+
+class _Fixed(Dataset[Any]):
+    """A part's images before augmentation, batch by batch; those that differ in size end to end, with their shapes."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, ...]:
+        images, labels = self.images.fixed(positions)
+        if isinstance(images, Tensor):
+            return images, labels
+        return torch.cat([image.flatten() for image in images]), torch.tensor([i.shape for i in images]), labels
+
+
+def _as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return batch

@@ -1,0 +1,74 @@
+"""How much memory can still be taken: of the machine or the job it is confined to, and of an accelerator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_ROOT = Path("/")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free on ``device``; None where it does not tell."""
+    if device.type == "cpu":
+        return free_ram()
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return None
+
+
+def free_ram(root: Path = _ROOT) -> int:
+    """Return the bytes of RAM that are free, file caches that can be dropped included.
+
+    Linux tells, for the machine and for the control groups that confine a container or a cluster's job. Elsewhere it is
+    what no process has taken or, as macOS does not tell that either, half of what there is. ``root`` is where Linux's
+    files are looked for.
+    """
+    return min((_machine(root), *_groups(root)))
+
+
+def _machine(root: Path) -> int:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        return page * os.sysconf("SC_AVPHYS_PAGES")
+    except ValueError:
+        return page * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _groups(root: Path) -> Iterator[int]:
+    """Yield what each control group above this process has left, in version 1 and 2 of their interface."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top):
+                yield from _left(folder, *files)
+
+
+def _left(group: Path, limit: str, used: str, dropped: str) -> Iterator[int]:
+    try:
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        left = int((group / limit).read_text()) - int((group / used).read_text())
+    except (OSError, ValueError):  # not there, or "max": no limit
+        return
+    yield max(0, left + int(statistics.get(dropped, 0)))
