@@ -262,7 +262,7 @@ class Recipe(Section):
     )
     backward: Literal["exact", "truncated", "dense"] = Field(
         default="exact",
-        description="exact: skip frozen weight gradients; truncated: also their errors, an approximation; dense: nothing",
+        description="exact: no frozen weight gradients; truncated: nor frozen errors, an approximation; dense: all",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="bf16, fp16: autocast; fp16 scales the loss"
@@ -271,6 +271,7 @@ class Recipe(Section):
         default="auto", description="memory layout of images and convolutions; auto: the faster one, timed"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
+    cuda_graph: bool = Field(default=False, description="capture each epoch's training step in a CUDA graph")
     gradient_accumulation: Count = Field(default=1, description="batches per optimiser step")
     clip_grad_norm: Positive | None = Field(
         default=None, description="largest gradient norm; null: any", examples=[1.0]

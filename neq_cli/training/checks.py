@@ -141,6 +141,7 @@ def _policy(section: CustomPolicy) -> Iterator[Problem]:
 def _recipe(recipe: Recipe) -> Iterator[Problem]:
     """Yield what concerns several sections or none."""
     yield from _classes(recipe)
+    yield from _graph(recipe)
     yield from _task(recipe)
 
 
@@ -148,6 +149,13 @@ def _classes(recipe: Recipe) -> Iterator[Problem]:
     given, classes = recipe.model.kwargs.get("num_classes"), catalogue.class_count(recipe.data)
     if isinstance(given, int) and classes is not None and given < classes:
         yield Problem("model.kwargs.num_classes", models.too_few_classes(given, classes))
+
+
+def _graph(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.cuda_graph and recipe.precision == "fp16":
+        yield Problem("cuda_graph", "fp16 has to look at every step's gradients to scale them; use precision=bf16")
+    if recipe.cuda_graph and recipe.gradient_accumulation > 1:
+        yield Problem("cuda_graph", "a captured step is one batch; use gradient_accumulation=1")
 
 
 def _task(recipe: Recipe) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from neq_cli.freezing import Freezer, LayerFlops, Observation
 from neq_cli.recipe import Recipe
 from neq_cli.records import EpochRecord, LayerState, Record, StepProgress
 from neq_cli.training.checkpoint import random_states
+from neq_cli.training.graph import GraphedStep
 from neq_cli.training.loaders import Loaders
 from neq_cli.training.tasks import Task
 
@@ -116,13 +118,20 @@ class Trainer:
         # The first step whose loss was not finite, kept on the device: looking at every loss would wait every step.
         first_bad = torch.full((), steps + 1, device=self.device)
         started = shown = time.perf_counter()
+        graphed = GraphedStep(partial(self._whole_step, totals)) if self.recipe.cuda_graph else None
         for step, (inputs, targets) in enumerate(self.loaders.train, 1):
-            # The last group of an epoch may be smaller.
-            batches = min(group, steps - (step - 1) // group * group)
-            loss = self._backward(inputs, targets, totals, batches)
+            inputs, targets = self._to_device(inputs), self._to_device(targets)
+            if graphed is not None:
+                loss = graphed(inputs, targets)
+            else:
+                # The last group of an epoch may be smaller.
+                batches = min(group, steps - (step - 1) // group * group)
+                loss = self._backward(inputs, targets, totals, batches)
+                if step % group == 0 or step == steps:
+                    self._update()
+            if self.averaged is not None and (step % group == 0 or step == steps):
+                self.averaged.update_parameters(self.model)
             first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=step))
-            if step % group == 0 or step == steps:
-                self._update()
             now = time.perf_counter()
             if now - shown >= PROGRESS_SECONDS:
                 shown = now
@@ -133,7 +142,6 @@ class Trainer:
         return self.task.results(totals)
 
     def _backward(self, inputs: Tensor, targets: Any, totals: Tensor, batches: int) -> Tensor:
-        inputs, targets = self._to_device(inputs), self._to_device(targets)
         with self._autocast():
             outputs = self.forward(inputs)
             loss = self.task.loss(outputs, targets)
@@ -148,8 +156,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+
+    def _whole_step(self, totals: Tensor, inputs: Tensor, targets: Any) -> Tensor:
+        loss = self._backward(inputs, targets, totals, 1)
+        self._update()
+        return loss
 
     def _test(self, epoch: int) -> Generator[Record, None, dict[str, float]]:
         """One pass over the test data; returns its metrics."""

@@ -35,7 +35,7 @@ def choose_layout(
             chosen, how = device.type == "cuda", f"not timed: {type(error).__name__}"
         else:
             chosen, how = last < plain, f"{1e3 * last:.4g} ms a step, contiguous {1e3 * plain:.4g} ms"
-    model.to(memory_format=torch.channels_last if chosen else torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last if chosen else torch.contiguous_format)
     return chosen, f"channels_last: auto, {str(chosen).lower()} ({how})"
 
 
@@ -55,7 +55,7 @@ def _timed(
         samples = max(samples, min(batch_size, int(_SECONDS * samples / max(took, 1e-6))))
         for number in range(_ROUNDS + 1):
             for place, memory_format in enumerate(formats):
-                model.to(memory_format=memory_format)  # type: ignore[call-overload]
+                model.to(memory_format=memory_format)
                 took = _step(model, images[:samples].contiguous(memory_format=memory_format), autocast)
                 best[place] = min(best[place], took) if number else best[place]
         model.zero_grad(set_to_none=True)

@@ -47,6 +47,10 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
     whatever only the real data or model can show to be wrong.
     """
     device = resolve_device(recipe.device)
+    if recipe.cuda_graph and device.type != "cuda":
+        raise RecipeValueError(
+            "cuda_graph", f"needs a CUDA device, and the run is on {device}; use device=cuda, or set it to false"
+        )
     seed_everything(recipe.seed, deterministic=recipe.deterministic)
     data = load_data(recipe.data, recipe.seed)
     loaders = make_loaders(data, recipe.batch_size, recipe.data.workers, recipe.seed, device, cache=recipe.data.cache)
@@ -65,7 +69,7 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
         recipe = recipe.model_copy(update={"channels_last": channels_last})
         notes.append(note)
     elif recipe.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(recipe.optimizer, model)
     recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
     try:

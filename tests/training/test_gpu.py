@@ -129,3 +129,20 @@ def test_a_recipe_trains(precision: str) -> None:
     records = [record for record in ready.trainer.run() if isinstance(record, EpochRecord)]
     assert [record.epoch for record in records] == [1, 2]
     assert records[1].metrics["train_loss"] < records[0].metrics["train_loss"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_captured_step_trains_as_an_eager_one_does(optimizer: str) -> None:
+    weights = []
+    for captured in ("true", "false"):
+        run = session(
+            f"cuda_graph={captured}",
+            f"optimizer={{name: {optimizer}, lr: 0.01}}",
+            "policy={kind: stochastic, p: 0.5}",
+            "channels_last=true",
+        )
+        for _ in run.trainer.run():
+            pass
+        weights.append({name: tensor.cpu() for name, tensor in run.trainer.model.state_dict().items()})
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
