@@ -238,6 +238,43 @@ def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
         _print(render_flops(loaded.name, estimate))
 
 
+@app.command(epilog="Example: neq bench resnet32-cifar10 --fractions 0.5,0.9 --rounds 3")
+def bench(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    fractions: Annotated[
+        str, typer.Option(metavar="SHARE,...", help="shares of neurons to freeze, from 0 to 1")
+    ] = "0,0.25,0.5,0.75,0.9,1",
+    modes: Annotated[
+        str, typer.Option(metavar="MODE,...", help="backward: exact, truncated (an approximation) or dense")
+    ] = "exact,truncated",
+    orders: Annotated[
+        str, typer.Option(metavar="ORDER,...", help="random: in every layer; front: layer after layer from the input")
+    ] = "random,front",
+    rounds: Annotated[int, typer.Option(min=1, help="how often each is measured, by turns")] = 5,
+    layers: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="the share to show layer by layer; default that nearest 0.5")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a recipe's training step with neurons frozen, beside the dense step of plain PyTorch.
+
+    On noise in the shape of the data where that is known, so that nothing is downloaded, and with random weights.
+    """
+    from neq_cli.running import measured_steps
+    from neq_cli.runs.bench_view import bench_progress, render_bench
+    from neq_cli.training.bench_options import parse_options
+
+    options = parse_options(fractions, modes, orders, rounds, layers)  # before torch is imported, which takes seconds
+    loaded = _load(recipe, overrides)
+    with bench_progress() as show:
+        result = measured_steps(loaded, options, show)
+    if as_json:
+        _print_json(result)
+    else:
+        _print(render_bench(result, options.layers))
+
+
 @app.command(epilog="Example: neq validate resnet32-cifar10 epochs=100")
 def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Check a recipe without opening its data, and print it with every default written out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -17,6 +17,7 @@ from neq_cli.records import EpochRecord
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, default_run_directory, writing
 from neq_cli.runs.run_reader import read_run
+from neq_cli.training.bench_options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
@@ -62,6 +63,16 @@ def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
 
     with _located(loaded):
         return asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
+
+
+def measured_steps(
+    loaded: LoadedRecipe, options: BenchOptions, show: Callable[[int, int, str], None]
+) -> dict[str, Any]:
+    """Return what `neq bench --json` prints; ``show`` is told the visits done, all of them, and what comes next."""
+    from neq_cli.training.bench import bench
+
+    with _located(loaded):
+        return {"recipe": loaded.name, **bench(loaded.recipe, options, show)}
 
 
 @contextmanager

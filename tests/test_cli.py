@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from neq_cli import __version__
 from neq_cli.cli import app, main
 
-VERBS = ("train", "inspect", "compare", "flops", "validate", "recipes", "init", "export")
+VERBS = ("train", "inspect", "compare", "flops", "bench", "validate", "recipes", "init", "export")
 SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
 CHECKOUT = Path(__file__).parents[1]
 
@@ -138,6 +138,13 @@ def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["export", "missing", "-o", "a.safetensors"], ["missing: no such run directory"]),
         (["init", "digitz"], ["did you mean 'digits'?"]),
         (["flops", "cifar10-folder", "data.image_size=null", "data.augment=none"], ["data.image_size"]),
+        (["bench", "digits", "--fractions", "0,2"], ["--fractions", "'2' is not a share from 0 to 1"]),
+        (["bench", "digits", "--modes", "exakt"], ["--modes", "did you mean 'exact'?"]),
+        (["bench", "digits", "--orders", "back"], ["--orders", "use random, front"]),
+        (["bench", "digits", "--rounds", "0"], ["--rounds", "'0'"]),
+        (["bench", "digits", "--layers", "0.3"], ["--layers 0.3 is not measured"]),
+        (["bench", "digits", "optimzer.lr=1"], ["optimzer: unknown key; did you mean 'optimizer'?"]),
+        (["bench", "cifar10-folder", "model.kwargs={}", "data.root=missing"], ["data.root=missing: no folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -244,6 +251,25 @@ def test_the_papers_flops(
     assert list(estimate) == ["flops_paper", "flops_executed", "flops_paper_dense", "flops_executed_dense", "layers"]
     assert f"{estimate['flops_paper'] / 1e6:.2f}M" == printed
     assert exact is None or estimate["flops_paper"] == exact
+
+
+def test_bench_prints_nothing_but_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--fractions", "0,0.5", "--orders", "random", "--rounds", "1")
+    recipe = ("digits", *SHORT, "channels_last=false", "deterministic=true")
+    assert call("bench", *recipe, *options, "--json") == 0
+    torch.use_deterministic_algorithms(False)
+    out, err = capsys.readouterr()
+    assert err == ""
+    found = json.loads(out)
+    assert found["recipe"] == "digits"
+    keys = [(one["backward"], one["order"], one["frozen_fraction"]) for one in found["measurements"]]
+    assert keys == [(mode, "random", share) for mode in ("exact", "truncated") for share in (0.0, 0.5)]
+    assert call("bench", *recipe, *options, "--modes", "truncated") == 0
+    torch.use_deterministic_algorithms(False)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("recipe     digits ")
+    assert "truncated, random, 0.5 frozen, layer by layer" in out
 
 
 def test_training_off_a_terminal_prints_a_line_per_epoch(trained: tuple[Path, str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +21,9 @@ that the hardware likes. ``pointwise``: the trainable rows of a 1x1 convolution 
 BLOCK = 8
 """Rows are counted in blocks for a choice: libraries compute whole blocks of channels, and few kinds are soon timed."""
 
-_ROUNDS = 3
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 10
+_SECONDS = 0.02
+"""For one kernel; what takes longer is timed in the fewest rounds."""
 _MARGIN = 0.97
 """Another kernel must be this much faster than the dense one: timings differ from one run to the next."""
 _OVERHEAD = 60e-6
@@ -95,7 +97,10 @@ class Dispatch:
         """Take over choices made elsewhere, which are then not timed again."""
         try:
             self.choices = {
-                str(kind): Choice(_kernel(choice["kernel"]), dict(choice["milliseconds"]))
+                str(kind): Choice(
+                    _kernel(choice["kernel"]),
+                    {str(name): float(value) for name, value in choice["milliseconds"].items()},
+                )
                 for kind, choice in state.items()
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -110,22 +115,26 @@ def _kernel(name: str) -> Kernel:
 
 
 def _fastest(kernels: Sequence[Kernel], run: Callable[[Kernel], object], device: torch.device) -> Choice:
-    """Time all kernels in turn, a warm-up round first, and keep the dense one unless another is clearly faster."""
-    seconds: dict[Kernel, list[float]] = {kernel: [] for kernel in kernels}
-    remaining = list(kernels)
-    for number in range(_ROUNDS + 1):
+    """Time all kernels in turn, a warm-up round first, and keep the dense one unless another is clearly faster.
+
+    The shortest time counts: whatever else the machine does can only add to it.
+    """
+    best = dict.fromkeys(kernels, math.inf)
+    remaining, rounds, number = list(kernels), _FEWEST_ROUNDS, 0
+    while number <= rounds:
         for kernel in remaining:
-            measured = _timed(partial(run, kernel), device)
+            seconds = _timed(partial(run, kernel), device)
             if number:
-                seconds[kernel].append(measured)
+                best[kernel] = min(best[kernel], seconds)
         if number == 1:
-            best = min(seconds[kernel][0] for kernel in remaining)
-            remaining = [kernel for kernel in remaining if seconds[kernel][0] <= _HOPELESS * best]
-    medians = {kernel: statistics.median(values) for kernel, values in seconds.items()}
-    kernel = min(medians, key=medians.__getitem__)
-    if medians[kernel] + _OVERHEAD > _MARGIN * medians["dense"]:
+            shortest = min(best.values())
+            remaining = [kernel for kernel in remaining if best[kernel] <= _HOPELESS * shortest]
+            rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(_SECONDS / max(shortest, 1e-9))))
+        number += 1
+    kernel = min(best, key=best.__getitem__)
+    if best[kernel] + _OVERHEAD > _MARGIN * best["dense"]:
         kernel = "dense"
-    return Choice(kernel, {name: round(1e3 * value, 4) for name, value in medians.items()})
+    return Choice(kernel, {name: round(1e3 * value, 4) for name, value in best.items()})
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

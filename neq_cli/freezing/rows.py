@@ -4,120 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from neq_cli.errors import FreezingError
+from neq_cli.freezing.discarding import Discarding
+from neq_cli.freezing.holding import FrozenRows, Writer
 from neq_cli.freezing.neurons import Layer, Layout
-
-ROW_WISE_OPTIMIZERS = frozenset(
-    ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD"]
-)
-MIXING_OPTIMIZERS: Mapping[str, str] = {
-    "LBFGS": "its update mixes all parameters",
-    "Adafactor": "its second moments mix the rows of a weight",
-    "Muon": "it orthogonalises each weight, which mixes the rows",
-    "SparseAdam": "it takes sparse gradients only",
-}
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise FreezingError where the optimiser does not update row by row, so that frozen rows could not be kept.
-
-    Classes outside torch.optim are tried on two small weights whose gradients agree in the first row only.
-    """
-    for kind in type(optimizer).__mro__:
-        if _is_stock(kind) and kind.__name__ in MIXING_OPTIMIZERS:
-            reason = MIXING_OPTIMIZERS[kind.__name__]
-            raise FreezingError(
-                f"optimizer: {kind.__name__} cannot freeze neurons ({reason}); use SGD, AdamW or RMSprop"
-            )
-    known = _is_stock(type(optimizer)) and type(optimizer).__name__ in ROW_WISE_OPTIMIZERS
-    if not known and not _updates_row_by_row(optimizer):
-        raise FreezingError(
-            f"optimizer: {type(optimizer).__name__} mixes the rows of a weight, so that none can be frozen; "
-            "use one that updates element by element, such as SGD or AdamW"
-        )
-
-
-def _is_stock(kind: type) -> bool:
-    return kind.__module__.startswith("torch.optim")
-
-
-def _updates_row_by_row(optimizer: torch.optim.Optimizer) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    start, common = torch.randn(2, 4, 3, generator=generator, device="cpu")
-    results = []
-    for scale in (1.0, 3.0):
-        weight = nn.Parameter(start.clone())
-        settings = {key: value for key, value in optimizer.defaults.items() if key not in ("fused", "foreach")}
-        try:
-            # The same draws for both, where the optimiser adds noise; the caller's random numbers stay as they are.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                trial = type(optimizer)([weight], **settings)
-                for _ in range(3):
-                    weight.grad = common.clone()
-                    weight.grad[1:] *= scale
-                    trial.step()
-        except Exception as error:
-            name = type(optimizer).__name__
-            raise FreezingError(f"optimizer: {name} could not be tried for row-wise updates: {error}") from error
-        _row_state(trial, weight)
-        results.append(weight.detach()[0])
-    return torch.equal(*results)
-
-
-def _row_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return the parameter's state tensors that have its shape; scalars, such as Adam's ``step``, advance."""
-    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    for key, value in tensors.items():
-        if value.shape != parameter.shape and value.numel() != 1:
-            raise FreezingError(
-                f"optimizer: {type(optimizer).__name__}'s state {key!r} has shape {list(value.shape)} beside a "
-                f"parameter of shape {list(parameter.shape)}, so that no row of it can be held"
-            )
-    # A parameter of one element is all row; a scalar beside it is told apart by its number of dimensions.
-    return {key: value for key, value in tensors.items() if value.shape == parameter.shape}
-
-
-@dataclass(frozen=True)
-class _Selection:
-    """The frozen rows of a parameter, which may be read and written in anything of its shape."""
-
-    layout: Layout
-    index: tuple[Tensor, ...]  # of the frozen rows in the layout's view, on the parameter's device
-    whole: bool  # every row of the parameter is frozen
-
-    def read(self, tensor: Tensor) -> Tensor:
-        return self.layout.view(tensor.detach())[self.index]  # a copy, as indexing with tensors is
-
-    def write(self, tensor: Tensor, values: Tensor | float) -> None:
-        view = self.layout.view(tensor.detach())
-        if isinstance(values, float):
-            view[self.index] = values
-        else:
-            view.index_put_(self.index, values.to(view))
-
-    def discard_gradient(self, parameter: Tensor) -> None:
-        if self.whole:
-            parameter.grad = None
-        elif parameter.grad is not None:
-            self.write(parameter.grad, 0.0)
-
-
-@dataclass
-class _Frozen:
-    """A parameter with frozen rows, and what they and their state are held at."""
-
-    parameter: nn.Parameter
-    rows: _Selection
-    held: dict[str, Tensor]  # optimiser state by key, and the parameter itself under ""
+from neq_cli.freezing.optimizers import check_optimizer, row_state
 
 
 class RowKeeper:
@@ -126,6 +21,7 @@ class RowKeeper:
     When backward ends, a parameter with some frozen rows has zeros there and one with all rows frozen has no gradient,
     so that gradient clipping and GradScaler see what trains. ``discard_momentum`` follows the authors' code: frozen
     rows' momentum (SGD's buffer, Adam's exp_avg) is zeroed and Adam's exp_avg_sq decays, instead of being held.
+    ``seconds`` is what the hooks around the optimiser's steps took so far, on the clock of the host.
     """
 
     def __init__(
@@ -136,10 +32,12 @@ class RowKeeper:
         self.layers = layers
         self.discard_momentum = discard_momentum
         self.parameters = dict(model.named_parameters())
-        self.frozen: list[_Frozen] = []
-        self.gradient_hooks: list[RemovableHandle] = []
+        self.discarding = Discarding([])
+        self.kept: list[FrozenRows] = []
+        self.unborn: list[FrozenRows] = []  # those that no step has updated yet, so that state may still come
+        self.writer = Writer()
         self.stale = False
-        self.seconds = 0.0  # spent around the optimiser's steps so far
+        self.seconds = 0.0
         after_step = optimizer.register_step_post_hook(lambda *_: self._after_step())
         # Before other hooks there, which may average the weights: they shall see the rows as they are held.
         optimizer._optimizer_step_post_hooks.move_to_end(after_step.id, last=False)  # type: ignore[attr-defined]
@@ -153,21 +51,17 @@ class RowKeeper:
 
     def keep(self, trainable: Mapping[str, Tensor]) -> None:
         """Keep from now on what ``trainable`` (bool, [neurons], per layer) leaves out, as it is at this moment."""
-        self._remove_gradient_hooks()
-        self.frozen = []
+        frozen = []
         for name, (layout, mask) in self._frozen_rows(trainable).items():
             parameter = self.parameters[name]
             # Where gradients were switched off since, there is nothing to keep.
-            if not mask.any() or not parameter.requires_grad:
-                continue
-            rows = mask.nonzero().squeeze(1).to(parameter.device)
-            selection = _Selection(layout, layout.index(parameter, rows), bool(mask.all()))
-            self.frozen.append(_Frozen(parameter, selection, {}))
-            selection.discard_gradient(parameter)
-            # The hook knows no parameter: one that did would keep it in memory for ever, since autograd holds hooks
-            # where Python's garbage collector does not look.
-            hook = parameter.register_post_accumulate_grad_hook(selection.discard_gradient)  # type: ignore[no-untyped-call]
-            self.gradient_hooks.append(hook)
+            if mask.any() and parameter.requires_grad:
+                frozen.append(FrozenRows(parameter, layout, mask))
+        self.discarding.remove()
+        self.discarding = Discarding(frozen)
+        self.discarding.everything()
+        # The optimiser skips what has no gradient: a parameter whose rows are all frozen stays as it is.
+        self.kept = [one for one in frozen if not one.whole or self.discard_momentum]
         self.refresh()
 
     def forget(self) -> None:
@@ -177,21 +71,19 @@ class RowKeeper:
     def refresh(self) -> None:
         """Take the rows' present values and state as those to be held; needed after either was loaded."""
         self.stale = False
-        for frozen in self.frozen:
-            frozen.held = {}
-        self._restore()
+        for one in self.kept:
+            one.held = {}
+        self.unborn = [one for one in self.kept if not one.whole]
+        self._look()
+        self._write()
 
     def remove(self) -> None:
         """Take all hooks off again."""
-        self._remove_gradient_hooks()
+        self.discarding.remove()
         for hook in self.hooks:
             hook.remove()
-        self.frozen = []
-
-    def _remove_gradient_hooks(self) -> None:
-        for hook in self.gradient_hooks:
-            hook.remove()
-        self.gradient_hooks = []
+        self.discarding, self.writer = Discarding([]), Writer()
+        self.kept = self.unborn = []
 
     def _frozen_rows(self, trainable: Mapping[str, Tensor]) -> dict[str, tuple[Layout, Tensor]]:
         """Return each owned parameter's layout and which rows are frozen; shared rows train if any owner does."""
@@ -210,39 +102,53 @@ class RowKeeper:
         started = time.perf_counter()
         if self.stale:
             self.refresh()
-        # Once more: what combines gradients after backward (DDP) may have written them again.
-        for frozen in self.frozen:
-            frozen.rows.discard_gradient(frozen.parameter)
+        # Once more: what combines gradients after backward (DDP) may have written them again. A parameter without a
+        # gradient must be skipped, and state born in this step shall know none of a frozen row; else rows are written
+        # back anyway, whatever their gradient was.
+        if any(one.parameter.grad is not None for one in self.unborn):
+            self.discarding.everything()
+        else:
+            self.discarding.drop_whole()
         self.seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
         started = time.perf_counter()
         if self.discard_momentum:
             self._decay_second_moments()
-        self._restore()
+        if any(one.changed(self.optimizer.state.get(one.parameter, {})) for one in self.kept):
+            self._look()
+        self._write()
+        self.unborn = [one for one in self.unborn if one.parameter.grad is None]
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
-    def _restore(self) -> None:
-        for frozen in self.frozen:
-            for key, value in {"": frozen.parameter, **_row_state(self.optimizer, frozen.parameter)}.items():
-                if key not in frozen.held:  # just frozen, loaded, or state born in this step
-                    frozen.held[key] = frozen.rows.read(value)
+    def _look(self) -> None:
+        """Find what is to be written: after rows were frozen or loaded, and where state was born or replaced."""
+        self.writer = Writer()
+        for one in self.kept:
+            tensors = {"": one.parameter, **row_state(self.optimizer, one.parameter)}
+            one.look(self.optimizer.state.get(one.parameter, {}), tensors)
+            for key, tensor in tensors.items():
+                if key not in one.held:
+                    one.held[key] = one.read(tensor)
                     if self.discard_momentum and key in ("momentum_buffer", "exp_avg"):
-                        frozen.held[key].zero_()
-                if not frozen.rows.whole or self.discard_momentum:
-                    frozen.rows.write(value, frozen.held[key])
+                        one.held[key].zero_()
+                self.writer.add(one, key, tensor)
 
+    @torch.no_grad()
+    def _write(self) -> None:
+        self.writer.write()
+
+    @torch.no_grad()
     def _decay_second_moments(self) -> None:
-        decay = {
-            id(p): group["betas"][1]
-            for group in self.optimizer.param_groups
-            if "betas" in group
-            for p in group["params"]
-        }
-        for frozen in self.frozen:
-            if "exp_avg_sq" in frozen.held:
-                frozen.held["exp_avg_sq"].mul_(decay[id(frozen.parameter)])
+        held = {id(one.parameter): one.held["exp_avg_sq"] for one in self.kept if "exp_avg_sq" in one.held}
+        # Set by GradScaler while a fused optimiser steps: where it is not zero, the step is none.
+        skipped: Tensor | None = getattr(self.optimizer, "found_inf", None)
+        for group in self.optimizer.param_groups:
+            moments = [held[id(parameter)] for parameter in group["params"] if id(parameter) in held]
+            if "betas" in group and moments:
+                decay = group["betas"][1]
+                torch._foreach_mul_(moments, decay if skipped is None else torch.where(skipped > 0, 1.0, decay))
 
 
 class _ForgetOnLoad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,9 +70,11 @@ class _Swapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
-        make, arguments, state, *rest = reduced
-        arguments = tuple(_own_class(type(self)) if argument is type(self) else argument for argument in arguments)
-        return (make, arguments, {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}, *rest)
+        _, _, state, *rest = reduced
+        # What object itself uses, but for the newer protocols, where pickle insists on the class that self has now.
+        make = copyreg._reconstructor  # type: ignore[attr-defined]
+        state = {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}
+        return (make, (_own_class(type(self)), object, None), state, *rest)
 
 
 class _SlicedConvolution(_Swapped):

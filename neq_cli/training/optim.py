@@ -13,8 +13,9 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from neq_cli.errors import did_you_mean
-from neq_cli.freezing.rows import MIXING_OPTIMIZERS
+from neq_cli.freezing.optimizers import MIXING_OPTIMIZERS
 from neq_cli.recipe import OptimizerSection, ParameterGroup, SchedulerSection
+from neq_cli.training import fused
 from neq_cli.training.entrypoints import accepted_arguments, check_kwargs
 from neq_cli.training.problems import RecipeValueError, one_line
 
@@ -90,11 +91,13 @@ def _settings(group: ParameterGroup) -> dict[str, Any]:
     return group.model_dump(exclude={"parameters"}, exclude_none=True)
 
 
-def build_optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:
+def build_optimizer(section: OptimizerSection, model: nn.Module, *, capturable: bool = False) -> Optimizer:
     """Build the optimiser over the parameters that require gradients; those of ``section.groups`` come after the rest.
 
-    A parameter belongs to the first group with a glob that matches its name. Raises RecipeValueError for unknown names
-    and arguments, for a glob that matches no parameter, and where there is nothing to train.
+    A parameter belongs to the first group with a glob that matches its name. Torch's fused kernels are used where they
+    fit and the recipe says neither ``fused`` nor ``foreach``; so build it once the model is where it trains.
+    ``capturable``: its steps are to be captured in a CUDA graph. Raises RecipeValueError for unknown names and
+    arguments, for a glob that matches no parameter, and where there is nothing to train.
     """
     kind = find_optimizer(section.name)
     for key, problem in _argument_problems(kind, section):
@@ -102,7 +105,16 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> Optimizer:
     groups = parameter_groups(section.groups, model)
     if not groups:
         raise RecipeValueError("model", "no parameter requires gradients; there is nothing to train")
-    return _make(kind, section, groups)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    # Fused kernels refuse sparse gradients.
+    sparse = any(getattr(module, "sparse", False) is True for module in model.modules())
+    chosen = {"fused": True} if not sparse and fused.fits(kind, _arguments(section), parameters) else {}
+    if capturable and "capturable" in accepted_arguments(kind)[0] and "capturable" not in section.kwargs:
+        chosen["capturable"] = True
+    optimizer = _make(kind, section, groups, **chosen)
+    if optimizer.defaults.get("fused"):
+        fused.complete(optimizer)
+    return optimizer
 
 
 def parameter_groups(groups: list[ParameterGroup], model: nn.Module) -> list[dict[str, Any]]:
@@ -125,13 +137,17 @@ def parameter_groups(groups: list[ParameterGroup], model: nn.Module) -> list[dic
     return [group for group in [{"params": list(remaining.values())}, *result] if group["params"]]
 
 
-def _make(kind: Callable[..., Optimizer], section: OptimizerSection, groups: list[dict[str, Any]]) -> Optimizer:
+def _arguments(section: OptimizerSection) -> dict[str, Any]:
     # YAML has lists where torch has tuples, such as Adam's betas.
-    kwargs = {key: tuple(value) if isinstance(value, list) else value for key, value in section.kwargs.items()}
-    if section.lr is not None:
-        kwargs["lr"] = section.lr
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in section.kwargs.items()}
+    return arguments if section.lr is None else {**arguments, "lr": section.lr}
+
+
+def _make(
+    kind: Callable[..., Optimizer], section: OptimizerSection, groups: list[dict[str, Any]], **chosen: Any
+) -> Optimizer:
     try:
-        return kind(groups, **kwargs)
+        return kind(groups, **_arguments(section), **chosen)
     except Exception as error:
         raise RecipeValueError("optimizer", f"{section.name} refuses its arguments ({one_line(error)})") from error
 

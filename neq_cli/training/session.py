@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
         notes.append(note)
     elif recipe.channels_last:
         model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(recipe.optimizer, model)
+    optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
     try:
         freezer = Freezer(

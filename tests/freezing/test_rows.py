@@ -14,6 +14,15 @@ import torch
 from torch import Tensor, nn, optim
 
 from neq_cli import Freezer, Observation
+from neq_cli.freezing import holding
+
+
+@pytest.fixture(autouse=True, params=["small", "large"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter here is small; once they are kept as such, once as if they were large."""
+    if request.param == "large":
+        monkeypatch.setattr(holding, "_SMALL", {"cpu": 0})
+        monkeypatch.setattr(holding, "_SHORT_ROW", 0)
 
 
 class Fixed:
@@ -349,11 +358,12 @@ def test_a_gradient_put_in_after_backward_does_not_move_frozen_rows() -> None:
     # As DistributedDataParallel does when it has averaged its buckets.
     net, optimizer, _ = prepared(SGD)
     start = frozen_bits(net, optimizer)
-    backward(net, batch())
-    for parameter in net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert all(torch.equal(bits, start[name]) for name, bits in frozen_bits(net, optimizer).items())
+    for _ in range(3):
+        backward(net, batch())
+        for parameter in net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert all(torch.equal(bits, start[name]) for name, bits in frozen_bits(net, optimizer).items())
 
 
 def test_a_closure_is_held_too() -> None:
@@ -444,6 +454,81 @@ def test_gradients_under_autocast() -> None:
     assert not net.conv.weight.grad[[1, 2]].any()
     optimizer.step()
     assert all(torch.equal(bits, start[name]) for name, bits in frozen_bits(net, optimizer).items())
+
+
+def test_state_born_after_gradients_were_written_anew_knows_none_of_a_frozen_row() -> None:
+    net = Net()
+    optimizer = SGD(net.parameters())
+    freezer = Freezer(net, optimizer, [torch.randn(5, 2, 4, 4)], Fixed(FROZEN))
+    freezer.step()
+    weight = net.conv.weight.detach().clone()
+    backward(net, batch())
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    momentum = optimizer.state[net.conv.weight]["momentum_buffer"]
+    assert torch.allclose(momentum[[1, 2]], 0.1 * weight[[1, 2]])  # the decay's part alone
+    assert torch.allclose(momentum[[0, 3]], 1 + 0.1 * weight[[0, 3]])
+
+
+# What is kept may be put elsewhere in the middle of an epoch.
+
+
+class Replacing(optim.Optimizer):
+    """Momentum that is another tensor after every step, stored in another order every other time."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.steps += 1
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                continue
+            momentum = 0.9 * self.state[parameter].get("momentum", 0) + parameter.grad + parameter
+            if self.steps % 2 and parameter.dim() == 4:
+                momentum = momentum.contiguous(memory_format=torch.channels_last)
+            self.state[parameter]["momentum"] = momentum
+            parameter.sub_(0.1 * momentum)
+
+
+def test_state_that_is_replaced_in_every_step_is_held() -> None:
+    net, optimizer, _ = prepared(Replacing)
+    start = frozen_bits(net, optimizer)
+    assert "conv.weight momentum" in start
+    for _ in range(3):
+        step(net, optimizer, batch())
+        assert all(torch.equal(bits, start[name]) for name, bits in frozen_bits(net, optimizer).items())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_weights_put_in_other_memory_are_held_there(memory_format: torch.memory_format) -> None:
+    net, optimizer, _ = prepared(SGD)
+    start = frozen_bits(net, optimizer)
+    for _ in range(2):
+        for parameter in net.parameters():
+            fits = parameter.dim() == 4 or memory_format == torch.contiguous_format
+            parameter.data = parameter.data.clone(memory_format=memory_format if fits else torch.contiguous_format)
+        before = net.conv.weight.detach().clone()
+        step(net, optimizer, batch())
+        assert all(torch.equal(bits, start[name]) for name, bits in frozen_bits(net, optimizer).items())
+        assert not torch.equal(net.conv.weight[[0, 3]], before[[0, 3]])
+
+
+def test_state_that_appears_later_is_held_from_then_on() -> None:
+    net, optimizer, _ = prepared(lambda parameters: optim.SGD(parameters, lr=0.1))
+    weights = frozen_bits(net, optimizer)
+    step(net, optimizer, batch())
+    assert frozen_bits(net, optimizer).keys() == weights.keys()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    step(net, optimizer, batch())
+    start = frozen_bits(net, optimizer)
+    assert len(start) > len(weights)
+    step(net, optimizer, batch())
+    now = frozen_bits(net, optimizer)
+    assert all(torch.equal(bits, now[name]) for name, bits in {**start, **weights}.items())
 
 
 # From one epoch to the next.
@@ -700,6 +785,22 @@ def test_reference_definition_lets_the_second_moment_decay(frozen: Iterable[int]
         assert not state["exp_avg"][held].any()
         assert torch.allclose(state["exp_avg_sq"][held], second * 0.9**number, rtol=1e-5, atol=0)
         assert torch.equal(net.conv.weight[held], weights)
+
+
+def test_second_moments_do_not_decay_in_a_fused_step_that_is_skipped() -> None:
+    net, optimizer, _ = prepared(
+        lambda parameters: optim.Adam(parameters, lr=0.01, betas=(0.8, 0.9), fused=True), definition="reference"
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    state = optimizer.state[net.conv.weight]
+    second = state["exp_avg_sq"][[1, 2]].clone()
+    for factor in (math.inf, 1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(factor * nn.functional.cross_entropy(net(batch()[0]), batch()[1])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert state["step"] == 4
+    assert torch.allclose(state["exp_avg_sq"][[1, 2]], second * 0.9**2, rtol=1e-5, atol=0)
 
 
 # Wrappers.

@@ -1,0 +1,155 @@
+"""One training step on one batch, timed by its parts: as the engine does it, but for metrics, averaging and loading."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neq_cli.recipe import Recipe
+from neq_cli.training.catalogue import class_count, find_name, sample_shape
+from neq_cli.training.data import Data, load_data
+from neq_cli.training.device import seed_everything
+from neq_cli.training.images import StoredImages
+from neq_cli.training.loaders import make_loaders
+from neq_cli.training.models import build_model, check_fit
+from neq_cli.training.optim import build_optimizer
+from neq_cli.training.tasks import build_task
+from neq_cli.training.transforms import Preparation
+
+PARTS = ("forward", "backward", "optimizer", "row_keeping")
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL_STEPS = 1e-6
+"""The learning rate is multiplied by this: hundreds of steps on one batch shall not change what is measured."""
+_SCALE = 2.0**10  # of the loss in fp16: the default starts so high that the first steps are skipped
+
+
+class Stopwatch:
+    """Adds up seconds by part; those of a GPU by its own clock, so that it is not waited for between the parts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[str, Any]] = [("", self._now())]
+
+    def lap(self, part: str) -> None:
+        """Count what passed since the last lap as ``part``."""
+        self.marks.append((part, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of every part, once the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (_, before), (part, after) in zip(self.marks[:-1], self.marks[1:], strict=True):
+            seconds[part] += before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
+        return seconds
+
+    def _now(self) -> Any:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+            return event
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+
+class TrainingStep:
+    """Model, optimiser and one batch of a recipe on ``device``; weights are random, drawn from the recipe's seed.
+
+    ``images``: [batch, channels, height, width]. Raises RecipeError or NeqError where model and data do not fit.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, data: Data, *, channels_last: bool = False) -> None:
+        self.recipe = recipe
+        self.device = device
+        seed_everything(recipe.seed, deterministic=recipe.deterministic)
+        self.model = build_model(recipe.model, data.num_classes)
+        check_fit(self.model, data)
+        self.model.to(device)
+        loaders = make_loaders(data, recipe.batch_size, 0, recipe.seed, device, cache="none")
+        images, targets = next(iter(loaders.train))
+        self.images, self.targets = images.to(device), targets.to(device)
+        self.task = build_task(recipe.task, recipe.label_smoothing)
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=_SCALE, enabled=recipe.precision == "fp16")
+        self.forward_model: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
+        self.stopwatch = Stopwatch(device)
+        self.lay_out(channels_last=channels_last)
+
+    def lay_out(self, *, channels_last: bool) -> None:
+        """Put weights and images into this memory format; the optimiser starts anew."""
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.dim() == 4:
+                # A clone: where the kernel is 1x1, `to` leaves the strides of the other format.
+                tensor.data = tensor.data.clone(memory_format=memory_format)
+        self.images = self.images.clone(memory_format=memory_format)
+        self.channels_last = channels_last
+        self.optimizer = build_optimizer(self.recipe.optimizer, self.model)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] * _SMALL_STEPS
+        self.model.train()
+
+    def loss(self) -> Tensor:
+        """Return the batch's loss, to differentiate."""
+        dtype = _AUTOCAST[self.recipe.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.task.loss(self.forward_model(self.images), self.targets)
+
+    def run(self) -> Stopwatch:
+        """Take one step, and return its stopwatch."""
+        self.stopwatch = Stopwatch(self.device)
+        loss = self.loss()
+        self.lap("forward")
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.lap("backward")
+        if self.recipe.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.lap("optimizer")
+        return self.stopwatch
+
+    def lap(self, part: str) -> None:
+        """Count what passed of the running step since the last lap as ``part``."""
+        self.stopwatch.lap(part)
+
+    def saved_for_backward(self) -> int:
+        """Return the bytes that a forward pass keeps for the backward pass, beside the model's own tensors."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.loss()  # while it lives, no storage makes room for another
+        del loss
+        return sum(saved.values())
+
+
+def find_data(recipe: Recipe) -> tuple[Data, bool]:
+    """Return what the batch is taken from, and whether it is noise in the shape of the recipe's data.
+
+    Noise, so that nothing is downloaded, where shape and classes are known without opening the data.
+    """
+    shape, classes = sample_shape(recipe.data), class_count(recipe.data)
+    if classes is None and isinstance(recipe.model.kwargs.get("num_classes"), int):
+        classes = recipe.model.kwargs["num_classes"]
+    if shape is None or classes is None or recipe.data.name is None:
+        return load_data(recipe.data, recipe.seed), False
+    generator = torch.Generator().manual_seed(recipe.seed)
+    images = torch.randint(0, 256, (recipe.batch_size, *shape), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(classes, (recipe.batch_size,), generator=generator)
+    # Mean and deviation of uniform noise.
+    preparation = Preparation(mean=(0.5,) * shape[0], std=(12**-0.5,) * shape[0])
+    part = StoredImages(images, labels, torch.arange(recipe.batch_size), preparation, augmented=False)
+    name = find_name(recipe.data.name)
+    return Data(name, part, part, part, classes, (), shape, images[0].nbytes, own=False), True

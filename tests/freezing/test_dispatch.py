@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from neq_cli import Freezer
+from neq_cli.errors import FreezingError
+from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+
+CPU = torch.device("cpu")
+
+
+class Timed:
+    """Kernels that take the milliseconds they are told to, and note that they ran."""
+
+    def __init__(self, **milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+        self.ran: list[str] = []
+
+    def __call__(self, kernel: Kernel) -> None:
+        self.ran.append(kernel)
+        end = time.perf_counter() + self.milliseconds[kernel] / 1e3
+        while time.perf_counter() < end:
+            pass
+
+
+def choose(dispatch: Dispatch, run: Callable[[Kernel], object], kind: str = "kind", by_rule: Kernel = "sliced") -> str:
+    return dispatch.choose(kind, ["dense", "sliced", "rounded"], run, by_rule, CPU).kernel
+
+
+@pytest.mark.parametrize(
+    ("dense", "sliced", "rounded", "chosen"),
+    [
+        (6, 2, 4, "sliced"),
+        (6, 4, 2, "rounded"),
+        (2, 4, 6, "dense"),
+        (4, 4, 4, "dense"),  # not clearly faster
+        (0.1, 0.06, 0.07, "dense"),  # faster, but by less than leaving PyTorch's own path costs
+    ],
+)
+def test_the_fastest_kernel_is_chosen_and_the_dense_one_in_doubt(
+    dense: float, sliced: float, rounded: float, chosen: str
+) -> None:
+    dispatch, run = Dispatch(), Timed(dense=dense, sliced=sliced, rounded=rounded)
+    assert choose(dispatch, run) == chosen
+    choice = dispatch.choices["kind"]
+    for name, milliseconds in run.milliseconds.items():
+        assert milliseconds <= choice.milliseconds[name] < milliseconds + 10
+    assert dispatch.seconds >= sum(run.milliseconds.values()) / 1e3
+
+
+def test_every_kernel_is_warmed_up_before_it_is_timed() -> None:
+    started: set[str] = set()
+    timed = Timed(dense=2, sliced=1, rounded=3)
+
+    def run(kernel: Kernel) -> None:
+        if kernel not in started:
+            started.add(kernel)
+            time.sleep(0.05)  # as a library that compiles something first
+        timed(kernel)
+
+    dispatch = Dispatch()
+    assert choose(dispatch, run) == "sliced"
+    assert max(dispatch.choices["kind"].milliseconds.values()) < 40
+
+
+def test_a_hopeless_kernel_is_not_timed_again() -> None:
+    run = Timed(dense=1, sliced=0.5, rounded=20)
+    choose(Dispatch(), run)
+    assert run.ran.count("rounded") == 2  # warmed up and timed once
+    assert run.ran.count("sliced") > 2
+
+
+def test_a_kind_is_timed_once() -> None:
+    dispatch, run = Dispatch(), Timed(dense=1, sliced=0.1, rounded=2)
+    assert choose(dispatch, run) == "sliced"
+    number = len(run.ran)
+    run.milliseconds = {"dense": 0.1, "sliced": 1, "rounded": 2}
+    assert choose(dispatch, run) == "sliced"
+    assert len(run.ran) == number
+    assert choose(dispatch, run, "another kind") == "dense"
+    assert list(dispatch.choices) == ["kind", "another kind"]
+
+
+@pytest.mark.parametrize("by_rule", ["dense", "sliced"])
+def test_a_fixed_rule_never_times(by_rule: Kernel) -> None:
+    def run(kernel: Kernel) -> None:
+        raise AssertionError
+
+    dispatch = Dispatch(fixed=True)
+    for _ in range(2):
+        assert choose(dispatch, run, by_rule=by_rule) == by_rule
+    assert dispatch.choices == {"kind": Choice(by_rule, {})}
+    assert dispatch.choices["kind"].reason == "by rule"
+    assert dispatch.seconds == 0
+
+
+def test_a_choice_gives_its_reason_the_fastest_first() -> None:
+    assert Choice("sliced", {"dense": 7.914, "sliced": 5.1, "rounded": 6}).reason == (
+        "sliced 5.1 ms, rounded 6 ms, dense 7.91 ms"
+    )
+
+
+# Written down, and read again.
+
+
+def test_a_choice_is_announced_when_it_is_made() -> None:
+    told: list[dict[str, Any]] = []
+    dispatch = Dispatch(fixed=True, on_choice=lambda dispatch: told.append(dispatch.state_dict()))
+    choose(dispatch, lambda kernel: None, "first")
+    choose(dispatch, lambda kernel: None, "first")
+    choose(dispatch, lambda kernel: None, "second")
+    first = {"first": {"kernel": "sliced", "milliseconds": {}}}
+    assert told == [first, {**first, "second": {"kernel": "sliced", "milliseconds": {}}}]
+
+
+def test_choices_survive_json() -> None:
+    dispatch = Dispatch()
+    choose(dispatch, Timed(dense=1, sliced=0.1, rounded=2))
+    choose(dispatch, Timed(dense=0.1, sliced=1, rounded=2), "another kind")
+    again = Dispatch()
+    again.load_state_dict(json.loads(json.dumps(dispatch.state_dict())))
+    assert again.choices == dispatch.choices
+    run = Timed()
+    assert choose(again, run) == "sliced"
+    assert choose(again, run, "another kind") == "dense"
+    assert run.ran == []
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        [],
+        "sliced",
+        {"kind": None},
+        {"kind": "sliced"},
+        {"kind": {}},
+        {"kind": {"kernel": "sliced"}},
+        {"kind": {"milliseconds": {}}},
+        {"kind": {"kernel": "fastest", "milliseconds": {}}},
+        {"kind": {"kernel": ["sliced"], "milliseconds": {}}},
+        {"kind": {"kernel": "sliced", "milliseconds": 5}},
+        {"kind": {"kernel": "sliced", "milliseconds": {"sliced": "fast"}}},
+        {"kind": {"kernel": "sliced", "milliseconds": {"sliced": None}}},
+    ],
+)
+def test_a_damaged_table_is_refused_and_changes_nothing(state: Any) -> None:
+    dispatch = Dispatch(fixed=True)
+    choose(dispatch, lambda kernel: None)
+    before = dict(dispatch.choices)
+    with pytest.raises(FreezingError, match=r"^dispatch: not a table of kernel choices \(.*\)$"):
+        dispatch.load_state_dict(state)
+    assert dispatch.choices == before
+
+
+# In training.
+
+
+class Half:
+    """Freezes every other neuron, or the first ``count`` of each layer."""
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count
+
+    def choose(self, observations: Any, epoch: int) -> dict[str, Tensor]:
+        numbers = {name: torch.arange(len(seen.trainable)) for name, seen in observations.items()}
+        return {
+            name: number % 2 == 0 if self.count is None else number >= self.count for name, number in numbers.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+def frozen(policy: Half, dispatch: Dispatch, **arguments: Any) -> tuple[Freezer, Tensor]:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 2))
+    images = torch.randn(2, 3, 6, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezer = Freezer(model, optimizer, [images], policy, dispatch=dispatch, **arguments)
+    freezer.step()
+    return freezer, images
+
+
+class Counting(Dispatch):
+    """Chooses the sliced kernel, and counts how often something was timed."""
+
+    timed = 0
+
+    def choose(
+        self, kind: str, kernels: Any, run: Callable[[Kernel], object], by_rule: Kernel, device: torch.device
+    ) -> Choice:
+        if self.find(kind) is None:
+            self.timed += 1
+            self.choices[kind] = Choice("sliced", {})
+        return self.choices[kind]
+
+
+def test_a_table_that_was_loaded_is_used_without_timing() -> None:
+    dispatch = Dispatch()
+    freezer, images = frozen(Half(), dispatch)
+    freezer.model(images).sum().backward()
+    assert len(dispatch.choices) == 2
+    assert dispatch.seconds > 0
+    for kernel in ("dense", "sliced"):
+        table = {kind: {"kernel": kernel, "milliseconds": {kernel: 1.0}} for kind in dispatch.choices}
+        loaded = Dispatch(on_choice=lambda dispatch: pytest.fail("chose again"))
+        loaded.load_state_dict(table)
+        freezer, images = frozen(Half(), loaded)
+        freezer.model(images).sum().backward()
+        assert loaded.seconds == 0
+        assert [use.kernel for use in freezer.kernels().values()] == [kernel] * 2
+        assert [use.rows_computed for use in freezer.kernels().values()] == [16 if kernel == "dense" else 8] * 2
+
+
+def test_one_choice_serves_a_block_of_rows_and_every_frozen_set_of_as_many() -> None:
+    dispatch = Counting()
+    policy = Half(count=1)  # 15 of 16 rows train
+    freezer, images = frozen(policy, dispatch)
+
+    def train() -> None:
+        freezer.model(images).sum().backward()
+
+    train()
+    train()
+    assert dispatch.timed == 2  # of two layers
+    for count, timed in ((3, 2), (7, 2), (8, 4), (15, 4), (9, 4)):  # 9 to 15 rows are two blocks of 8, 1 to 8 are one
+        policy.count = count
+        freezer.step()
+        train()
+        assert dispatch.timed == timed, count
+    images = torch.randn(3, 3, 6, 6)
+    train()
+    assert dispatch.timed == 6  # another batch size
+
+
+def test_kinds_differ_where_the_work_does() -> None:
+    dispatch = Counting()
+    freezer, images = frozen(Half(), dispatch)
+    freezer.model(images).sum().backward()
+    plain = dict(dispatch.choices)
+    freezer.model(images.to(memory_format=torch.channels_last)).sum().backward()
+    freezer.model(images.requires_grad_()).sum().backward()  # now the first layer computes an input gradient
+    with torch.autocast("cpu", torch.bfloat16):
+        output = freezer.model(images)
+    output.sum().backward()
+    freezer.model.double()
+    freezer.model(images.double()).sum().backward()
+    added = [kind for kind in dispatch.choices if kind not in plain]
+    for word in ("channels_last", "bfloat16", "float64"):
+        assert any(word in kind for kind in added), word
+    assert sum("no input gradient" in kind for kind in plain) == 1
+    assert len({kind for kind in dispatch.choices if kind.startswith(next(iter(plain))[:40])}) > 2
+    truncated, images = frozen(Half(), dispatch, backward="truncated")
+    before = set(dispatch.choices)
+    truncated.model(images).sum().backward()
+    assert len(set(dispatch.choices) - before) == 2
+
+
+def test_a_choice_is_announced_before_it_is_used() -> None:
+    """What is written down must be there already when the first gradient by it is computed."""
+    seen: list[tuple[int, bool]] = []
+    dispatch = Dispatch()
+    freezer, images = frozen(Half(), dispatch)
+    weights = [layer.weight for layer in (freezer.model[0], freezer.model[1])]
+    dispatch.on_choice = lambda dispatch: seen.append(
+        (len(dispatch.choices), weights[len(weights) - len(dispatch.choices)].grad is None)
+    )
+    freezer.model(images).sum().backward()
+    assert seen == [(1, True), (2, True)]
+
+
+def test_fixed_runs_choose_alike() -> None:
+    tables = []
+    for _ in range(2):
+        dispatch = Dispatch(fixed=True)
+        freezer, images = frozen(Half(), dispatch)
+        freezer.model(images).sum().backward()
+        tables.append(dispatch.state_dict())
+        assert all(use.reason == "by rule" for use in freezer.kernels().values())
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 2
