@@ -263,7 +263,7 @@ def bench(
     """
     from neq_cli.running import measured_steps
     from neq_cli.runs.bench_view import bench_progress, render_bench
-    from neq_cli.training.bench_options import parse_options
+    from neq_cli.training.bench.options import parse_options
 
     options = parse_options(fractions, modes, orders, rounds, layers)  # before torch is imported, which takes seconds
     loaded = _load(recipe, overrides)

@@ -17,7 +17,7 @@ from neq_cli.records import EpochRecord
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, default_run_directory, writing
 from neq_cli.runs.run_reader import read_run
-from neq_cli.training.bench_options import BenchOptions
+from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def measured_steps(
     loaded: LoadedRecipe, options: BenchOptions, show: Callable[[int, int, str], None]
 ) -> dict[str, Any]:
     """Return what `neq bench --json` prints; ``show`` is told the visits done, all of them, and what comes next."""
-    from neq_cli.training.bench import bench
+    from neq_cli.training.bench.measuring import bench
 
     with _located(loaded):
         return {"recipe": loaded.name, **bench(loaded.recipe, options, show)}

@@ -19,10 +19,10 @@ class Propagation:
 def propagate(trace: Trace, shares: Mapping[str, float], blocking: Collection[str] = ()) -> Propagation:
     """Follow the error from the output layers down to the trainable parameter nearest the input.
 
-    ``shares`` are those of each layer's trainable neurons; layers in ``blocking`` pass no error on. A layer called
-    several times counts as one, which needs what any of its calls needs.
+    ``shares`` are those of each layer's trainable neurons; layers in ``blocking`` pass no error on, and their outputs
+    need none. A layer called several times counts as one, which needs what any of its calls needs.
     """
-    needed = _needing_gradients(trace, shares)  # layers whose input depends on something that trains
+    needed = _needing_gradients(trace, shares, blocking)  # layers whose input depends on something that trains
     worthwhile = needed | {name for name, share in shares.items() if share > 0}
     reached: set[str] = set()
     pending = [name for name in trace.output_layers if name in worthwhile]
@@ -34,7 +34,7 @@ def propagate(trace: Trace, shares: Mapping[str, float], blocking: Collection[st
     return Propagation(frozenset(reached), frozenset(reached & needed))
 
 
-def _needing_gradients(trace: Trace, shares: Mapping[str, float]) -> set[str]:
+def _needing_gradients(trace: Trace, shares: Mapping[str, float], blocking: Collection[str]) -> set[str]:
     needed = set(trace.after_outside)
     after: dict[str, list[str]] = {}
     for name, sources in trace.before.items():
@@ -44,7 +44,7 @@ def _needing_gradients(trace: Trace, shares: Mapping[str, float]) -> set[str]:
     seen: set[str] = set()
     while pending:
         name = pending.pop()
-        if name not in seen:
+        if name not in seen and name not in blocking:
             seen.add(name)
             needed.update(after.get(name, ()))
             pending.extend(after.get(name, ()))

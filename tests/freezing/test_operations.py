@@ -76,9 +76,7 @@ def test_gradients_are_those_of_autograd_and_only_those_asked_for(name: str, cha
     expected = torch.autograd.grad(output, leaves, error)
     torch.testing.assert_close(operation.forward(input, weight, bias), output.detach())
     for wanted in itertools.product([False, True], repeat=3):
-        found = operation.backward(
-            error, input, weight, of_input=wanted[0], of_weight=wanted[1], of_bias=wanted[2]
-        )
+        found = operation.backward(error, input, weight, of_input=wanted[0], of_weight=wanted[1], of_bias=wanted[2])
         for asked, gradient, truth in zip(wanted, found, expected, strict=True):
             if asked:
                 torch.testing.assert_close(gradient, truth)

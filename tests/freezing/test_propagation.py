@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli import Freezer
+from neq_cli.freezing.anatomy import study
+from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.propagation import propagate
 from neq_cli.freezing.trace import Trace
 
@@ -76,24 +78,23 @@ def test_parameters_outside_neurons_want_their_error(
 
 
 @pytest.mark.parametrize(
-    ("graph", "frozen", "blocking", "reached", "passes_on"),
+    ("graph", "frozen", "outside", "reached", "passes_on"),
     [
-        (CHAIN, "c", "c", "head", "head"),  # the head computes an input gradient, which c takes no notice of
-        (CHAIN, "b", "b", "c head", "c head"),
-        (CHAIN, "a b", "a b", "c head", "head"),  # nothing trains below c
-        (RESIDUAL, "two", "two", "stem head", "head"),  # past the blocked branch
-        (RESIDUAL, "one two", "one two", "stem head", "head"),
-        (BRANCH, "left", "left", "stem right head", "right head"),
-        (BRANCH, "left right", "left right", "head", "head"),
+        (CHAIN, "c", "", "head", ""),  # what it puts out needs no gradient, whatever trains below
+        (CHAIN, "b", "", "c head", "head"),
+        (CHAIN, "a b", "", "c head", "head"),
+        (CHAIN, "b", "c", "c head", "c head"),  # a parameter between b and c does need one
+        (RESIDUAL, "two", "", "stem head", "head"),  # past the blocked branch
+        (RESIDUAL, "one two", "", "stem head", "head"),
+        (RESIDUAL, "one", "", "stem two head", "head"),
+        (BRANCH, "left", "", "stem right head", "right head"),
+        (BRANCH, "left right", "", "head", ""),
     ],
 )
 def test_blocked_layers_pass_nothing_on(
-    graph: dict[str, str], frozen: str, blocking: str, reached: str, passes_on: str
+    graph: dict[str, str], frozen: str, outside: str, reached: str, passes_on: str
 ) -> None:
-    # Autograd does as much: an input gradient is computed wherever something trains below, were it only behind a
-    # blocked layer. There it knows that nothing does, since that layer's output needs no gradient.
-    found = follow(graph, frozen, blocking)
-    assert found[0] == reached
+    assert follow(graph, frozen, frozen, after_outside=outside) == (reached, passes_on)
 
 
 def test_several_output_layers_and_layers_that_nothing_reaches() -> None:
@@ -103,11 +104,11 @@ def test_several_output_layers_and_layers_that_nothing_reaches() -> None:
     assert follow(graph, "head", outputs="head aux") == ("body head aux", "head aux")
 
 
-# The same from models, where autograd itself tells which outputs get a gradient and which layers pass one on.
+# The same from a model, where autograd itself tells which outputs get a gradient and which inputs do.
 
 
 class Graph(nn.Module):
-    """All the shapes above in one: a class token, a residual block, two branches, one layer used twice."""
+    """All the shapes above in one: a residual block, a parameter outside neurons, two branches, a layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,49 +123,73 @@ class Graph(nn.Module):
         return self.head(torch.tanh(self.shared(torch.tanh(self.shared(hidden)))))
 
 
-FROZEN_IN_GRAPH = ["", "stem", "stem one two", "one two", "left", "right shared", "stem one two left right shared"]
-
-
-def observed(model: nn.Module, anatomy: Anatomy, frozen: set[str]) -> tuple[set[str], set[str]]:
-    """Return the layers whose output gets a gradient and whose input does, by hooks, with weights of ``frozen`` fixed."""
+def observed(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Return the layers whose output gets a gradient in a backward pass, and those that give their input one."""
     reached, passes_on = set(), set()
     handles = []
-    for name, layer in anatomy.neurons.layers.items():
-        layer.module.requires_grad_(name not in frozen)
 
-        def note(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
-            if inputs[0].requires_grad:
-                passes_on.add(name)
-            if output.requires_grad:
-                output.register_hook(lambda _: reached.add(name))
+    def watch(tensor: Tensor, name: str, found: set[str]) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: found.add(name))
 
-        handles.append(layer.module.register_forward_hook(note))
+    def before(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            own = inputs[0].clone()  # others may give the same tensor its gradient
+            watch(own, name, passes_on)
+            return (own,)
+
+        return hook
+
+    for name, layer in model.named_children():
+        handles.append(layer.register_forward_pre_hook(before(name)))
+        handles.append(layer.register_forward_hook(lambda _, __, output, name=name: watch(output, name, reached)))
     model(torch.randn(2, 4)).sum().backward()
     for handle in handles:
         handle.remove()
-    model.requires_grad_(True)
-    return reached, passes_on & reached
+    return reached, passes_on
 
 
-@pytest.mark.parametrize("frozen", FROZEN_IN_GRAPH)
 @pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize(
+    "frozen", ["", "stem", "stem one two", "one two", "left", "right shared", "stem one two left right shared"]
+)
 def test_what_autograd_does(frozen: str, token: bool) -> None:
     model = Graph()
-    if not token:
-        model.token.requires_grad_(False)
+    model.token.requires_grad_(token)
     anatomy = study(model, torch.randn(2, 4))
     shares = {name: float(name not in frozen.split()) for name in anatomy.neurons.layers}
     found = propagate(anatomy.trace, shares)
-    model.requires_grad_(True)
-    names = set(frozen.split())
-    # The token stays as it is: only layers are fixed and freed in between.
-    model.token.requires_grad_(token)
-    model_hooks = observed_without_token(model, anatomy, names, token)
-    assert (set(found.reached), set(found.passes_on)) == model_hooks
+    for name, layer in model.named_children():
+        layer.requires_grad_(bool(shares[name]))
+    assert (set(found.reached), set(found.passes_on)) == observed(model)
 
 
-def observed_without_token(
-    model: Graph, anatomy: Anatomy, frozen: set[str], token: bool
-) -> tuple[set[str], set[str]]:
-    model.token.requires_grad_(token)
-    return observed(model, anatomy, frozen)
+class Fixed:
+    """A policy that freezes whole layers."""
+
+    def __init__(self, frozen: str) -> None:
+        self.frozen = frozen.split()
+
+    def choose(self, observations: Any, epoch: int) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(observations[name].trainable) for name in self.frozen}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("mode", ["exact", "truncated"])
+@pytest.mark.parametrize("frozen", ["stem", "one two", "two", "left", "right shared", "stem one two left right shared"])
+def test_what_a_model_with_frozen_layers_does(frozen: str, mode: Mode) -> None:
+    model = Graph()
+    freezer = Freezer(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), [torch.randn(2, 4)], Fixed(frozen), backward=mode
+    )
+    freezer.step()
+    shares = {name: float(rows.any()) for name, rows in freezer.trainable.items()}
+    found = propagate(freezer.anatomy.trace, shares, frozen.split() if mode == "truncated" else ())
+    reached, passes_on = observed(model)
+    assert (set(found.reached), set(found.passes_on)) == (reached, passes_on)
+    assert freezer.anatomy.reached(freezer.trainable, mode) == reached

@@ -94,9 +94,7 @@ def by_hand(layout: Layout, groups: int, shape: tuple[int, ...]) -> list[list[tu
 
 @pytest.mark.parametrize("multiple", [1, 2])
 @pytest.mark.parametrize(("layout", "groups", "shape"), LAYOUTS)
-def test_rows_go_in_and_gradients_come_out(
-    layout: Layout, groups: int, shape: tuple[int, ...], multiple: int
-) -> None:
+def test_rows_go_in_and_gradients_come_out(layout: Layout, groups: int, shape: tuple[int, ...], multiple: int) -> None:
     weight = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
     places = by_hand(layout, groups, shape)
     trains = [True, False, False, False, True, True]

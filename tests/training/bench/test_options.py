@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from neq_cli.errors import NeqError
-from neq_cli.training.bench_options import BenchOptions, parse_options
+from neq_cli.training.bench.options import BenchOptions, parse_options
 
 
 def parse(
@@ -51,7 +51,7 @@ def test_mistakes(arguments: dict[str, str], message: str) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys\nimport neq_cli.training.bench_options\nprint('torch' in sys.modules)"
-    folder = Path(__file__).parents[2]
+    code = "import sys\nimport neq_cli.training.bench.options\nprint('torch' in sys.modules)"
+    folder = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

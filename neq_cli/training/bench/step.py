@@ -12,6 +12,7 @@ from neq_cli.recipe import Recipe
 from neq_cli.training.catalogue import class_count, find_name, sample_shape
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.device import seed_everything
+from neq_cli.training.engine import AUTOCAST
 from neq_cli.training.images import StoredImages
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
@@ -20,7 +21,6 @@ from neq_cli.training.tasks import build_task
 from neq_cli.training.transforms import Preparation
 
 PARTS = ("forward", "backward", "optimizer", "row_keeping")
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_STEPS = 1e-6
 """The learning rate is multiplied by this: hundreds of steps on one batch shall not change what is measured."""
 _SCALE = 2.0**10  # of the loss in fp16: the default starts so high that the first steps are skipped
@@ -94,7 +94,7 @@ class TrainingStep:
 
     def loss(self) -> Tensor:
         """Return the batch's loss, to differentiate."""
-        dtype = _AUTOCAST[self.recipe.precision]
+        dtype = AUTOCAST[self.recipe.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self.task.loss(self.forward_model(self.images), self.targets)
 

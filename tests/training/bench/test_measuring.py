@@ -12,12 +12,12 @@ from torch import nn
 
 from neq_cli.errors import RecipeError
 from neq_cli.recipe import Recipe
-from neq_cli.training import bench as module
-from neq_cli.training.bench import bench
-from neq_cli.training.bench_arms import Arm
-from neq_cli.training.bench_options import BenchOptions
-from neq_cli.training.bench_samples import LayerUse, Subject, measurements
-from neq_cli.training.bench_step import TrainingStep
+from neq_cli.training.bench import measuring as module
+from neq_cli.training.bench.arms import Arm
+from neq_cli.training.bench.measuring import bench
+from neq_cli.training.bench.options import BenchOptions
+from neq_cli.training.bench.samples import LayerUse, Subject, measurements
+from neq_cli.training.bench.step import TrainingStep
 
 OWN_CODE = """
 from torch import nn

@@ -12,7 +12,7 @@ import torch
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import Recipe
-from neq_cli.training.bench_step import PARTS, Stopwatch, TrainingStep, find_data
+from neq_cli.training.bench.step import PARTS, Stopwatch, TrainingStep, find_data
 
 CPU = torch.device("cpu")
 OWN_CODE = """

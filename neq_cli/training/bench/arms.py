@@ -19,8 +19,8 @@ from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.freezing.flops import forward_cost
 from neq_cli.freezing.policies import frozen_count
 from neq_cli.recipe import NEqPolicy
-from neq_cli.training.bench_options import BenchOptions
-from neq_cli.training.bench_step import TrainingStep
+from neq_cli.training.bench.options import BenchOptions
+from neq_cli.training.bench.step import TrainingStep
 
 _FIRST_STEPS = 2  # the optimiser's state is born in the first
 

@@ -17,10 +17,10 @@ from neq_cli.freezing import Freezer
 from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import Recipe
-from neq_cli.training.bench_arms import Rig, flops_ratio, kernels, make_arms
-from neq_cli.training.bench_options import BenchOptions
-from neq_cli.training.bench_samples import LayerUse, Measurement, Subject, measurements, together
-from neq_cli.training.bench_step import TrainingStep, find_data
+from neq_cli.training.bench.arms import Rig, flops_ratio, kernels, make_arms
+from neq_cli.training.bench.options import BenchOptions
+from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
+from neq_cli.training.bench.step import TrainingStep, find_data
 from neq_cli.training.data import Data
 from neq_cli.training.device import describe_device, resolve_device
 

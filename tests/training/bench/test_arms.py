@@ -11,9 +11,9 @@ from torch import nn
 from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import Recipe
-from neq_cli.training.bench_arms import Arm, Rig, forward_flops, front_sets, kernels, make_arms, random_sets
-from neq_cli.training.bench_options import BenchOptions
-from neq_cli.training.bench_step import TrainingStep, find_data
+from neq_cli.training.bench.arms import Arm, Rig, forward_flops, front_sets, kernels, make_arms, random_sets
+from neq_cli.training.bench.options import BenchOptions
+from neq_cli.training.bench.step import TrainingStep, find_data
 
 CPU = torch.device("cpu")
 
