@@ -18,7 +18,7 @@ from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.records import RunStarted
 from neq_cli.training.catalogue import class_count, sample_shape
 from neq_cli.training.data import Data, load_data
-from neq_cli.training.device import describe_device, resolve_device, seed_everything
+from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device, seed_everything
 from neq_cli.training.engine import AUTOCAST, Trainer
 from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
@@ -51,6 +51,8 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
         raise RecipeValueError(
             "cuda_graph", f"needs a CUDA device, and the run is on {device}; use device=cuda, or set it to false"
         )
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_everything(recipe.seed, deterministic=recipe.deterministic)
     data = load_data(recipe.data, recipe.seed)
     loaders = make_loaders(data, recipe.batch_size, recipe.data.workers, recipe.seed, device, cache=recipe.data.cache)

@@ -22,7 +22,7 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
 from neq_cli.training.bench.step import TrainingStep, find_data
 from neq_cli.training.data import Data
-from neq_cli.training.device import describe_device, resolve_device
+from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device
 
 Show = Callable[[int, int, str], None]
 """Called with the visits done, all of them, and what comes next."""
@@ -45,6 +45,8 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
     Raises NeqError where model, data and recipe do not fit, or the device's memory is full.
     """
     device = resolve_device(recipe.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does, and for plain PyTorch too
     show(0, 1, "building")
     try:
         data, synthetic = find_data(recipe)
