@@ -56,7 +56,9 @@ class SlicedBackward:
         self.truncated = mode == "truncated"
         self.dispatch = dispatch
         self.parameters = dict(model.named_parameters())
-        self.functional = {name: model.get_submodule(owner) for name, owner in functional.items()}
+        self.functional = {
+            name: model.get_submodule(owner) for name, owner in functional.items() if name not in dense_because
+        }
         self.dense_because = dense_because
         self.compiled = compiled
         self.slots = {
@@ -130,6 +132,8 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
     """
     if layer.cost == "norm":
         return "normalisation: the gradients of its few parameters come with its input's"
+    if _uses_more_than_its_rows(layer):
+        return "its weight or its bias trains, but not as a parameter of this optimiser"
     if functional:
         return None
     module, kind = layer.module, getattr(nn, layer.kind)
@@ -139,3 +143,12 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
     if own_way or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):
         return f"{type(module).__name__} computes its output its own way"
     return None
+
+
+def _uses_more_than_its_rows(layer: Layer) -> bool:
+    """Whether weight and bias both need gradients but one of them is not the neurons', which needs all of its own."""
+    weight, bias = "weight", "bias"
+    if layer.functional:
+        weight, bias = f"{layer.name.rpartition('.')[2]}_weight", "in_proj_bias"
+    used = [tensor for key in (weight, bias) if (tensor := getattr(layer.module, key, None)) is not None]
+    return sum(bool(tensor.requires_grad) for tensor in used) > len(layer.rows)

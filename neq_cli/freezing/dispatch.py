@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +20,17 @@ that the hardware likes. ``pointwise``: the trainable rows of a 1x1 convolution 
 BLOCK = 8
 """Rows are counted in blocks for a choice: libraries compute whole blocks of channels, and few kinds are soon timed."""
 
-_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 10
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 12
 _SECONDS = 0.02
-"""For one kernel; what takes longer is timed in the fewest rounds."""
+"""For one kernel; what takes longer is timed in the fewest rounds, unless its times disagree."""
+_AGREEMENT = 1.05
+"""Times agree where the second best is not longer than the best by more than this."""
 _MARGIN = 0.97
 """Another kernel must be this much faster than the dense one: timings differ from one run to the next."""
 _OVERHEAD = 60e-6
 """Seconds that leaving PyTorch's own path costs per call, forward and backward (measured on a Zen 4 core)."""
 _HOPELESS = 1.5
-"""A kernel this much slower than the best one in its first round is not timed again."""
+"""A kernel this much slower than the best one after the fewest rounds is not timed again."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +120,29 @@ def _fastest(kernels: Sequence[Kernel], run: Callable[[Kernel], object], device:
 
     The shortest time counts: whatever else the machine does can only add to it.
     """
-    best = dict.fromkeys(kernels, math.inf)
-    remaining, rounds, number = list(kernels), _FEWEST_ROUNDS, 0
-    while number <= rounds:
+    seconds: dict[Kernel, list[float]] = {kernel: [] for kernel in kernels}
+    for kernel in kernels:
+        _timed(partial(run, kernel), device)
+    remaining = list(kernels)
+    for number in range(1, _MOST_ROUNDS + 1):
         for kernel in remaining:
-            seconds = _timed(partial(run, kernel), device)
-            if number:
-                best[kernel] = min(best[kernel], seconds)
-        if number == 1:
-            shortest = min(best.values())
-            remaining = [kernel for kernel in remaining if best[kernel] <= _HOPELESS * shortest]
-            rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(_SECONDS / max(shortest, 1e-9))))
-        number += 1
+            seconds[kernel].append(_timed(partial(run, kernel), device))
+        shortest = min(map(min, seconds.values()))
+        if number >= _FEWEST_ROUNDS:
+            remaining = [kernel for kernel in remaining if min(seconds[kernel]) <= _HOPELESS * shortest]
+            enough = number * shortest >= _SECONDS
+            if enough and all(_agree(seconds[kernel]) for kernel in remaining):
+                break
+    best = {kernel: min(times) for kernel, times in seconds.items()}
     kernel = min(best, key=best.__getitem__)
     if best[kernel] + _OVERHEAD > _MARGIN * best["dense"]:
         kernel = "dense"
     return Choice(kernel, {name: round(1e3 * value, 4) for name, value in best.items()})
+
+
+def _agree(times: Sequence[float]) -> bool:
+    best, second = sorted(times)[:2]
+    return second <= _AGREEMENT * best
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

@@ -145,7 +145,7 @@ class LinearMap:
     ) -> Gradients:
         errors = grad_output.reshape(-1, grad_output.shape[-1])
         return (
-            (errors @ weight).view(*grad_output.shape[:-1], -1) if of_input else None,
+            (errors @ weight).view(*grad_output.shape[:-1], weight.shape[1]) if of_input else None,
             errors.t() @ input.reshape(-1, input.shape[-1]) if of_weight else None,
             errors.sum(0) if of_bias else None,
         )

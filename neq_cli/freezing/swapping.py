@@ -241,7 +241,7 @@ def _sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     # torch.split and chunk give views; `_base` is the parameter that they were cut from.
     whole = weight if id(weight) in _watched.plans else weight._base
     plan = _watched.plans.get(id(whole))
-    if plan is None or whole is None:
-        return _stock_linear(input, weight, bias)
+    if plan is None or whole is None or weight.shape[1:] != whole.shape[1:] or weight.stride() != whole.stride():
+        return _stock_linear(input, weight, bias)  # not its rows, such as its transpose
     first = (int(weight.storage_offset()) - int(whole.storage_offset())) // max(whole.stride(0), 1)
     return plan.chunk(first, len(weight)).apply(LinearMap(), input, weight, bias)

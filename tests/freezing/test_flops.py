@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from neq_cli import Freezer, Stochastic
 from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.backward import Mode
+from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
 from neq_cli.freezing.flops import Flops
 from neq_cli.training.cifar_resnet import cifar_resnet
 
@@ -97,8 +99,27 @@ def test_a_frozen_share_removes_that_share_of_the_layers_whole_cost() -> None:
     assert {name: layer.paper for name, layer in flops.layers.items()} == pytest.approx(expected)
     assert flops.paper == pytest.approx(sum(expected.values()))
     assert flops.paper_dense == before.paper_dense
-    # backward: dense computes everything and discards what is frozen.
-    assert flops.executed == flops.executed_dense == before.executed
+    # Exact: the input gradients are whole, but for the images', and norm computes none of its own.
+    executed = {
+        "conv": CONV * 2 / 6,
+        "norm": NORM,
+        "grouped": 2 * GROUPED,
+        "up": UP * (1 + 3 / 4),
+        "spread": 2 * SPREAD,
+        "head": 2 * HEAD,
+        "spare": 0,
+    }
+    assert {name: layer.executed for name, layer in flops.layers.items()} == pytest.approx(executed)
+    assert flops.executed == pytest.approx(sum(executed.values()))
+    assert flops.executed_dense == before.executed == before.executed_dense
+    trainable = freezer.trainable
+    # Truncated: a frozen neuron computes no input gradient either; normalisation stays exact.
+    truncated = freezer.anatomy.flops(trainable, "truncated")
+    changed = {**executed, "up": UP * (3 / 4 + 3 / 4)}
+    assert {name: layer.executed for name, layer in truncated.layers.items()} == pytest.approx(changed)
+    # Dense computes everything and discards what is frozen.
+    assert freezer.anatomy.flops(trainable, "dense").executed == flops.executed_dense
+    assert truncated.paper == freezer.anatomy.flops(trainable, "dense").paper == flops.paper
 
 
 def test_a_layer_called_twice_and_tokens_count_every_call_and_token() -> None:
@@ -186,6 +207,166 @@ def test_executed_agrees_with_torchs_counter(name: str, fixed: str) -> None:
         with FlopCounterMode(display=False) as counter:
             loss.backward()
     assert ours == counter.get_total_flops() / 2  # it counts a multiply-add as two
+
+
+# While neurons are frozen.
+
+
+class Sliced(Dispatch):
+    """Computes the trainable rows and no others."""
+
+    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
+        return Choice("sliced", {})
+
+
+class Share:
+    """Freezes this share of the neurons of the layers that ``chosen`` picks, the last ones of each."""
+
+    def __init__(self, share: float, chosen: Callable[[str], bool] = lambda name: True) -> None:
+        self.share, self.chosen = share, chosen
+
+    def choose(self, observations: Mapping[str, Any], epoch: int) -> dict[str, Tensor]:
+        counts = {name: len(seen.trainable) for name, seen in observations.items() if self.chosen(name)}
+        return {name: torch.arange(count) < round(count * (1 - self.share)) for name, count in counts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+class Segmenter(nn.Module):
+    """An encoder, a decoder, and the connections between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.norm, self.dilated = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=2, dilation=2)
+        self.up, self.mix, self.head = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = torch.relu(self.down(images))
+        deep = torch.relu(self.dilated(torch.relu(self.norm(self.deep(first)))))
+        return self.head(torch.relu(self.mix(torch.cat([first, self.up(deep)], 1))))
+
+
+def fcn() -> nn.Module:
+    class Logits(nn.Module):
+        """The counter sees one tensor; the auxiliary head's is added."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            build = torchvision.models.segmentation.fcn_resnet50
+            self.inner = build(weights=None, weights_backbone=None, num_classes=4, aux_loss=True)
+
+        def forward(self, images: Tensor) -> Tensor:
+            outputs = self.inner(images)
+            return outputs["out"] + outputs["aux"]
+
+    return Logits()
+
+
+FROZEN_MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "convolutions": (TransposedNet, 8),
+    "resnet": (lambda: cifar_resnet(8), 32),
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), 64),
+    "vit": (COUNTED["vit"][0], 16),
+    "swin": (COUNTED["swin"][0], 16),
+    "segmenter": (Segmenter, 16),
+    "fcn": (fcn, 32),
+}
+
+
+def counted(model: nn.Module, images: Tensor) -> float:
+    """Return the multiply-adds of a real backward pass, as PyTorch's counter sees them, two FLOPs each."""
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = model(images).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+    return counter.get_total_flops() / 2
+
+
+def executed(freezer: Freezer) -> float:
+    """Return what we count, without normalisation, which the counter does not see."""
+    flops, layers = freezer.flops(), {**freezer.anatomy.neurons.layers, **freezer.anatomy.neurons.fixed}
+    return sum(one.executed for name, one in flops.layers.items() if layers[name].cost != "norm") + flops.other
+
+
+def with_frozen(model: nn.Module, size: int, policy: Any, mode: Mode) -> Freezer:
+    images = torch.randn(1, 3, size, size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezer = Freezer(model.eval(), optimizer, [images], policy, backward=mode, dispatch=Sliced())
+    freezer.step()
+    return freezer
+
+
+@pytest.mark.parametrize("mode", ["exact", "truncated", "dense"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", FROZEN_MODELS)
+def test_what_is_executed_while_neurons_are_frozen(name: str, share: float, mode: Mode) -> None:
+    make, size = FROZEN_MODELS[name]
+    model = make()
+    freezer = with_frozen(model, size, Share(share), mode)
+    before = executed(freezer)
+    really = counted(model, torch.randn(1, 3, size, size))
+    if (name, share, mode) == ("swin", 1.0, "exact"):
+        # Only a position table asks for gradients of the first attention, and for one of its products' four: that is
+        # not counted. 16 windows of 4 tokens, 2 heads: the attention weights' gradient, from values of 4 numbers.
+        really -= 16 * 2 * (4 * 4) * 4
+    assert really == pytest.approx(before)
+    assert executed(freezer) == pytest.approx(before)  # the trainable rows were computed, as announced
+    flops = freezer.flops()
+    if mode == "dense" or share == 0.0:
+        assert flops.executed == flops.executed_dense
+    else:
+        assert flops.executed < flops.executed_dense
+
+
+@pytest.mark.parametrize("mode", ["exact", "truncated"])
+@pytest.mark.parametrize("first", [1, 3, 6, 9])
+@pytest.mark.parametrize("name", ["resnet", "segmenter", "vit"])
+def test_a_frozen_prefix(name: str, first: int, mode: Mode) -> None:
+    """No input gradient is computed below the trainable parameter nearest the input, and none is counted."""
+    make, size = FROZEN_MODELS[name]
+    model = make()
+    order = study(make(), torch.randn(1, 3, size, size)).trace.order
+    freezer = with_frozen(model, size, Share(1.0, lambda layer: layer in order[:first]), mode)
+    assert counted(model, torch.randn(1, 3, size, size)) == pytest.approx(executed(freezer))
+    flops = freezer.flops()
+    frozen = [layer for layer in order[:first] if not freezer.trainable[layer].any()]
+    # A vision transformer's class token lies after its first convolution only: all blocks pass errors on to it.
+    reached = frozen[1:] if name == "vit" and mode == "exact" else []
+    for layer in frozen:
+        assert bool(flops.layers[layer].executed) == (layer in reached), layer
+
+
+@pytest.mark.parametrize("layer", ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.1.conv1", "layer3.0.conv2"])
+def test_blocked_layers_cut_off_what_lies_below(layer: str) -> None:
+    model = cifar_resnet(14)
+    freezer = with_frozen(model, 32, Share(1.0, lambda name: name == layer), "truncated")
+    assert counted(model, torch.randn(1, 3, 32, 32)) == pytest.approx(executed(freezer))
+    assert freezer.flops().layers[layer].executed == 0
+
+
+def test_rows_that_were_computed_count_not_those_that_train() -> None:
+    class Rounded(Dispatch):
+        def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
+            return Choice("rounded", {})
+
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Flatten(), nn.Linear(40 * 16, 2))
+    images = torch.randn(1, 3, 6, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezer = Freezer(model, optimizer, [images], Share(0.75), dispatch=Rounded())
+    freezer.step()
+    cost = 40 * 4 * 4 * 27  # the images need no gradient: the weight's only
+    assert freezer.flops().layers["0"].executed == cost * 10 / 40  # 10 neurons train
+    counted_flops = counted(model, images)
+    assert freezer.flops().layers["0"].executed == cost * 16 / 40  # 16 rows were computed
+    assert executed(freezer) == counted_flops
+    freezer.policy = Share(0.5)
+    freezer.step()
+    assert freezer.flops().layers["0"].executed == cost * 20 / 40  # not known yet
 
 
 # The paper's Table 2.

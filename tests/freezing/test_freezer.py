@@ -4,7 +4,7 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neq_cli import Baseline, Freezer, NEq, Observation, Stochastic
 from neq_cli.errors import FreezingError, NeqError
+from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
 
 
 class Net(nn.Module):
@@ -57,6 +58,13 @@ def changed_rows(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, li
         .tolist()
         for name, parameter in model.named_parameters()
     }
+
+
+class Sliced(Dispatch):
+    """Computes the trainable rows and no others, as small layers as these would not by themselves."""
+
+    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
+        return Choice("sliced", {})
 
 
 class FreezeAll:
@@ -179,6 +187,103 @@ def test_a_default_device_and_deterministic_algorithms_are_no_obstacle(policy: A
     assert all(tensor.device.type == "cpu" for one in seen.values() for tensor in vars(one).values())
 
 
+# Backward modes.
+
+
+class Tokens(nn.Module):
+    """A small transformer over the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 12)
+        # Without biases: the keys' has a gradient of nothing but rounding, of which Adam makes whole steps.
+        self.block = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.1, batch_first=True, bias=False)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(images.permute(0, 2, 1, 3).flatten(2))).mean(1))
+
+
+def trained(
+    make: Callable[[], nn.Module], mode: Any, policy: Any, optimizer_name: str, epochs: int = 3
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Return the weights after some epochs, and the sets that were in force in each, but for the first's."""
+    torch.manual_seed(5)
+    model = make()
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    freezer = Freezer(model, optimizer, [data()[2]], policy(), backward=mode, dispatch=Sliced())
+    sets = []
+    for epoch in range(epochs):
+        before, trainable = weights(model), freezer.trainable
+        train_one_epoch(model, optimizer, epoch)
+        for name, layer in freezer.layers.items():
+            for rows in layer.rows:
+                frozen = ~trainable[name]
+                own = slice(rows.start, rows.start + rows.count)
+                old, new = before[rows.parameter][own], model.get_parameter(rows.parameter)[own]
+                assert torch.equal(old[frozen], new[frozen]), (mode, epoch, rows.parameter)
+        freezer.step()
+        sets.append(freezer.trainable)
+    return weights(model), sets
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adam"])
+@pytest.mark.parametrize("make", [Net, Tokens])
+def test_exact_trains_as_dense_does(make: Callable[[], nn.Module], optimizer_name: str) -> None:
+    found = {
+        mode: trained(make, mode, lambda: Stochastic(0.5, seed=3), optimizer_name)
+        for mode in ("exact", "dense", "truncated")
+    }
+    exact, dense, truncated = (found[mode][0] for mode in ("exact", "dense", "truncated"))
+    # Nine steps of rounding: to a ten-thousandth of each tensor's largest weight.
+    apart = {}
+    for name, expected in dense.items():
+        largest = expected.abs().max()
+        if name != "conv.bias":  # before a normalisation, its gradient is nothing but rounding
+            assert (exact[name] - expected).abs().max() <= 1e-4 * largest, name
+        apart[name] = bool((truncated[name] - expected).abs().max() > 1e-3 * largest)
+    assert any(apart.values())  # an approximation
+    for _, sets in found.values():
+        assert any(not rows.all() for rows in sets[0].values())
+        for one, other in zip(sets, found["dense"][1], strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("make", [Net, Tokens])
+def test_with_nothing_frozen_all_modes_train_bit_for_bit_alike(make: Callable[[], nn.Module]) -> None:
+    exact, dense, truncated = (trained(make, mode, Baseline, "sgd")[0] for mode in ("exact", "dense", "truncated"))
+    for name, expected in dense.items():
+        assert torch.equal(exact[name], expected), name
+        assert torch.equal(truncated[name], expected), name
+
+
+def test_exact_is_the_default() -> None:
+    model = Net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    freezer = Freezer(model, optimizer, [data()[2]], Stochastic(0.5), dispatch=Sliced())
+    assert freezer.backward == "exact"
+    freezer.step()
+    model(data()[0]).sum().backward()
+    assert set(freezer.kernels()) == {"conv", "norm", "hidden"}
+    assert freezer.kernels()["conv"].rows_computed == 3
+    assert freezer.kernels()["norm"].kernel == "dense"
+    flops = freezer.flops()
+    conv, hidden = 6 * 4 * (2 * 9), 8 * 24  # 2x2 positions of 2 channels by 3x3, and 24 inputs: half is saved
+    assert flops.executed == flops.executed_dense - (conv + hidden) / 2
+
+
+def test_a_state_puts_its_sets_in_force() -> None:
+    model, other = Net(), Net()
+    freezers = [Freezer(net, OPTIMIZERS["sgd"](net.parameters()), [data()[2]], FreezeAll()) for net in (model, other)]
+    freezers[0].step()
+    freezers[1].load_state_dict(freezers[0].state_dict())
+    other(data()[0]).sum().backward()
+    assert {use.kernel for use in freezers[1].kernels().values()} == {"none"}
+    assert [name for name, parameter in other.named_parameters() if parameter.grad is not None] == [
+        "head.weight", "head.bias"
+    ]  # fmt: skip
+
+
 # Going on where a run was cut.
 
 
@@ -241,7 +346,7 @@ def test_a_run_cut_after_any_epoch_goes_on_bit_for_bit(
         torch.manual_seed(seed)
         model = Net()
         optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-        return model, optimizer, Freezer(model, optimizer, [data()[2]], POLICIES[policy]())
+        return model, optimizer, Freezer(model, optimizer, [data()[2]], POLICIES[policy](), dispatch=Sliced())
 
     model, optimizer, freezer = begin(1)
     straight: list[tuple[dict[str, Observation], dict[str, Tensor]]] = []

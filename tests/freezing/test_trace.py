@@ -233,6 +233,72 @@ def test_input_gradients_start_behind_the_first_parameter_that_trains() -> None:
     assert study(net, torch.randn(1, 4)).trace.input_gradient == {"0": False, "2": False, "3": True}
 
 
+# Which layers come before which, and where a weight is used.
+
+
+class Wired(nn.Module):
+    """A residual connection, a token from outside neurons, attention, and one weight that is used in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.token, self.norm = nn.Parameter(torch.zeros(4)), nn.LayerNorm(4)
+        self.attention, self.lent, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.stem(inputs)
+        hidden = hidden + self.two(torch.tanh(self.one(hidden)))
+        hidden = self.norm(hidden + self.token)
+        hidden = self.attention(hidden, hidden, hidden)[0]
+        hidden = nn.functional.linear(torch.tanh(self.lent(hidden)), self.lent.weight)
+        return self.head(hidden)
+
+
+def test_sources_and_users_of_layers() -> None:
+    trace = study(Wired(), torch.randn(1, 3, 4)).trace
+    assert {name: set(sources) for name, sources in trace.before.items()} == {
+        "stem": set(),
+        "one": {"stem"},
+        "two": {"one"},
+        "norm": {"stem", "two"},
+        "attention.in_proj": {"norm"},
+        "attention.out_proj": {"attention.in_proj"},
+        "lent": {"attention.out_proj", "lent"},
+        "head": {"lent"},
+    }
+    assert trace.after_outside == {"norm"}
+    assert {name: set(users) for name, users in trace.users.items()} == {
+        **{name: {name} for name in ("stem", "one", "two", "norm", "head")},
+        "attention.in_proj": {"attention"},
+        "attention.out_proj": {"attention"},
+        "lent": {"lent", ""},
+    }
+
+
+def test_functional_weights_and_layers_that_cannot_be_sliced() -> None:
+    anatomy = study(Wired(), torch.randn(1, 3, 4))
+    assert anatomy.functional == {"attention.in_proj": "attention", "attention.out_proj": "attention"}
+    assert set(anatomy.dense_because) == {"norm"}
+    functional_only = type("Net", (Base,), {"forward": FORMS["functional head"][0]})()
+    assert study(functional_only, torch.randn(2, 4)).functional == {"head": ""}
+
+
+def test_products_without_a_layer_are_counted_with_the_layer_called_before() -> None:
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+            self.table = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.first(inputs @ self.table)  # [5, 4] by [4, 4]: the table's gradient only
+            hidden = self.second(hidden)
+            return self.head(hidden @ (hidden.transpose(-1, -2) @ hidden))  # two products, with both gradients each
+
+    trace = study(Products(), torch.randn(1, 5, 4)).trace
+    assert trace.products == {"": 5 * 4 * 4, "second": 2 * (6 * 5 * 6) + 2 * (5 * 6 * 6)}
+
+
 # Axes that a class chooses for itself.
 
 
@@ -302,4 +368,4 @@ def test_the_experiment_is_not_counted() -> None:
     # 2 inputs x 3 outputs x 16 positions; nothing else multiplies.
     trace = study(nn.Sequential(Standardised(2, 3, 1)), torch.randn(2, 2, 4, 4)).trace
     assert trace.multiply_adds == {"0": 96}
-    assert trace.other_backward == 0
+    assert trace.products == {}

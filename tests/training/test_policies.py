@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from neq_cli.errors import RecipeError
 from neq_cli.freezing import Baseline, NEq, Observation, Stochastic
 from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.backward import MODES, Mode
 from neq_cli.recipe import BaselinePolicy, CustomPolicy, NEqPolicy, StochasticPolicy
 from neq_cli.training.policies import (
     build_policy,
@@ -44,12 +45,28 @@ def paper_flops(p: float, epochs: int) -> float:
     return dense - saved * (epochs - 1) / epochs
 
 
+def executed_flops(p: float, mode: Mode) -> float:
+    """What one epoch with p frozen computes; the images need no gradient, so that the first layer has one half."""
+    head = 2 * 4
+    if mode != "dense" and p == 1.0:
+        return head  # nothing trains below it
+    weights = inputs = 0
+    for number, (neurons, each) in enumerate(((3, 9 * 16), (5, 3 * 16), (4, 80))):
+        trainable = neurons if mode == "dense" else neurons - int(p * neurons)
+        weights += trainable * each
+        inputs += (number > 0) * (trainable if mode == "truncated" else neurons) * each
+    return weights + inputs + 2 * head
+
+
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.25, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("epochs", [1, 2, 250])
 def test_mean_flops_of_a_random_share(anatomy: Anatomy, p: float, epochs: int) -> None:
-    paper, executed = mean_stochastic_flops(anatomy, p, epochs)
-    assert paper == pytest.approx(paper_flops(p, epochs))
-    assert executed > 0
+    for mode in MODES:
+        paper, executed = mean_stochastic_flops(anatomy, p, epochs, mode)
+        assert paper == pytest.approx(paper_flops(p, epochs))
+        first, others = executed_flops(0.0, mode), executed_flops(p, mode)
+        assert executed == pytest.approx((first + (epochs - 1) * others) / epochs)
+    assert mean_stochastic_flops(anatomy, p, epochs) == mean_stochastic_flops(anatomy, p, epochs, "exact")
 
 
 def test_the_output_layer_keeps_its_share(anatomy: Anatomy) -> None:

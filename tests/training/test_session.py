@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from neq_cli.errors import RecipeError
+from neq_cli.freezing.backward import MODES
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import dump_recipe, load_recipe
 from neq_cli.training.session import estimate_flops, match, prepare
@@ -122,6 +123,25 @@ def test_an_estimate_sums_its_layers_and_agrees_with_training() -> None:
     }  # fmt: skip
     flops = prepare(make_recipe(), "small").trainer.freezer.flops()
     assert (flops.paper, flops.executed) == (estimate.flops_paper, estimate.flops_executed)
+
+
+def test_the_backward_mode_of_a_recipe() -> None:
+    """Only what is executed depends on it; a random half is saved of each layer's weight gradients, or of everything."""
+    policy = {"kind": "stochastic", "p": 0.5}
+    estimates = {mode: estimate_flops(make_recipe(policy=policy, backward=mode)) for mode in MODES}
+    assert len({estimate.flops_paper for estimate in estimates.values()}) == 1
+    assert estimates["dense"].flops_executed == estimates["dense"].flops_executed_dense
+    ratios = {mode: estimate.flops_executed / estimate.flops_executed_dense for mode, estimate in estimates.items()}
+    # The first epoch of two trains everything, and the stem and the head have shares of their own.
+    assert ratios["exact"] == pytest.approx((1 + 3 / 4) / 2, abs=0.02)
+    assert ratios["truncated"] == pytest.approx((1 + 1 / 2) / 2, abs=0.02)
+
+    assert prepare(make_recipe(), "small").trainer.freezer.backward == "exact"
+    approximation = "backward: truncated is an approximation; frozen neurons pass no error to the layers below"
+    for mode in MODES:
+        session = prepare(make_recipe(backward=mode), "small")
+        assert session.trainer.freezer.backward == mode
+        assert (approximation in session.started.notes) == (mode == "truncated")
 
 
 def test_an_estimate_needs_the_size_of_the_images() -> None:
