@@ -120,9 +120,9 @@ class Freezer:
         return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
 
     @property
-    def row_keeping_seconds(self) -> float:
-        """Seconds spent so far around the optimiser's steps to keep frozen rows as they are."""
-        return self.keeper.seconds
+    def bookkeeping_seconds(self) -> float:
+        """Seconds spent so far within training steps: keeping frozen rows as they are, and timing kernels."""
+        return self.keeper.seconds + self.dispatch.seconds
 
     def flops(self) -> Flops:
         """Return what one sample's back-propagation costs with the sets in force, in both accountings.

@@ -71,7 +71,7 @@ class Trainer:
                 raise TrainingError(f"epoch {epoch}: {error}") from error
 
     def _run_epoch(self, epoch: int) -> Iterator[Record]:
-        started, rows_before = time.perf_counter(), self.freezer.row_keeping_seconds
+        started, bookkeeping_before = time.perf_counter(), self.freezer.bookkeeping_seconds
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         trained = dict(self.freezer.trainable)
         trained_on = yield from self._train(epoch)
@@ -84,7 +84,8 @@ class Trainer:
         yield StepProgress(epoch, 0, 1, "probe", math.nan, trained_on["loss"])
         probe_started = time.perf_counter()
         observations = self.freezer.step()
-        probe_seconds = time.perf_counter() - probe_started + self.freezer.row_keeping_seconds - rows_before
+        probe_seconds = time.perf_counter() - probe_started
+        probe_seconds += self.freezer.bookkeeping_seconds - bookkeeping_before
         if self.scheduler is not None:
             self.scheduler.step()
         self.epoch = epoch
