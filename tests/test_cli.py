@@ -272,6 +272,17 @@ def test_bench_prints_nothing_but_its_result(capsys: pytest.CaptureFixture[str])
     assert "truncated, random, 0.5 frozen, layer by layer" in out
 
 
+def test_flops_by_backward_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of every layer frozen, but for epoch 1 of 250: a quarter, a half or nothing of the work is saved."""
+    recipe = ("resnet32-cifar10", "policy.kind=stochastic", "policy.p=0.5")
+    for mode, saved in (("exact", 1 / 4), ("truncated", 1 / 2), ("dense", 0)):
+        assert call("flops", *recipe, f"backward={mode}", "--json") == 0
+        estimate = json.loads(capsys.readouterr().out)
+        ratio = estimate["flops_executed"] / estimate["flops_executed_dense"]
+        assert ratio == pytest.approx(1 - saved * 249 / 250, abs=0.005)
+        assert f"{estimate['flops_paper'] / 1e6:.2f}M" == "69.75M"  # which knows of no mode
+
+
 def test_training_off_a_terminal_prints_a_line_per_epoch(trained: tuple[Path, str, str]) -> None:
     run, out, err = trained
     assert out.count("\n") == 1

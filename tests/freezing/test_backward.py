@@ -1,4 +1,4 @@
-"""Networks of convolutions, linear and normalisation layers: exact is the dense gradient's rows, truncated an oracle."""
+"""Convolutions, linear and normalisation layers: exact is the dense gradient's rows, truncated a masked network's."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from neq_cli import Freezer
 from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+
+# Where one side gets more padding, a copy of the input is made, by PyTorch as by us.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 KERNELS: tuple[Kernel, ...] = ("dense", "sliced", "rounded", "pointwise")
 
@@ -146,6 +149,30 @@ def test_exact_is_the_dense_gradients_rows(kernel: Kernel, share: float, channel
     assert_rows(freezer, found, dense)
     for name, buffer in reference.named_buffers():  # running statistics keep moving
         assert torch.equal(buffer, model.get_buffer(name))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation"),
+    [((4,), 1), ((2, 3), 1), ((3, 2), (2, 1)), ((4, 2), 1), ((2, 3, 4), 1), ((4, 3, 2), (1, 2, 3))],
+)
+def test_same_padding_that_cannot_be_the_same_on_both_sides(kernel: tuple[int, ...], dilation: Any) -> None:
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+    shape = (2, 3, 7, 6, 5)[: 2 + len(kernel)]
+    for batched in (True, False):
+        layer = conv(3, 8, kernel, padding="same", dilation=dilation)
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(8 * torch.Size(shape[2:]).numel(), 2))
+        reference, inputs = copy.deepcopy(layer), torch.randn(shape)
+        freeze(model, inputs, {"0": torch.arange(8) < 5})
+        given = inputs if batched else inputs[0]
+        mine, other = given.clone().requires_grad_(), given.clone().requires_grad_()
+        output, expected = layer(mine), reference(other)
+        assert torch.equal(output, expected)
+        error = torch.randn_like(expected)
+        output.backward(error)
+        expected.backward(error)
+        torch.testing.assert_close(mine.grad, other.grad)
+        torch.testing.assert_close(layer.weight.grad[:5], reference.weight.grad[:5])
+        assert not layer.weight.grad[5:].any()
 
 
 def test_with_nothing_frozen_everything_is_stock_and_bit_for_bit() -> None:

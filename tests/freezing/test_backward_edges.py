@@ -126,9 +126,8 @@ def test_copies_are_stock(through: Callable[[nn.Module], nn.Module], mode: Mode)
     stock, expected = classes(model), gradients(model, images())
     expected = {name: gradient.clone() for name, gradient in expected.items()}
     freeze(model, images(), IN_FORCE, mode)
-    assert [name for name, kind in classes(model).items() if kind is not stock[name]] == list(
-        name.removesuffix(".in_proj") for name in IN_FORCE
-    )
+    changed = [name for name, kind in classes(model).items() if kind is not stock[name]]
+    assert changed == [name.removesuffix(".in_proj") for name in IN_FORCE]
     copied = through(model)
     assert classes(copied) == stock
     assert all("neq" not in key for module in copied.modules() for key in vars(module))
@@ -140,9 +139,17 @@ def test_copies_are_stock(through: Callable[[nn.Module], nn.Module], mode: Mode)
 
 def test_the_model_looks_and_is_stored_as_ever() -> None:
     model = Net()
-    before = repr(model), list(model.state_dict()), {name: type(module).__name__ for name, module in model.named_modules()}
+    before = (
+        repr(model),
+        list(model.state_dict()),
+        {name: type(module).__name__ for name, module in model.named_modules()},
+    )
     freeze(model, images(), IN_FORCE)
-    after = repr(model), list(model.state_dict()), {name: type(module).__name__ for name, module in model.named_modules()}
+    after = (
+        repr(model),
+        list(model.state_dict()),
+        {name: type(module).__name__ for name, module in model.named_modules()},
+    )
     assert after == before
     assert isinstance(model.conv, nn.Conv2d)
     assert isinstance(model.norm, nn.modules.batchnorm._BatchNorm)
@@ -460,7 +467,9 @@ REENTRANT = "a reentrant checkpoint asks that its inputs and outputs need gradie
 
 
 @NO_GRADIENTS
-@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=REENTRANT)), False])
+@pytest.mark.parametrize(
+    "reentrant", [pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=REENTRANT)), False]
+)
 @pytest.mark.parametrize(
     ("mode", "sets"),
     [
@@ -479,7 +488,9 @@ def test_frozen_layers_before_and_at_the_end_of_a_checkpoint(
     if "stem" in sets:
         assert_rows(found, dense, sets)
     else:
-        assert_rows({n: g for n, g in found.items() if "head" in n}, {n: g for n, g in dense.items() if "head" in n}, {})
+        assert_rows(
+            {n: g for n, g in found.items() if "head" in n}, {n: g for n, g in dense.items() if "head" in n}, {}
+        )
 
 
 # Hooks, wrappers and functions around modules.
@@ -533,7 +544,9 @@ def test_replicas_of_a_module_compute_the_same_rows() -> None:
             setattr(replica, key, parameter.view_as(parameter))
         inputs = images() if name == "conv" else torch.randn(3, 8)
         replica(inputs).sum().backward()
-        (dense,) = torch.autograd.grad(reference.get_submodule(name)(inputs).sum(), reference.get_submodule(name).weight)
+        (dense,) = torch.autograd.grad(
+            reference.get_submodule(name)(inputs).sum(), reference.get_submodule(name).weight
+        )
         expected = torch.where(HALF.view(-1, *[1] * (dense.dim() - 1)), dense, 0)
         torch.testing.assert_close(module.weight.grad, expected)
 
@@ -583,7 +596,9 @@ def test_outputs_may_be_overwritten() -> None:
 
 
 def test_a_batch_without_samples() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(72, 8), nn.Linear(8, 2)
+    )
     for mode in ("exact", "truncated"):
         for trainable in (HALF, NONE):
             freezer = freeze(model, images(), {"0": HALF, "2": trainable, "4": trainable}, mode)

@@ -83,8 +83,8 @@ def backward(model: nn.Module, inputs: Tensor, precision: str) -> dict[str, Tens
 
 
 def close(found: Tensor, expected: Tensor, whole: Tensor, precision: str) -> bool:
-    largest = float(whole.abs().max()) + 0.01
-    return float((found.float() - expected.float()).abs().max()) <= TOLERANCE[precision] * largest
+    largest = float(whole.detach().abs().max()) + 0.01
+    return float((found.detach().float() - expected.detach().float()).abs().max()) <= TOLERANCE[precision] * largest
 
 
 # One layer at a time.

@@ -2,8 +2,8 @@
 
 A convolution with some trainable neurons is bit for bit, in exact mode, in its output and its input gradient, which the
 same calls of PyTorch compute, and by the dense kernel in all gradients. Else, where fewer rows are computed, or other
-calls of a library are made, these may add up in another order: to within ``ROUNDING`` of the tensor's largest element, or
-of one.
+calls of a library are made, these may add up in another order: to within ``ROUNDING`` of the tensor's largest element,
+or of one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,17 @@ from neq_cli import Freezer
 from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
 
+# Where one side gets more padding, a copy of the input is made, by PyTorch as by us.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 KERNELS: tuple[Kernel, ...] = ("dense", "sliced", "rounded", "pointwise")
 ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}  # bfloat16: one unit in the last place
 SETTINGS = settings(
-    deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)  # fmt: skip
+    deadline=None,
+    derandomize=True,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 class Sets:
@@ -91,7 +97,7 @@ def assert_close(found: Tensor, expected: Tensor, scale: Tensor, *, exactly: boo
     if exactly:
         assert torch.equal(found, expected)
     elif expected.numel():
-        largest = max(1.0, float(scale.abs().max()))  # inputs, weights and errors are of that size
+        largest = max(1.0, float(scale.detach().abs().max()))  # inputs, weights and errors are of that size
         assert float((found.double() - expected.double()).abs().max()) <= ROUNDING[expected.dtype] * largest
 
 
@@ -181,8 +187,8 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
         make = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
         layer = make(inputs, outputs, kernel, stride, padding, output_padding, **common)
         return layer, (inputs, *sizes(2, 5))
-    mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"]))
-    padding: Any = draw(st.sampled_from([0, "tuple", "same", "valid"]))
+    mode = draw(st.sampled_from(["zeros"] * 6 + ["reflect", "replicate", "circular"]))
+    padding: Any = draw(st.sampled_from(["tuple", "same", 0, "valid"]))
     if padding == "same":
         stride = (1,) * dimensions
     # What is reflected or wrapped around is at most as long as the input.

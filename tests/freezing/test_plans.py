@@ -182,17 +182,20 @@ def test_a_partly_frozen_layer_keeps_what_a_stock_one_keeps() -> None:
 
 
 def test_the_memory_that_stands_for_a_frozen_convolutions_input_is_never_read() -> None:
-    """Fill what the allocator hands out with NaN: the gradient must not know."""
-    input, weight = leaves((2, 4, 5, 5), (6, 4, 3, 3))
+    """Fill what the allocator hands out with NaN: the gradient must not know. Only its format counts."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
+        input, weight = (
+            tensor.detach().to(memory_format=memory_format) for tensor in leaves((2, 4, 5, 5), (6, 4, 3, 3))
+        )
+        input.requires_grad_()
         plan = Plan(first(0, 6), truncated=False, dispatch=Forced())
-        given = input.to(memory_format=memory_format)
-        output = plan.apply(convolution(), given, weight, None)
+        output = plan.apply(convolution(), input, weight, None)
         junk = [torch.full(input.shape, float("nan")) for _ in range(20)]
         del junk
         (found,) = torch.autograd.grad(output.sum(), input)
         (expected,) = torch.autograd.grad(functional.conv2d(input, weight).sum(), input)
         torch.testing.assert_close(found, expected)
+        assert found.stride() == expected.stride()
 
 
 # A choice made in the backward pass is known in the next forward pass.

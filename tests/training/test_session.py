@@ -126,7 +126,7 @@ def test_an_estimate_sums_its_layers_and_agrees_with_training() -> None:
 
 
 def test_the_backward_mode_of_a_recipe() -> None:
-    """Only what is executed depends on it; a random half is saved of each layer's weight gradients, or of everything."""
+    """Only what is executed depends on it: a half is saved of each layer's weight gradients, or of everything."""
     policy = {"kind": "stochastic", "p": 0.5}
     estimates = {mode: estimate_flops(make_recipe(policy=policy, backward=mode)) for mode in MODES}
     assert len({estimate.flops_paper for estimate in estimates.values()}) == 1
