@@ -51,7 +51,7 @@ class Anatomy:
 
     def _execution(self, mode: Mode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
         dense = frozenset([*self.dense_because, *(self.functional if compiled else ())])
-        return Execution(mode, dense, rows_computed, compiled)
+        return Execution(mode, dense, rows_computed, compiled, attached=self.trace.reentrant)
 
     @property
     def functional(self) -> dict[str, str]:

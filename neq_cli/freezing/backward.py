@@ -39,6 +39,7 @@ class SlicedBackward:
     ``functional`` names, for each layer whose weight is passed to a function, the module in whose forward that happens.
     ``compiled``: torch.compile runs the model. Then modules stay what they are whatever is frozen, so that nothing is
     compiled again; it costs the saving of memory, of errors that nobody needs, and of functional weights.
+    ``attached``: every layer stays part of autograd's graph, whatever is frozen, for what must find it there.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class SlicedBackward:
         dispatch: Dispatch,
         *,
         compiled: bool,
+        attached: bool,
     ) -> None:
         self.layers = layers if mode != "dense" else {}
         self.truncated = mode == "truncated"
@@ -61,6 +63,7 @@ class SlicedBackward:
         }
         self.dense_because = dense_because
         self.compiled = compiled
+        self.attached = attached
         self.slots = {
             name: Slot() for name in self.layers if name not in self.functional and name not in self.dense_because
         }
@@ -71,7 +74,7 @@ class SlicedBackward:
         """From now on compute what ``trainable`` (bool, [neurons], per layer) asks for."""
         self.remove()
         for name, slot in self.slots.items():
-            plan = Plan(trainable[name], truncated=self.truncated, dispatch=self.dispatch)
+            plan = self._plan(trainable[name])
             slot.put(plan)
             if self.compiled or plan.rows < len(plan.trainable):
                 self.plans[name] = plan
@@ -79,14 +82,17 @@ class SlicedBackward:
                 swap_sliced(self.layers[name].module, self.layers[name].cost, plan, slot.number)
         if not self.compiled:
             self._put_functional_in_force(trainable)
-            self._put_dense_in_force(trainable)
+            if not self.attached:
+                self._put_dense_in_force(trainable)
+
+    def _plan(self, trainable: Tensor) -> Plan:
+        return Plan(trainable, truncated=self.truncated, dispatch=self.dispatch, attached=self.attached)
 
     def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:
         by_owner: dict[nn.Module, dict[int, Plan]] = {}
         for name, owner in self.functional.items():
             if name in self.layers and not bool(trainable[name].all()):
-                plan = Plan(trainable[name], truncated=self.truncated, dispatch=self.dispatch)
-                self.plans[name] = plan
+                self.plans[name] = plan = self._plan(trainable[name])
                 by_owner.setdefault(owner, {})[id(self.parameters[self.layers[name].weight])] = plan
         for owner, plans in by_owner.items():
             self.swapped.append(owner)
@@ -115,7 +121,7 @@ class SlicedBackward:
 
     def _kernel(self, name: str, layer: Layer, rows: int) -> KernelUse:
         plan = self.plans.get(name)
-        if rows == 0 and (plan is not None or not (layer.functional or self.compiled)):
+        if rows == 0 and (plan is not None or not (layer.functional or self.compiled or self.attached)):
             return KernelUse("none", 0, "no neuron trains")
         if plan is None:
             return KernelUse("dense", layer.neurons, self.dense_because.get(name, COMPILED_FUNCTIONAL))

@@ -22,13 +22,15 @@ class Execution:
 
     Layers in ``dense`` compute all rows unless none trains (where ``compiled``, even then). Of the others
     ``rows_computed`` tells how many, where that is known already; else as many as train are counted. ``compiled``:
-    torch.compile runs the model, and errors go wherever they would with nothing frozen.
+    torch.compile runs the model. There, and where layers are ``attached``, errors go wherever they would with nothing
+    frozen, but past layers that pass none on.
     """
 
     mode: Mode
     dense: frozenset[str]
     rows_computed: Mapping[str, int]
     compiled: bool
+    attached: bool
 
     @property
     def whole(self) -> bool:
@@ -37,7 +39,7 @@ class Execution:
 
     def computed(self, layer: Layer, share: float) -> float:
         """Return the share of a layer's weight gradient that is computed where ``share`` of its neurons train."""
-        if self.mode == "dense" or (layer.name in self.dense and (share > 0 or self.compiled)):
+        if self.mode == "dense" or (layer.name in self.dense and (share > 0 or self.compiled or self.attached)):
             return 1.0
         rows = self.rows_computed.get(layer.name)
         return share if rows is None else rows / layer.neurons
@@ -107,7 +109,8 @@ def count_flops(neurons: Neurons, trace: Trace, trainable: Shares, execution: Ex
     everything = dict.fromkeys(neurons.layers, 1.0)
     shares = {name: _share(trainable[name]) for name in neurons.layers}
     dense = propagate(trace, everything)
-    now = dense if execution.whole else propagate(trace, shares, execution.blocking(neurons, shares))
+    training = everything if execution.attached else shares
+    now = dense if execution.whole else propagate(trace, training, execution.blocking(neurons, shares))
     layers = {}
     for name, layer in neurons.layers.items():
         cost, share = forward_cost(layer, trace), shares[name]

@@ -92,6 +92,7 @@ class Freezer:
             backward,
             self.dispatch,
             compiled=self.compiled,
+            attached=self.anatomy.trace.reentrant,
         )
         self.slicing.put_in_force(self.trainable)
         self._previous = snapshot(self.model)

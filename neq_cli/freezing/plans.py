@@ -19,11 +19,13 @@ class Plan:
     """How the gradients of one use of a layer's weight are computed.
 
     ``trainable``: bool, [rows of the weight], on the CPU. ``truncated``: frozen rows pass no error to the input.
+    ``attached``: the output stays part of autograd's graph where nothing of the layer trains either.
     """
 
-    def __init__(self, trainable: Tensor, *, truncated: bool, dispatch: Dispatch) -> None:
+    def __init__(self, trainable: Tensor, *, truncated: bool, dispatch: Dispatch, attached: bool = False) -> None:
         self.trainable = trainable
         self.truncated = truncated
+        self.attached = attached
         self.dispatch = dispatch
         self.rows = int(trainable.sum())
         self.computed: int | None = None  # rows computed in the last backward; None before the first
@@ -38,7 +40,7 @@ class Plan:
         if self.rows == len(self.trainable):
             return operation.forward(input, weight, bias)
         if not self.rows:
-            return self._apply_frozen(operation, input, weight.detach(), None if bias is None else bias.detach())
+            return self._apply_frozen(operation, input, weight, bias)
         choice = self._known_choice(operation, input, weight)
         if choice is not None and choice.kernel == "dense" and not self.truncated:
             self._note(choice, operation, weight)
@@ -47,11 +49,14 @@ class Plan:
 
     def _apply_frozen(self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self.computed = 0
+        if self.attached:
+            return cast(Tensor, _InputOnly.apply(input, weight, bias, operation, self.truncated))
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.truncated:
             return operation.forward(input.detach(), weight, bias)
         # Autograd keeps a convolution's input even where its weight needs no gradient.
         if isinstance(operation, Convolution) and input.requires_grad:
-            return cast(Tensor, _InputOnly.apply(input, weight, bias, operation))
+            return cast(Tensor, _InputOnly.apply(input, weight, bias, operation, False))
         return operation.forward(input, weight, bias)
 
     def chunk(self, first: int, count: int) -> Plan:
@@ -60,7 +65,9 @@ class Plan:
             return self
         if (first, count) not in self._chunks:
             trainable = self.trainable[first : first + count]
-            self._chunks[first, count] = Plan(trainable, truncated=self.truncated, dispatch=self.dispatch)
+            self._chunks[first, count] = Plan(
+                trainable, truncated=self.truncated, dispatch=self.dispatch, attached=self.attached
+            )
         return self._chunks[first, count]
 
     def rows_computed(self) -> int | None:
@@ -227,11 +234,13 @@ class _SomeRows(torch.autograd.Function):
 
 
 class _InputOnly(torch.autograd.Function):
-    """A convolution that only passes the error on: it keeps its weight, and of its input the shape."""
+    """An operation that passes the error on, or nothing where it is ``blocked``; of its input it keeps the shape."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation) -> Tensor:
-        ctx.operation = operation
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, blocked: bool
+    ) -> Tensor:
+        ctx.operation, ctx.blocked = operation, blocked
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
         ctx.shape, ctx.memory_format = input.shape, memory_format_of(input)
@@ -239,15 +248,15 @@ class _InputOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None, None
+        if grad_output is None or ctx.blocked or not ctx.needs_input_grad[0]:
+            return (None,) * 5
         (weight,) = ctx.saved_tensors
         # Memory of the input's shape and format, which no kernel reads: it is not even initialised.
         like = torch.empty(
             ctx.shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=ctx.memory_format
         )
         gradients = ctx.operation.backward(grad_output, like, weight, of_input=True, of_weight=False, of_bias=False)
-        return gradients[0], None, None, None
+        return gradients[0], None, None, None, None
 
 
 def memory_format_of(tensor: Tensor) -> torch.memory_format:

@@ -36,6 +36,7 @@ class Trace:
     # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
     products: dict[str, int] = field(default_factory=dict)
     output_layers: frozenset[str] = frozenset()
+    reentrant: bool = False  # the model uses reentrant activation checkpoints
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
 
 
@@ -108,11 +109,12 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         _keeping_track(model, running),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
-        checkpointing_seen_through(),
+        checkpointing_seen_through() as seen_through,
         products,
         watch_calls(layers.values(), parameters, on_call),
     ):
         outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
+    trace.reentrant = bool(seen_through)
     trace.products = {name: count for name, count in products.backward.items() if count > 0}
     trace.before = {name: frozenset(source for source in found if source) for name, found in sources.items()}
     trace.after_outside = frozenset(name for name, found in sources.items() if None in found)
@@ -143,12 +145,21 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def checkpointing_seen_through() -> Iterator[None]:
-    """Run reentrant activation checkpoints without checkpointing, which would hide their inside from the graph."""
+def checkpointing_seen_through() -> Iterator[list[Any]]:
+    """Run reentrant activation checkpoints without checkpointing, which would hide their inside from the graph.
+
+    Yields the functions that were met so, in order.
+    """
+    met: list[Any] = []
+
+    def run_through(run: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
+        met.append(run)
+        return run(*inputs)
+
     with ExitStack() as stack:
         stack.callback(delattr, CheckpointFunction, "apply")
-        setattr(CheckpointFunction, "apply", staticmethod(lambda run, preserve_rng_state, *inputs: run(*inputs)))  # noqa: B010
-        yield
+        setattr(CheckpointFunction, "apply", staticmethod(run_through))  # noqa: B010
+        yield met
 
 
 @contextmanager
