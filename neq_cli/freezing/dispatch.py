@@ -17,10 +17,11 @@ Kernel = Literal["dense", "sliced", "rounded", "pointwise"]
 """``dense``: PyTorch's own, all rows. ``sliced``: the trainable rows. ``rounded``: frozen ones added up to a multiple
 that the hardware likes. ``pointwise``: the trainable rows of a 1x1 convolution as one matrix product."""
 
-BLOCK = 8
-"""Rows are counted in blocks for a choice: libraries compute whole blocks of channels, and few kinds are soon timed."""
+BLOCK, MOST_BLOCKS = 8, 8
+"""Rows are counted in blocks for a choice, at least so large and at most so many: libraries compute whole blocks of
+channels, and few kinds are soon timed."""
 
-_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 12
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 8
 _SECONDS = 0.02
 """For one kernel; what takes longer is timed in the fewest rounds, unless its times disagree."""
 _AGREEMENT = 1.05

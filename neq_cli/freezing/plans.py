@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from neq_cli.freezing.dispatch import BLOCK, Choice, Dispatch, Kernel
+from neq_cli.freezing.dispatch import BLOCK, MOST_BLOCKS, Choice, Dispatch, Kernel
 from neq_cli.freezing.operations import Convolution, Gradients, Operation, PointwiseConvolution
 from neq_cli.freezing.slices import Slice, slice_rows
 
@@ -202,7 +202,8 @@ class Plan:
     def _kind(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
         """Describe the call: everything that its time depends on."""
         rows = len(self._part("sliced", operation, weight).computed)
-        rows = min(-(-rows // BLOCK) * BLOCK, len(self.trainable))
+        block = max(BLOCK, len(self.trainable) // MOST_BLOCKS)
+        rows = min(-(-rows // block) * block, len(self.trainable))
         layout = "" if memory_format_of(input) is torch.contiguous_format else " channels_last"
         form = "x".join(map(str, input.shape)) + layout
         error = ("truncated" if self.truncated else "exact") + ("" if of_input else ", no input gradient")
