@@ -32,6 +32,7 @@ class Plan:
         self.choice: Choice | None = None
         self._choices: dict[object, Choice] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
+        self._ones: dict[tuple[object, ...], Tensor] = {}
         self._chunks: dict[tuple[int, int], Plan] = {}
 
     def apply(self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -194,10 +195,13 @@ class Plan:
 
     def _trains(self, operation: Operation, weight: Tensor) -> Tensor:
         """Return ones in the trainable rows of ``weight`` and zeros in the others, to be multiplied with it."""
-        part = self._part("sliced", operation, weight)
-        kept = torch.zeros_like(weight)
-        operation.layout.view(kept)[operation.layout.index(kept, part.trainable)] = 1
-        return kept
+        key = (operation.layout, weight.shape, weight.stride(), weight.dtype, weight.device)
+        if key not in self._ones:
+            part = self._part("sliced", operation, weight)
+            ones = torch.zeros_like(weight)
+            operation.layout.view(ones)[operation.layout.index(ones, part.trainable)] = 1
+            self._ones[key] = ones
+        return self._ones[key]
 
     def _kind(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
         """Describe the call: everything that its time depends on."""

@@ -182,7 +182,8 @@ zzz: 1
         "cifar10.yaml:21: seed: 1.5 is not a whole number from 0 to below 4294967296; write one such as 1",
         "cifar10.yaml:22: data.root: unknown key; write root under data",
         "cifar10.yaml:23: zzz: unknown key; known: description, model, data, task, epochs, batch_size, "
-        "optimizer, scheduler, policy, exclude, backward, precision, channels_last, compile, cuda_graph, gradient_accumulation, "
+        "optimizer, scheduler, policy, exclude, backward, precision, channels_last, compile, cuda_graph, "
+        "gradient_accumulation, "
         "clip_grad_norm, label_smoothing, ema, eval_every, seed, deterministic, device",
     ]
 
