@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(_usage_line(error))
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; finished epochs are kept")
+        _complain("interrupted")
         code = 130
-    except Terminated:
-        _complain("terminated; finished epochs are kept")
+    except Terminated as error:
+        _complain(f"ended by {error.signal}")
         code = 143
     except BrokenPipeError:
         # The reader has gone, as in `neq inspect ... | head`.
@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 1
     finally:
         signal.signal(signal.SIGTERM, before)
+    if code and (distributed := _distributed()) is not None:
+        distributed.joined().linger()
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -105,7 +107,14 @@ def _unexpected_line(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
-    print(message, file=sys.stderr)
+    distributed = _distributed()
+    if distributed is None or distributed.joined().say_once(message):
+        print(message, file=sys.stderr)
+
+
+def _distributed() -> Any:
+    """Return the module that knows of other processes; None where nobody has joined any, nor torch been imported."""
+    return sys.modules.get("neq_cli.training.distributed")
 
 
 def _version(wanted: bool) -> None:
@@ -152,23 +161,31 @@ def train(
     progress: Annotated[
         Literal["auto", "rich", "plain", "off"], typer.Option(help="live dashboard, a line per epoch, or nothing")
     ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in DIR, or with the recipe's newest unfinished one")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="build everything, train nothing")] = False,
 ) -> None:
-    """Train a recipe, with neurons freezing and thawing, into a run directory."""
-    from neq_cli.runs.progress import choose_progress
+    """Train a recipe, with neurons freezing and thawing, into a run directory.
+
+    On several processes: torchrun --nproc-per-node N -m neq_cli train RECIPE.
+    """
+    from neq_cli.runs.progress import Silent, choose_progress
     from neq_cli.runs.run_dir import check_available, default_run_directory
 
     changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
-    if output is not None:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if output is not None and alone and not resume:
         check_available(output)  # before torch is imported, which takes seconds
-    loaded = _load(recipe, changes)
+    first = True if alone else _join()
+    loaded = _load(recipe, changes, warn=first)
     if dry_run:
         _show_plan(loaded, output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now()))
         return
     from neq_cli import running
 
-    run_directory = running.train(loaded, output, choose_progress(progress))
-    if not sys.stdout.isatty():
+    run_directory = running.train(loaded, output, choose_progress(progress) if first else Silent(), resume=resume)
+    if first and not sys.stdout.isatty():
         print(run_directory)
 
 
@@ -334,8 +351,15 @@ def export(
     print(output)
 
 
-def _load(reference: str, overrides: Sequence[str] | None) -> LoadedRecipe:
-    """Return the checked recipe; its warnings go to stderr."""
+def _join() -> bool:
+    """Join the processes that torchrun started; returns whether this is the one that speaks for all."""
+    from neq_cli.training.distributed import join
+
+    return join().first
+
+
+def _load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
+    """Return the checked recipe; its warnings go to stderr, unless another process says them."""
     from neq_cli.recipe.file import load_recipe
     from neq_cli.recipe.keys import warnings
     from neq_cli.recipe.source import find_recipe
@@ -345,7 +369,7 @@ def _load(reference: str, overrides: Sequence[str] | None) -> LoadedRecipe:
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
     loaded = load_recipe(reference, overrides or (), checks=[check_section])
-    for warning in warnings(loaded.recipe):
+    for warning in warnings(loaded.recipe) if warn else ():
         _complain(f"warning: {warning}")
     return loaded
 

@@ -35,7 +35,11 @@ class TrainingError(NeqError):
 
 
 class Terminated(BaseException):
-    """SIGTERM came. No Exception, so that nothing catches it on the way out."""
+    """A signal other than SIGINT ends the program. No Exception, so that nothing catches it on the way out."""
+
+    def __init__(self, signal: str = "SIGTERM") -> None:
+        self.signal = signal
+        super().__init__(signal)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ class StepProgress:
     epoch: int  # from 1
     step: int  # steps done in this epoch
     steps: int
-    phase: str  # "train", "test" or "probe"
+    phase: str  # "load", "train", "test" or "probe"
     images_per_second: float
     train_loss: float  # running mean of this epoch, NaN where not known yet
 
@@ -67,6 +67,15 @@ class EpochRecord:
     epoch: int
     metrics: Mapping[str, float | int]
     layers: tuple[LayerState, ...]
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Between two updates, where all that the run depends on can be saved; told to what saves, not to displays."""
+
+    epoch: int
+    step: int
+    stop: bool  # somebody asked the run to end here
 
 
 Record = RunStarted | StepProgress | EpochRecord

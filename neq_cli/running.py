@@ -3,58 +3,152 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
+from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.recipe.shipped import python_files
-from neq_cli.records import EpochRecord
+from neq_cli.recording import Recording, status_of
+from neq_cli.resuming import find_run, open_run
+from neq_cli.runs.formatting import printable
 from neq_cli.runs.progress import Progress
-from neq_cli.runs.run_dir import RunWriter, atomic_write, default_run_directory, writing
+from neq_cli.runs.run_dir import RunWriter, default_run_directory
 from neq_cli.runs.run_reader import read_run
+from neq_cli.signals import StopRequests
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
-    from neq_cli.freezing.dispatch import Dispatch
+    from neq_cli.training.distributed import Processes
     from neq_cli.training.session import Session
 
 _MATCH = "match:"
 
 
-def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress) -> Path:
+@dataclass(frozen=True)
+class _Start:
+    """From where a run starts; by default from nothing."""
+
+    recipe: Recipe
+    state: Mapping[str, Any] | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    messages: tuple[str, ...] = ()
+
+
+def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False) -> Path:
     """Train ``loaded`` into ``run_directory`` (None: one named after recipe, time and seed) and return that folder.
 
-    Its status tells afterwards how it ended. Raises NeqError for what is wrong, KeyboardInterrupt or Terminated where
-    a signal ended it; what was saved stays.
+    ``resume`` goes on where an earlier training of it ended, and begins where there was none. The run's status tells
+    afterwards how it ended. Raises NeqError for what is wrong, KeyboardInterrupt or Terminated where a signal ended it,
+    once what was reached is saved. Of several processes, all call it.
     """
-    from neq_cli.training.device import environment
+    from neq_cli.training.distributed import in_company, joined, restarted
 
-    session = prepared(loaded)
-    about = {**environment(session.trainer.device), "data": dict(session.data_content)}
-    writer = _create_directory(run_directory, loaded.name, session.recipe, about)
-    with _status_of(writer), progress:
-        for source in python_files(session.recipe, loaded.directory):
-            writer.write_source(source.name, source.read_bytes())
-        writer.write_started(session.started)
-        _keep_kernel_choices(session, writer)
+    processes, resume = joined(), resume or restarted()
+    with StopRequests() as requests, ExitStack() as stack:
+        with in_company(processes), requests.at_once():
+            writer, start = None, _Start(loaded.recipe)
+            if resume and processes.first:
+                writer, start = _resumption(loaded, run_directory, processes.count)
+            if writer is not None:
+                stack.enter_context(writer)
+            start = processes.shared(start)
+            if start.finished:
+                return Path(processes.shared(_say_finished(writer, progress)))
+            loaded = replace(loaded, recipe=start.recipe)
+            session = prepared(loaded, processes, resumed=start.state is not None, choices=start.choices)
+            _load(session, start)
+            if writer is not None:
+                writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), _environment(session))
+            elif processes.first:
+                writer = stack.enter_context(_create_directory(run_directory, loaded.name, session))
+        stack.enter_context(status_of(writer))
+        stack.enter_context(progress)
+        stack.enter_context(in_company(processes))
+        for message in (*start.messages, *([writer.note] if writer is not None and writer.note else [])):
+            progress.message(message)
+        if writer is not None:
+            _write_beginning(writer, loaded, session)
         progress.show(session.started)
-        _stream(session, writer, progress)
-        progress.message(f"finished: {writer.path}")
+        Recording(session, writer, progress, requests, _best(session, writer)).follow()
+        path = Path(processes.shared(writer.path if writer is not None else None))
+        progress.message(f"finished: {path}")
+    return path
+
+
+def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tuple[RunWriter | None, _Start]:
+    path, said = find_run(loaded, chosen)
+    if path is None:
+        return None, _Start(loaded.recipe, messages=(said,))
+    found = open_run(loaded, path, processes)
+    if found.state is not None:
+        so_far = found.state["so_far"]
+        within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
+        said += f" after epoch {found.state['epoch']}{within}"
+    start = _Start(found.recipe, found.state, found.choices, found.finished, (said, *found.messages))
+    return found.writer, start
+
+
+def _say_finished(writer: RunWriter | None, progress: Progress) -> Path | None:
+    if writer is None:
+        return None
+    progress.message(f"finished already: {writer.path}; more epochs=... would extend it")
     return writer.path
 
 
-def prepared(loaded: LoadedRecipe) -> Session:
-    """Return the session of ``loaded``, ready to train."""
+def _load(session: Session, start: _Start) -> None:
+    """Put the state that was saved into the session. RunDirectoryError where it is another model's."""
+    if start.state is None:
+        return
+    try:
+        session.trainer.load_state_dict(start.state)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NeqError) as error:
+        reason = printable(" ".join(str(error).split()), 300)
+        raise RunDirectoryError(
+            f"checkpoint: does not fit this recipe ({type(error).__name__}: {reason}); train anew without --resume"
+        ) from error
+
+
+def _environment(session: Session) -> dict[str, Any]:
+    from neq_cli.training.device import environment
+
+    trainer = session.trainer
+    about = {"data": dict(session.data_content), "processes": trainer.processes.count}
+    return {**environment(trainer.device), **about}
+
+
+def _write_beginning(writer: RunWriter, loaded: LoadedRecipe, session: Session) -> None:
+    for source in python_files(session.recipe, loaded.directory):
+        writer.write_source(source.name, source.read_bytes())
+    writer.write_started(session.started)
+
+
+def _best(session: Session, writer: RunWriter | None) -> float | None:
+    """Return the best score of the epochs that are trained."""
+    if writer is None or session.trainer.epoch == 0:
+        return None
+    scores = [float(row[session.started.metric]) for row in read_run(writer.path).metrics]
+    return max((score for score in scores if score == score), default=None)
+
+
+def prepared(
+    loaded: LoadedRecipe,
+    processes: Processes | None = None,
+    *,
+    resumed: bool = False,
+    choices: Mapping[str, Any] | None = None,
+) -> Session:
+    """Return the session of ``loaded``, ready to train; the keywords are those of ``training.session.prepare``."""
     from neq_cli.training.session import prepare
 
     with _located(loaded):
-        return prepare(loaded.recipe, loaded.name, matched_flops(loaded))
+        return prepare(loaded.recipe, loaded.name, matched_flops(loaded), processes, resumed=resumed, choices=choices)
 
 
 def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
@@ -96,90 +190,16 @@ def matched_flops(loaded: LoadedRecipe) -> float | None:
         raise RecipeError([loaded.problem("policy.p", str(error))]) from error
 
 
-def _create_directory(chosen: Path | None, name: str, recipe: Recipe, about: Mapping[str, Any]) -> RunWriter:
+def _create_directory(chosen: Path | None, name: str, session: Session) -> RunWriter:
+    recipe, about = dump_recipe(session.recipe), _environment(session)
     if chosen is not None:
-        return RunWriter.create(chosen, dump_recipe(recipe), about)
+        return RunWriter.create(chosen, recipe, about)
     attempts = 10
     while True:
         attempts -= 1
         try:
-            path = default_run_directory(name, recipe.seed, datetime.now())
-            return RunWriter.create(path, dump_recipe(recipe), about)
+            return RunWriter.create(default_run_directory(name, session.recipe.seed, datetime.now()), recipe, about)
         except RunDirectoryError:
             # Another run that began in the same second may have taken the name.
             if not attempts:
                 raise
-
-
-def _stream(session: Session, writer: RunWriter, progress: Progress) -> None:
-    best: float | None = None
-    for record in session.trainer.run():
-        if isinstance(record, EpochRecord):
-            writer.write_epoch(record)
-            score = record.metrics[session.started.metric]
-            improved = score == score and (best is None or score > best)
-            best = score if improved else best
-            _save_checkpoints(session, writer, improved=improved)
-        progress.show(record)
-    _save_weights(session, writer)
-
-
-def _keep_kernel_choices(session: Session, writer: RunWriter) -> None:
-    """Have every choice of a kernel written before it is first used, and what is dense whatever the choice."""
-    freezer = session.trainer.freezer
-
-    def write(dispatch: Dispatch) -> None:
-        dense = {} if freezer.backward == "dense" else freezer.anatomy.dense_because
-        writer.write_dispatch({"backward": freezer.backward, "dense": dense, "choices": dispatch.state_dict()})
-
-    write(freezer.dispatch)
-    freezer.dispatch.on_choice = write
-
-
-def _save_checkpoints(session: Session, writer: RunWriter, *, improved: bool) -> None:
-    """Write the checkpoints, the last files of an epoch."""
-    from neq_cli.training.checkpoint import save_state
-
-    state = session.trainer.state_dict()
-    last, previous = writer.checkpoint_path("last"), writer.checkpoint_path("previous")
-
-    def write_and_move_on(path: Path) -> None:
-        save_state(state, path)
-        if last.exists():
-            last.replace(previous)
-
-    with writing(last):
-        atomic_write(last, write_and_move_on)
-    if improved:
-        best = writer.checkpoint_path("best")
-        with writing(best):
-            atomic_write(best, lambda path: save_state(state, path))
-
-
-def _save_weights(session: Session, writer: RunWriter) -> None:
-    from neq_cli.training.checkpoint import save_weights
-
-    weights = session.trainer.tested_model.state_dict()
-    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
-    with writing(writer.weights_path):
-        atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))
-
-
-@contextmanager
-def _status_of(writer: RunWriter) -> Iterator[None]:
-    """Say in status.json how what happens inside ended."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        writer.interrupted("SIGINT")
-        raise
-    except Terminated:
-        writer.interrupted("SIGTERM")
-        raise
-    except BaseException as error:
-        # A full disk fails this too; the first error is the one to show.
-        with suppress(TrainingError):
-            writer.failed(str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}")
-        raise
-    else:
-        writer.finish()

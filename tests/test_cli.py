@@ -341,8 +341,8 @@ def wait_for_an_epoch(process: subprocess.Popen[str], run: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
-        (signal.SIGINT, 130, "interrupted; finished epochs are kept"),
-        (signal.SIGTERM, 143, "terminated; finished epochs are kept"),
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "ended by SIGTERM"),
         (signal.SIGKILL, -signal.SIGKILL, None),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_finished_run_is_complete(finished: Path) -> None:
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert files == {
         "recipe.yaml", "environment.json", "metrics.csv", "layers.csv", "status.json", "weights.safetensors",
-        "dispatch.json",
+        "dispatch.json", ".lock",
         *(f"neurons/epoch_{epoch:04d}.safetensors" for epoch in (1, 2, 3)),
         *(f"checkpoints/{name}.safetensors" for name in ("last", "previous", "best")),
     }  # fmt: skip

@@ -21,11 +21,15 @@ from neq_cli.freezing.trace import Trace, trace_model, with_found_axes
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A model's neurons, its trace, and the layers that always train, each with the reason."""
+    """A model's neurons, its trace, and the layers that always train, each with the reason.
+
+    ``attached``: every layer stays part of autograd's graph, whatever is frozen, for what must find it there.
+    """
 
     neurons: Neurons
     trace: Trace
     never_frozen: Mapping[str, str]
+    attached: bool
 
     def flops(
         self,
@@ -51,7 +55,7 @@ class Anatomy:
 
     def _execution(self, mode: Mode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
         dense = frozenset([*self.dense_because, *(self.functional if compiled else ())])
-        return Execution(mode, dense, rows_computed, compiled, attached=self.trace.reentrant)
+        return Execution(mode, dense, rows_computed, compiled, attached=self.attached)
 
     @property
     def functional(self) -> dict[str, str]:
@@ -79,11 +83,13 @@ def study(
     optimized: Iterable[Tensor] | None = None,
     exclude: Sequence[str] = (),
     definition: Definition = "paper",
+    attached: bool = False,
 ) -> Anatomy:
     """Look at ``model`` with one sample of ``inputs`` ([samples, ...]); it may be on the meta device.
 
     ``optimized`` are the parameters the optimiser updates (default: all), ``exclude`` globs of layers that never
-    freeze. Raises FreezingError where no layer has neurons that train or a glob matches none.
+    freeze. ``attached``: something outside the model needs every layer in autograd's graph, as reentrant activation
+    checkpoints inside do. Raises FreezingError where no layer has neurons that train or a glob matches none.
     """
     neurons = find_neurons(model, optimized)
     if not neurons.layers:
@@ -98,7 +104,7 @@ def study(
         **_excluded(neurons, exclude),
         **{name: why for name, layer in neurons.layers.items() if (why := _why_never(layer, trace, definition))},
     }
-    return Anatomy(neurons, trace, never_frozen)
+    return Anatomy(neurons, trace, never_frozen, attached or trace.reentrant)
 
 
 def _excluded(neurons: Neurons, exclude: Sequence[str]) -> dict[str, str]:

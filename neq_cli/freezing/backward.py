@@ -86,7 +86,9 @@ class SlicedBackward:
                 self._put_dense_in_force(trainable)
 
     def _plan(self, trainable: Tensor) -> Plan:
-        return Plan(trainable, truncated=self.truncated, dispatch=self.dispatch, attached=self.attached)
+        # Compiled code has a graph for every set, and so must what torch.compile leaves to Python.
+        attached = self.attached or self.compiled
+        return Plan(trainable, truncated=self.truncated, dispatch=self.dispatch, attached=attached)
 
     def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:
         by_owner: dict[nn.Module, dict[int, Plan]] = {}

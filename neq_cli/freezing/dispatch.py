@@ -55,12 +55,20 @@ class Dispatch:
     """The choices made so far, by a text that names the kind of call.
 
     ``fixed`` chooses by rule, without timing: the same in every run. ``on_choice`` is called after every new choice and
-    before its first use, so that it can be written down first.
+    before its first use, so that it can be written down first. ``agree`` is given the kind of call and what times it,
+    and returns what several processes are to use together.
     """
 
-    def __init__(self, *, fixed: bool = False, on_choice: Callable[[Dispatch], None] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        fixed: bool = False,
+        on_choice: Callable[[Dispatch], None] | None = None,
+        agree: Callable[[str, Callable[[], Choice]], Choice] | None = None,
+    ) -> None:
         self.fixed = fixed
         self.on_choice = on_choice
+        self.agree = agree
         self.choices: dict[str, Choice] = {}
         self.seconds = 0.0  # spent timing so far
 
@@ -84,7 +92,8 @@ class Dispatch:
             choice = Choice(by_rule, {})
         else:
             started = time.perf_counter()
-            choice = _fastest(kernels, run, device)
+            timing = partial(_fastest, kernels, run, device)
+            choice = timing() if self.agree is None else self.agree(kind, timing)
             self.seconds += time.perf_counter() - started
         self.choices[kind] = choice
         if self.on_choice is not None:
@@ -98,15 +107,15 @@ class Dispatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over choices made elsewhere, which are then not timed again."""
         try:
-            self.choices = {
-                str(kind): Choice(
-                    _kernel(choice["kernel"]),
-                    {str(name): float(value) for name, value in choice["milliseconds"].items()},
-                )
-                for kind, choice in state.items()
-            }
+            self.choices = {str(kind): read_choice(choice) for kind, choice in state.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FreezingError(f"dispatch: not a table of kernel choices ({error})") from error
+
+
+def read_choice(state: Mapping[str, Any]) -> Choice:
+    """Return the choice that ``dataclasses.asdict`` made ``state`` of."""
+    timings = {str(name): float(value) for name, value in state["milliseconds"].items()}
+    return Choice(_kernel(state["kernel"]), timings)
 
 
 def _kernel(name: str) -> Kernel:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
+from neq_cli.freezing.agreement import (
+    check_agreement,
+    chosen_by_first,
+    first_sample,
+    from_first,
+    overwrite_from_first,
+    pack,
+)
 from neq_cli.freezing.anatomy import study
 from neq_cli.freezing.backward import MODES, KernelUse, Mode, SlicedBackward
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.neurons import Layer
-from neq_cli.freezing.observing import first_input, is_compiled, undisturbed, unwrap
+from neq_cli.freezing.observing import first_input, is_compiled, is_wrapped, undisturbed, unwrap
 from neq_cli.freezing.policies import NEq, Observation, Policy
 from neq_cli.freezing.probe import copied, device_of, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
+from neq_cli.freezing.state import STATE_VERSION, check_state
 
-STATE_VERSION = 1
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Freezer:
@@ -42,6 +52,15 @@ class Freezer:
     compiled again when the frozen sets change. Modules with frozen neurons are of a subclass of their own class in the
     meantime; copies and pickles of them are not.
 
+    ``process_group``: the processes that train copies of the model together; each one's ``probe_loader`` yields its
+    share of the probe set. The sums are added up over the group, process 0 chooses, and all hold the same sets; the
+    model that phi describes is process 0's. Every process must make the Freezer and call ``step()``, which compares the
+    processes' sets before and after, so that what changed them during the epoch is found. The policies of the other
+    processes are never asked, and their state is of no meaning.
+
+    A model wrapped in DistributedDataParallel keeps every layer in its graph, for the wrapper to find it there; that
+    costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost.
+
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
 
@@ -57,6 +76,7 @@ class Freezer:
         compiled: bool | None = None,
         exclude: Sequence[str] = (),
         probe_autocast: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if backward not in MODES:
             hint = did_you_mean(str(backward), MODES) or f"; use {', '.join(MODES)}"
@@ -68,6 +88,7 @@ class Freezer:
         self.mu: float = getattr(self.policy, "mu", 0.5)
         self.definition: Definition = getattr(self.policy, "definition", "paper")
         self.probe_autocast = probe_autocast
+        self.process_group = process_group
         self.epoch = 0
 
         self.anatomy = study(
@@ -76,6 +97,7 @@ class Freezer:
             optimized=[parameter for group in optimizer.param_groups for parameter in group["params"]],
             exclude=exclude,
             definition=self.definition,
+            attached=is_wrapped(model),
         )
         self.layers: dict[str, Layer] = self.anatomy.neurons.layers
         self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
@@ -92,10 +114,15 @@ class Freezer:
             backward,
             self.dispatch,
             compiled=self.compiled,
-            attached=self.anatomy.trace.reentrant,
+            attached=self.anatomy.attached,
         )
         self.slicing.put_in_force(self.trainable)
+        self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous = snapshot(self.model)
+        if process_group is not None:
+            self._check_agreement("layers or settings")
+            # DistributedDataParallel, made later, gives all processes the weights of process 0.
+            overwrite_from_first(self._previous.values(), process_group)
 
     def step(self) -> dict[str, Observation]:
         """Observe the neurons, choose who trains next epoch, and hold the others from now on.
@@ -103,6 +130,7 @@ class Freezer:
         Returns the observations by layer, in forward order; their ``trainable`` is the new set. Raises FreezingError
         where the policy answers with an unknown layer, a wrong shape or a wrong type; then nothing has changed.
         """
+        self._check_agreement("frozen sets")
         phi = similarity(
             self.model,
             self._previous,
@@ -110,14 +138,18 @@ class Freezer:
             self.probe_loader,
             definition=self.definition,
             autocast=self.probe_autocast,
+            process_group=self.process_group,
         )
+        if self.process_group is not None:  # whose sums may differ in their last bits where the network adds them up
+            everything = from_first(torch.cat(list(phi.values())), self.process_group)
+            phi = dict(zip(phi, torch.split(everything, [len(one) for one in phi.values()]), strict=True))
         dynamics = {name: self.dynamics[name].next(phi[name], self.mu, self.definition) for name in self.layers}
-        seen = {name: self._observation(dynamics[name], self.trainable[name]) for name in self.layers}
-        trainable = self._settle(self.policy.choose(seen, self.epoch + 1), dynamics)
+        trainable = self._chosen(dynamics)
         self.epoch += 1
         self.dynamics = dynamics
         self._remember(snapshot(self.model, copy=False))
         self._put_in_force(trainable)
+        self._check_agreement("frozen sets")
         return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
 
     @property
@@ -131,9 +163,9 @@ class Freezer:
         What is executed depends on the kernels, which the first backward pass with these sets chooses: before it, the
         trainable rows are counted, after it, those that were computed.
         """
-        computed = {name: plan.rows_computed() for name, plan in self.slicing.plans.items()}
-        known = {name: rows for name, rows in computed.items() if rows is not None}
-        return self.anatomy.flops(self.trainable, self.backward, rows_computed=known, compiled=self.compiled)
+        return self.anatomy.flops(
+            self.trainable, self.backward, rows_computed=self._rows_computed(), compiled=self.compiled
+        )
 
     def kernels(self) -> dict[str, KernelUse]:
         """Return for every layer with frozen neurons how its gradients are computed, and why."""
@@ -155,49 +187,87 @@ class Freezer:
             },
             "previous": dict(self._previous),
             "policy": self.policy.state_dict(),
+            "computed": self._rows_computed(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``. Load model and optimiser before: frozen rows are held as they are now."""
-        if state.get("version") != STATE_VERSION:
-            raise FreezingError(f"freezer state: version {state.get('version')} is not version {STATE_VERSION}")
-        sizes = {name: len(layer["phi"]) for name, layer in state["layers"].items()}
-        if sizes != {name: layer.neurons for name, layer in self.layers.items()}:
-            odd = sorted(set(sizes) ^ set(self.layers)) or sorted(
-                name for name, layer in self.layers.items() if sizes[name] != layer.neurons
-            )
-            raise FreezingError(f"freezer state: belongs to another model; layer {odd[0]!r} differs")
-        for name, tensor in self._previous.items():
-            if name not in state["previous"] or state["previous"][name].shape != tensor.shape:
-                raise FreezingError(f"freezer state: belongs to another model; {name!r} differs")
+        """Go on from ``state_dict()``. Load model and optimiser before: frozen rows are held as they are now.
+
+        Raises FreezingError where the state is damaged or belongs to another model; then nothing has changed.
+        """
+        check_state(state, self.layers, self._previous)
+        self._load_policy(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
         self.epoch = state["epoch"]
+        layers = {
+            name: {
+                key: tensor.cpu().clone()
+                for key, tensor in state["layers"][name].items()
+                if key in ("phi", "delta_phi", "velocity", "trainable")
+            }
+            for name in self.layers
+        }
         self.dynamics = {
-            name: Dynamics(layer["phi"].clone(), layer["delta_phi"].clone(), layer["velocity"].clone())
-            for name, layer in state["layers"].items()
+            name: Dynamics(layer["phi"], layer["delta_phi"], layer["velocity"]) for name, layer in layers.items()
         }
         self._remember(state["previous"])
-        self.policy.load_state_dict(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
-        self._put_in_force({name: state["layers"][name]["trainable"].clone() for name in self.layers})
+        self._put_in_force({name: layer["trainable"] for name, layer in layers.items()})
+        self._computed = {name: rows for name, rows in state.get("computed", {}).items() if name in self.slicing.plans}
 
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self.keeper.remove()
         self.slicing.remove()
-        self.trainable = self._everything()
+        self.trainable, self._computed = self._everything(), {}
 
     def _remember(self, tensors: Mapping[str, Tensor]) -> None:
         # In place: a second copy of the weights would double the probe's memory for a moment.
         for name, tensor in self._previous.items():
             tensor.copy_(tensors[name])
+        if self.process_group is not None:
+            buffers = {name for name, _ in self.model.named_buffers()}
+            overwrite_from_first(
+                (self._previous[name] for name in self._previous if name in buffers), self.process_group
+            )
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
-        self.trainable = trainable
+        self.trainable, self._computed = trainable, {}
         self.slicing.put_in_force(trainable)
         if self.backward == "truncated":
             # What no error reaches has nothing to learn from: it is paused like what is frozen.
             reached = self.anatomy.reached(trainable, self.backward, compiled=self.compiled)
             trainable = {name: rows & (name in reached) for name, rows in trainable.items()}
         self.keeper.keep(trainable)
+
+    def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
+        def choose() -> dict[str, Tensor]:
+            seen = {name: self._observation(dynamics[name], self.trainable[name]) for name in self.layers}
+            return self._settle(self.policy.choose(seen, self.epoch + 1), dynamics)
+
+        if self.process_group is None:
+            return choose()
+        return chosen_by_first(choose, {name: layer.neurons for name, layer in self.layers.items()}, self.process_group)
+
+    def _check_agreement(self, what: str) -> None:
+        if self.process_group is not None:
+            about = f"{self.epoch} {self.backward} {self.mu} {self.definition} {list(self.layers)}"
+            phi = torch.cat([moved.phi for moved in self.dynamics.values()])
+            tensors = (pack(self.trainable), phi.view(torch.uint8))
+            contents = [about.encode(), *(bytes(tensor.tolist()) for tensor in tensors)]
+            check_agreement(contents, self.process_group, what)
+
+    def _rows_computed(self) -> dict[str, int]:
+        """Return by layer how many rows the last backward pass computed, where that is known."""
+        computed = {name: plan.rows_computed() for name, plan in self.slicing.plans.items()}
+        return {**self._computed, **{name: rows for name, rows in computed.items() if rows is not None}}
+
+    def _load_policy(self, state: Mapping[str, Any]) -> None:
+        before = self.policy.state_dict()
+        try:
+            self.policy.load_state_dict(state)
+        except Exception as error:
+            self.policy.load_state_dict(before)
+            policy, reason = type(self.policy).__name__, " ".join(f"{type(error).__name__}: {error}".split())
+            raise FreezingError(f"freezer state: policy {policy} does not take it over ({reason[:300]})") from error
 
     def _everything(self) -> dict[str, Tensor]:
         return {name: torch.ones(layer.neurons, dtype=torch.bool, device="cpu") for name, layer in self.layers.items()}
@@ -207,6 +277,9 @@ class Freezer:
             raise FreezingError("probe_loader: can be read only once; give a list or a DataLoader, which starts anew")
         with undisturbed(self.model):
             batch = next(iter(self.probe_loader), None)
+        if self.process_group is not None:
+            # What the model does with its input may depend on it: all processes look at the same sample.
+            batch = first_sample(batch, self.process_group)
         if batch is None:
             raise FreezingError("probe_loader: yields no batch; give it at least one input")
         return copied(first_input(batch), device_of(self.model))

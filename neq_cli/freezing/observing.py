@@ -108,6 +108,16 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Return whether DistributedDataParallel wraps the model, outside or inside of other wrappers."""
+    while not isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return False
+        model = inner
+    return True
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Return whether torch.compile runs ``model``: its wrapper, or ``model.compile()``."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

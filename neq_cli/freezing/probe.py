@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.agreement import add_up, overwrite_from_first
 from neq_cli.freezing.equilibrium import Definition, cosine
 from neq_cli.freezing.neurons import Layer, rows_by_neuron
 from neq_cli.freezing.observing import first_input, map_tensors, undisturbed, watch_calls
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CHUNK = 1 << 20
 """Output elements that are turned into float64 at a time (8 MB), so that the sums need next to no memory."""
@@ -32,6 +36,7 @@ def similarity(
     *,
     definition: Definition = "paper",
     autocast: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Return phi of every layer between ``model`` and its ``previous`` parameters and buffers: float64, [neurons], CPU.
 
@@ -39,14 +44,20 @@ def similarity(
     ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample
     (dimension 0 of a layer's output).
     A layer that the batches do not reach, or whose calls differ between the two networks, has phi NaN.
+
+    ``process_group``: each process has a share of the batches, which may be none; the sums are added up over all, so
+    that phi is what one process finds in all of them, up to rounding in float64. The buffers are process 0's.
     """
     device = device_of(model)
     comparison = _Comparison(per_sample=definition == "reference")
-    empty = True
+    seen = 0
     with undisturbed(model), torch.no_grad():
         model.eval()
+        if process_group is not None:
+            # BatchNorm's statistics are each process's own since the last step, and put back afterwards.
+            overwrite_from_first(model.buffers(), process_group)
         for batch in batches:
-            empty = False
+            seen += 1
             inputs = first_input(batch)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 with watch_calls(layers.values(), previous, comparison.keep):
@@ -55,7 +66,9 @@ def similarity(
                 with watch_calls(layers.values(), dict(model.named_parameters()), comparison.compare):
                     model(copied(inputs, device))
             comparison.end_batch()
-    if empty:
+    if process_group is not None:
+        seen = comparison.add_up(layers, seen, device, process_group)
+    if not seen:
         raise FreezingError("probe_loader: yields no batch; give it at least one input")
     return {name: comparison.phi(layer) for name, layer in layers.items()}
 
@@ -116,6 +129,29 @@ class _Comparison:
             sums = sums.sum(1)
         total = self.total.get(name)
         self.total[name] = sums if total is None else total + sums
+
+    def add_up(self, layers: Mapping[str, Layer], seen: int, device: torch.device, group: ProcessGroup) -> int:
+        """Add all sums up over the processes, in one message; return how many batches they have ``seen`` together."""
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        kinds = 2 if self.per_sample else 3
+        # Neither a layer that some processes' batches do not reach nor one that none reaches is lost in the sums.
+        flags = torch.tensor(
+            [[seen, 0], *([name in self.total, name in self.unlike] for name in layers)],
+            dtype=torch.float64,
+            device=device,
+        )
+        sums = [self.total.get(name, flags.new_zeros(kinds, layer.neurons)) for name, layer in layers.items()]
+        everyone = add_up(torch.cat([part.flatten() for part in (flags, *sums)]), group)
+        flags, everyone = everyone[: flags.numel()].view_as(flags), everyone[flags.numel() :]
+        reached, unlike = flags[1:].bool().unbind(1)
+        parts = torch.split(everyone, [kinds * layer.neurons for layer in layers.values()])
+        self.total = {
+            name: part.view(kinds, -1)
+            for name, part, there in zip(layers, parts, reached.tolist(), strict=True)
+            if there
+        }
+        self.unlike = {name for name, differs in zip(layers, unlike.tolist(), strict=True) if differs}
+        return int(flags[0, 0])
 
     def phi(self, layer: Layer) -> Tensor:
         total = self.total.get(layer.name)

@@ -38,6 +38,7 @@ class Trace:
     output_layers: frozenset[str] = frozenset()
     reentrant: bool = False  # the model uses reentrant activation checkpoints
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
+    unused: frozenset[str] = frozenset()  # parameters that require gradients and that no output depends on
 
 
 def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
@@ -118,6 +119,10 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     trace.products = {name: count for name, count in products.backward.items() if count > 0}
     trace.before = {name: frozenset(source for source in found if source) for name, found in sources.items()}
     trace.after_outside = frozenset(name for name, found in sources.items() if None in found)
+    used = _leaves_of(outputs)
+    trace.unused = frozenset(
+        name for name, parameter in parameters.items() if parameter.requires_grad and id(parameter) not in used
+    )
     producing = {name for name in _sources_of(outputs, producers) if name}
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
     trace.output_layers = frozenset(producing or trace.order[-1:])
@@ -191,6 +196,18 @@ def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> set[str
         else:
             pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
     return found
+
+
+def _leaves_of(tensors: list[Tensor]) -> set[int]:
+    """Return the identities of all tensors that gradients of ``tensors`` would be accumulated in."""
+    seen: set[Node] = set()
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
 def _overrides_forward(layer: Layer) -> bool:

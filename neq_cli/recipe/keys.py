@@ -176,6 +176,12 @@ class SchedulerSection(_ArgumentsSection):
     )
     warmup_epochs: Annotated[int, Field(ge=0)] = Field(default=0, description="epochs of linear warm-up before it")
 
+    @property
+    def length_argument(self) -> str | None:
+        """The argument that says how long the schedule is: where it is not given, it follows from the epochs."""
+        lengths = {"cosine": "T_max", "cosineannealing": "T_max", "polynomial": "total_iters", "linear": "total_iters"}
+        return lengths.get(self.name.lower().removesuffix("lr"))
+
 
 class BaselinePolicy(Section):
     """Freezes nothing."""
@@ -281,6 +287,12 @@ class Recipe(Section):
         default=None, description="decay of averaged weights, which are tested; null: none", examples=[0.999]
     )
     eval_every: Count = Field(default=1, description="epochs between tests; the last is always tested")
+    checkpoint_minutes: Positive = Field(
+        default=15.0, description="minutes between checkpoints within an epoch; one follows every epoch anyway"
+    )
+    sync_batchnorm: bool = Field(
+        default=False, description="batch norm over the batches of all processes; without effect where there is one"
+    )
     # NumPy takes 32-bit seeds only.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=1, description="of weights, batches, augmentation and policy"

@@ -107,7 +107,8 @@ def to_latex(comparison: Comparison) -> str:
         r"\hline",
         " & ".join(map(_latex, header)) + r" \\",
         r"\hline",
-        *(" & ".join(row) + r" \\" for row in rows),
+        # After the line before, LaTeX takes a star or a bracket for an argument of its \\.
+        *(("{}" if row[0].startswith(("[", "*")) else "") + " & ".join(row) + r" \\" for row in rows),
         r"\hline",
         r"\end{tabular}",
     ]
@@ -189,7 +190,7 @@ def _csv_text(text: str) -> str:
 
 def _markdown(text: str) -> str:
     clean = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{character}" if character in "\\`*_[]|~#" else character for character in clean)
+    return "".join(f"\\{character}" if character in "\\`*_[]|~#$" else character for character in clean)
 
 
 _LATEX = {

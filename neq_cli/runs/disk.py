@@ -1,17 +1,21 @@
-"""Writing a file so that a kill or power loss leaves the old content or the new; POSIX systems only."""
+"""Writing a file so that a kill or power loss leaves the old content or the new, never through a link; POSIX only."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from neq_cli.errors import TrainingError
+from neq_cli.errors import RunDirectoryError, TrainingError
 from neq_cli.runs.formatting import printable
+
+PARTIAL = ".*.partial"  # what a killed write may leave
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
@@ -20,24 +24,48 @@ def atomic_write(path: Path, content: bytes | Callable[[Path], object]) -> None:
     ``content`` is the bytes, or a callable that writes them to the path it is given. File and folder are synced to
     disk. Errors (OSError, or what the callable raises) pass through; wrap in ``writing`` to make them one line.
     """
-    # One fixed name: a killed write leaves one file, and the next write reuses it.
+    # One fixed name: a killed write leaves one file, and the next write takes it away.
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # a leftover, or a link, through which the callable would write
         if callable(content):
             content(partial)
-            with partial.open("rb") as written:
-                os.fsync(written.fileno())
+            descriptor = os.open(partial, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         else:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_and_sync(os.open(partial, _NEW, 0o666), content)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def write_and_sync(descriptor: int, content: bytes) -> None:
+    """Write all of ``content``, have it on the disk, and close the descriptor. OSError."""
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on the disk. OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -51,12 +79,16 @@ def writing(path: Path) -> Iterator[None]:
         raise TrainingError(message) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def check_own(path: Path, *, folder: bool = False) -> None:
+    """Raise RunDirectoryError unless ``path`` is missing or a file (a folder) that is no link: writes would go astray.
+
+    OSError where the disk does not tell.
+    """
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    kind = "folder" if folder else "regular file"
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        what = "a link" if stat.S_ISLNK(mode) else f"not a {kind}"
+        raise RunDirectoryError(f"{printable(path)}: {what}, where neq writes; put a {kind} in its place, or remove it")

@@ -9,7 +9,6 @@ from typing import Any
 MISSING = "–"
 _PREFIXES = ("", "K", "M", "G", "T", "P", "E")
 _PERCENTAGES = ("test_top1", "test_miou")
-_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def format_flops(value: float, like: float | None = None) -> str:
@@ -59,15 +58,21 @@ def format_p_value(value: float) -> str:
 
 
 def printable(text: object, limit: int | None = None) -> str:
-    """Text from a file, safe to print: control, formatting and surrogate characters become U+FFFD.
+    """Text from a file, safe to print: control, formatting and surrogate characters become U+FFFD, all spaces plain.
 
     A terminal would obey escape codes, and bidirectional marks would reorder a line. What is longer than ``limit``
     is cut, with an ellipsis.
     """
-    clean = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in _UNSAFE else c for c in str(text))
-    if limit is not None and len(clean) > limit:
-        return clean[: limit - 1] + "…"
-    return clean
+    written = str(text)
+    if limit is not None and len(written) > limit:
+        written = written[: limit - 1] + "…"
+    return written if written.isprintable() else "".join(map(_printable_character, written))
+
+
+def _printable_character(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if unicodedata.category(character) == "Zs" else "\N{REPLACEMENT CHARACTER}"
 
 
 def ratio_percent(part: float, whole: float) -> float:

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from neq_cli.errors import NeqError, RunDirectoryError, did_you_mean
 from neq_cli.runs.configurations import model_and_data, policy_label
 from neq_cli.runs.formatting import plain_json, printable, ratio_percent
-from neq_cli.runs.run_reader import LayerRow, Run
+from neq_cli.runs.run_reader import Run
+from neq_cli.runs.run_tables import LayerRow
 from neq_cli.runs.statistics import mean_known
 
 Arrays = Mapping[str, NDArray[Any]]
+_MOST_NOTES = 200
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,13 @@ def _layer(row: LayerRow, arrays: Arrays, since: NDArray[np.int64]) -> LayerInsp
     )
 
 
+def _notes(notes: object) -> tuple[str, ...]:
+    if not isinstance(notes, list):
+        return ()
+    more = [f"and {len(notes) - _MOST_NOTES} more"] if len(notes) > _MOST_NOTES else []
+    return tuple(map(str, [*notes[:_MOST_NOTES], *more]))
+
+
 def _summary(run: Run, epoch: int) -> dict[str, Any]:
     columns = {name: run.column(name)[:epoch] for name in run.metrics[0]}
     means = {name: mean_known(values) for name, values in columns.items()}
@@ -200,7 +209,6 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
     known = np.flatnonzero(~np.isnan(measured))
     best = int(known[np.argmax(measured[known])]) if known.size else None
     seconds = float(np.nansum(columns["epoch_seconds"]))
-    notes = run.environment.get("notes")
     return {
         "path": str(run.path),
         "recipe": run.recipe_name,
@@ -223,5 +231,5 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
         "metric_best_epoch": None if best is None else best + 1,
         "seconds": seconds,
         "probe_percent": ratio_percent(float(np.nansum(columns["probe_seconds"])), seconds),
-        "notes": tuple(str(note) for note in notes) if isinstance(notes, list) else (),
+        "notes": _notes(run.environment.get("notes")),
     }

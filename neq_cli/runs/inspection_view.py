@@ -60,7 +60,7 @@ def _summary(inspection: Inspection) -> Table:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in _summary_lines(inspection):
-        table.add_row(name, value)
+        table.add_row(Text(name), value)
     return table
 
 

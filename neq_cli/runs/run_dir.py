@@ -1,125 +1,52 @@
-"""The run directory as it is written, and the only place that knows its file names; reading is in run_reader.py."""
+"""The run directory as it is written, begun or gone on with; reading is in run_reader.py, names in run_files.py."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-import re
 import socket
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.records import EpochRecord, RunStarted
+from neq_cli.runs.csv_files import Beginning, append_rows, beginning, cut
+from neq_cli.runs.disk import PARTIAL, check_own, sync_folder
 from neq_cli.runs.disk import atomic_write as atomic_write
 from neq_cli.runs.disk import writing as writing
 from neq_cli.runs.formatting import printable
+from neq_cli.runs.history import resumed_environment, resumed_status
+from neq_cli.runs.lock import Lock, acquire
+from neq_cli.runs.reading import damaged, read_json
+from neq_cli.runs.run_files import CHECKPOINTS as CHECKPOINTS
+from neq_cli.runs.run_files import STATES as STATES
+from neq_cli.runs.run_files import RunFiles as RunFiles
+from neq_cli.runs.run_files import cannot_be_made, check_resumable
+from neq_cli.runs.run_files import check_available as check_available
+from neq_cli.runs.run_files import default_run_directory as default_run_directory
 from neq_cli.runs.serialisation import LAYER_COLUMNS, cell, layer_row, neurons_file
-
-STATES = ("running", "finished", "interrupted", "failed")
-CHECKPOINTS = ("last", "previous", "best")
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where everything lies in the run directory ``root``."""
-
-    root: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.root / "recipe.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.root / "environment.json"
-
-    @property
-    def status(self) -> Path:
-        return self.root / "status.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.csv"
-
-    @property
-    def layers(self) -> Path:
-        return self.root / "layers.csv"
-
-    @property
-    def dispatch(self) -> Path:
-        """Which kernel computes which gradients."""
-        return self.root / "dispatch.json"
-
-    @property
-    def weights(self) -> Path:
-        """The final plain state_dict."""
-        return self.root / "weights.safetensors"
-
-    @property
-    def neurons_folder(self) -> Path:
-        return self.root / "neurons"
-
-    @property
-    def checkpoints_folder(self) -> Path:
-        return self.root / "checkpoints"
-
-    def neurons(self, epoch: int) -> Path:
-        return self.neurons_folder / f"epoch_{epoch:04d}.safetensors"
-
-    def checkpoint(self, name: str) -> Path:
-        """``name`` is one of ``CHECKPOINTS``."""
-        if name not in CHECKPOINTS:
-            raise ValueError(f"checkpoint {name!r}: not one of {', '.join(CHECKPOINTS)}")
-        return self.checkpoints_folder / f"{name}.safetensors"
-
-
-def default_run_directory(recipe_name: str, seed: int, now: datetime) -> Path:
-    """Return ``runs/<recipe-name>/<YYYYmmdd-HHMMSS>-s<seed>``, with ``-2``, ``-3``... added where that is taken."""
-    folder = Path("runs") / (re.sub(r"[^\w.+-]+", "-", recipe_name).strip(".-") or "recipe")
-    stem = f"{now:%Y%m%d-%H%M%S}-s{seed}"
-    path, count = folder / stem, 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}-{count}"
-    return path
-
-
-def check_available(path: Path) -> None:
-    """Raise RunDirectoryError where ``path`` cannot become a run directory, before anything slow is begun."""
-    try:
-        if path.is_symlink() and not path.exists():
-            raise RunDirectoryError(f"{printable(path)}: a link that leads nowhere; choose another with -o")
-        if not path.exists():
-            return
-        if not path.is_dir():
-            raise RunDirectoryError(f"{printable(path)}: a file, not a folder; choose another with -o")
-        if any(path.iterdir()):
-            raise RunDirectoryError(f"{printable(path)}: already exists and is not empty; choose another with -o")
-    except OSError as error:
-        raise _cannot_be_made(path, error) from error
 
 
 class RunWriter:
-    """Streams a run into its directory so that a kill at any moment leaves files that can be read.
+    """Streams a run into its directory so that a kill at any moment leaves files that can be read and gone on with.
 
-    An epoch counts as present once its row of metrics.csv is complete; that row is written last. Floats are written
-    as ``repr``, so that they round-trip; NaN, which also stands for what was not measured in that epoch, as an empty
-    cell. Failures of the disk raise TrainingError, one line.
+    One process at a time has it, until ``close``, or until the process ends. An epoch counts as present once its row
+    of metrics.csv is complete; that row is written last. Floats are written as ``repr``, so that they round-trip; NaN,
+    which also stands for what was not measured in that epoch, as an empty cell. Failures of the disk raise
+    TrainingError, one line.
     """
 
-    def __init__(self, path: Path, environment: Mapping[str, Any], status: Mapping[str, Any]) -> None:
-        """Use ``RunWriter.create``; this neither looks at the disk nor writes to it."""
+    def __init__(self, path: Path, lock: Lock) -> None:
+        """Use ``RunWriter.create`` or ``RunWriter.reopen``."""
         self.files = RunFiles(path)
-        self._environment = dict(environment)
-        self._status = dict(status)
+        self._lock = lock
+        self._environment: dict[str, Any] = {}
+        self._status: dict[str, Any] = {}
         self._columns: tuple[str, ...] = ()
         self._epoch = 0
+        self._resumed = False
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunWriter:
@@ -130,30 +57,135 @@ class RunWriter:
         Raises RunDirectoryError where the directory is taken or cannot be made.
         """
         check_available(path)
-        status = {
-            "state": "running",
-            "reason": None,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": _now(),
-            "ended": None,
-        }
-        writer = cls(path, environment, status)
+        writer = cls._locked(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            # Exclusive, so that of two processes that found the folder empty only one goes on.
-            writer.files.neurons_folder.mkdir()
-            writer.files.checkpoints_folder.mkdir()
-            atomic_write(writer.files.environment, _json(writer._environment))
-            atomic_write(writer.files.recipe, recipe_yaml.encode())
-            atomic_write(writer.files.status, _json(writer._status))
+            check_available(path)  # once more, for another process may have been there in between
+            writer._begin(recipe_yaml, environment)
         except OSError as error:
-            raise _cannot_be_made(path, error) from error
+            writer.close()
+            raise cannot_be_made(path, error) from error
+        except BaseException:
+            writer.close()
+            raise
         return writer
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunWriter:
+        """Lock the run directory ``path`` to go on with its run, and write nothing yet: ``rewind`` comes next.
+
+        It is made where it is missing. Raises RunDirectoryError where another process trains it, and those of
+        ``check_resumable``.
+        """
+        check_resumable(path)
+        writer = cls._locked(path)
+        try:
+            check_resumable(path)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    @classmethod
+    def _locked(cls, path: Path) -> RunWriter:
+        files = RunFiles(path)
+        try:
+            if not path.exists():
+                path.mkdir(parents=True, exist_ok=True)
+                sync_folder(path.parent)
+        except OSError as error:
+            raise cannot_be_made(path, error) from error
+        return cls(path, acquire(files.lock, files.status))
+
+    def close(self) -> None:
+        """Let others have the directory; nothing may be written any more."""
+        self._lock.release()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know of the lock: that the file system has none."""
+        return self._lock.note
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run has yet to begin: it has no recipe."""
+        return not self.files.recipe.exists()
+
+    def rewind(self, epoch: int, recipe_yaml: str | None, environment: Mapping[str, Any]) -> None:
+        """Go on after ``epoch`` finished epochs, 0 to start anew in place: what is of later epochs is removed.
+
+        ``recipe_yaml`` None keeps the recipe; a run that ``is_new`` needs one. The environment's keys stay as they
+        were; what differs now goes into its list "resumed". Killed at any moment, this can be done again. Raises
+        RunDirectoryError, and changes nothing, where a file does not reach to ``epoch``.
+        """
+        if self.is_new:
+            if epoch or recipe_yaml is None:
+                raise ValueError(f"{self.path}: a run that has yet to begin has a recipe, and no epoch {epoch}")
+            with writing(self.path):
+                self._begin(recipe_yaml, environment)
+            return
+        metrics, layers = self._beginnings(epoch)
+        now, host = _now(), socket.gethostname()
+        old_status = read_json(self.files.status) if self.files.status.exists() else {}
+        old_environment = read_json(self.files.environment) if self.files.environment.exists() else environment
+        self._status = resumed_status(old_status, {**_running(), "started": now})
+        self._environment = resumed_environment(old_environment, environment, {"at": now, "epoch": epoch, "host": host})
+        with writing(self.path):
+            self._write_beginning(recipe_yaml)
+            # The row of metrics.csv makes the epoch: it goes first.
+            cut(self.files.metrics, metrics.size)
+            cut(self.files.layers, layers.size)
+            for path in list(self.files.neurons_after(epoch)):
+                path.unlink()
+        self._columns, self._epoch, self._resumed = metrics.columns, epoch, True
+
+    def _beginnings(self, epoch: int) -> tuple[Beginning, Beginning]:
+        if not epoch:  # whatever they hold
+            return Beginning(), Beginning()
+        path = self.files.metrics
+        try:
+            metrics, layers = beginning(path, epoch), beginning(self.files.layers, epoch)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{printable(path)}: cannot be read: {printable(error.strerror or error)}"
+            ) from error
+        if metrics.rows != [1] * epoch:
+            whole = next((number for number, rows in enumerate(metrics.rows) if rows != 1), len(metrics.rows))
+            raise damaged(path, f"whole rows of {whole} epochs, but the checkpoint is of epoch {epoch}")
+        path = self.files.layers
+        if layers.columns != LAYER_COLUMNS:
+            raise damaged(path, f"its columns are not {', '.join(LAYER_COLUMNS)}")
+        # A model without layers that are observed has no rows.
+        if layers.rows and layers.rows != layers.rows[:1] * epoch:
+            raise damaged(path, f"its rows of epochs 1 to {epoch} are not all there")
+        return metrics, layers
+
+    def _begin(self, recipe_yaml: str, environment: Mapping[str, Any]) -> None:
+        self._environment, self._status = dict(environment), _running()
+        self._write_beginning(recipe_yaml)
+
+    def _write_beginning(self, recipe_yaml: str | None) -> None:
+        """Write what stands before the first epoch; a directory with a recipe is complete. OSError."""
+        files = self.files
+        for folder in files.folders:
+            folder.mkdir(exist_ok=True)
+        for folder in (files.root, *files.folders):
+            for partial in folder.glob(PARTIAL):
+                partial.unlink()
+        atomic_write(files.status, _json(self._status))
+        atomic_write(files.environment, _json(self._environment))
+        if recipe_yaml is not None and not _holds(files.recipe, recipe_yaml.encode()):
+            atomic_write(files.recipe, recipe_yaml.encode())
 
     def write_source(self, name: str, content: bytes) -> None:
         """Keep a Python file that the recipe's entrypoints name beside the recipe, so that it can be trained again."""
         path = self.files.root / Path(name).name
+        check_own(path)
         with writing(path):
             atomic_write(path, content)
 
@@ -174,24 +206,37 @@ class RunWriter:
         return self.files.checkpoint(name)
 
     def write_started(self, record: RunStarted) -> None:
-        """Add to environment.json what the run says of itself: its name, policy, device, metric and notes."""
-        self._environment.update(
-            recipe_name=record.recipe_name,
-            description=record.description,
-            policy=record.policy,
-            device=record.device,
-            metric=record.metric,
-            notes=[*self._environment.get("notes", ()), *record.notes],
-        )
+        """Add to environment.json what the run says of itself: its name, policy, device, metric and notes.
+
+        Where the run goes on, what it said first stays, and only new notes are added.
+        """
+        notes = self._environment.get("notes", ())
+        said = {
+            "recipe_name": record.recipe_name,
+            "description": record.description,
+            "policy": record.policy,
+            "device": record.device,
+            "metric": record.metric,
+            "notes": [*notes, *(note for note in record.notes if note not in notes)],
+        }
+        kept = {key: value for key, value in self._environment.items() if self._resumed and key != "notes"}
+        self._environment.update({**said, **kept})
         with writing(self.files.environment):
             atomic_write(self.files.environment, _json(self._environment))
 
     def write_epoch(self, record: EpochRecord) -> None:
-        """Add a finished epoch. ValueError unless epochs come in order from 1 and keep the first one's columns."""
+        """Add a finished epoch. ValueError unless epochs come in order from 1 and keep the first one's columns.
+
+        RunDirectoryError where another neq, with other columns, began the run.
+        """
         metrics = {"epoch": record.epoch, **record.metrics}
         columns = self._columns or tuple(metrics)
         if record.epoch != self._epoch + 1 or metrics["epoch"] != record.epoch:
             raise ValueError(f"epoch {record.epoch} ({metrics['epoch']} in its metrics) after epoch {self._epoch}")
+        if set(metrics) != set(columns) and self._resumed:
+            differing = printable(", ".join(sorted(set(metrics) ^ set(columns))), 200)
+            what = f"columns that this neq has not in common with it: {differing}"
+            raise RunDirectoryError(f"{printable(self.files.metrics)}: {what}; go on with the neq that began it")
         if set(metrics) != set(columns):
             raise ValueError(f"epoch {record.epoch}: columns {sorted(set(metrics) ^ set(columns))} come or go")
         policy = str(self._environment.get("policy", ""))
@@ -199,10 +244,10 @@ class RunWriter:
             atomic_write(self.files.neurons(record.epoch), neurons_file(record, policy))
         with writing(self.files.layers):
             rows = [layer_row(record.epoch, layer) for layer in record.layers]
-            _append(self.files.layers, rows if self._columns else [LAYER_COLUMNS, *rows])
+            append_rows(self.files.layers, rows if self._columns else [LAYER_COLUMNS, *rows])
         with writing(self.files.metrics):
             row = [cell(metrics[column]) for column in columns]
-            _append(self.files.metrics, [row] if self._columns else [columns, row])
+            append_rows(self.files.metrics, [row] if self._columns else [columns, row])
         self._columns, self._epoch = columns, record.epoch
 
     def finish(self) -> None:
@@ -227,21 +272,14 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def _running() -> dict[str, Any]:
+    process, host = os.getpid(), socket.gethostname()
+    return {"state": "running", "reason": None, "pid": process, "host": host, "started": _now(), "ended": None}
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, default=str) + "\n").encode()
-
-
-def _cannot_be_made(path: Path, error: OSError) -> RunDirectoryError:
-    if isinstance(error, FileExistsError):
-        return RunDirectoryError(f"{printable(path)}: taken by another run, or a file; choose another with -o")
-    reason = printable(error.strerror or str(error))
-    return RunDirectoryError(f"{printable(path)}: cannot be made: {reason}; choose another with -o")
-
-
-def _append(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    with path.open("ab") as file:
-        file.write(text.getvalue().encode())
-        file.flush()
-        os.fsync(file.fileno())

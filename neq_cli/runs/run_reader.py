@@ -13,31 +13,14 @@ from numpy.typing import NDArray
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.runs.formatting import printable
-from neq_cli.runs.reading import (
-    Number,
-    damaged,
-    parse_count,
-    parse_number,
-    read_json,
-    read_neurons,
-    read_table,
-    read_yaml,
-)
-from neq_cli.runs.run_dir import STATES, RunFiles
-from neq_cli.runs.serialisation import LAYER_COLUMNS, NEURON_FIELDS
+from neq_cli.runs.reading import Number, damaged, read_json, read_yaml, unreadable
+from neq_cli.runs.reading_neurons import read_neurons
+from neq_cli.runs.run_files import STATES, RunFiles
+from neq_cli.runs.run_tables import LayerRow, read_layers, read_metrics
+from neq_cli.runs.serialisation import NEURON_FIELDS
 
-METRICS_NEEDED = (
-    "epoch",
-    "neurons",
-    "frozen",
-    "flops_paper",
-    "flops_executed",
-    "flops_paper_dense",
-    "flops_executed_dense",
-    "epoch_seconds",
-    "probe_seconds",
-)
 KNOWN_METRICS = ("test_top1", "test_miou")
+_MOST_EPOCHS = 10**9
 
 
 @dataclass(frozen=True)
@@ -53,21 +36,6 @@ class RunStatus:
 
     def __str__(self) -> str:
         return f"{self.state}: {self.reason}" if self.reason else self.state
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One row of layers.csv; FLOPs and ``frozen`` are those in force during the epoch."""
-
-    epoch: int
-    layer: str
-    kind: str
-    neurons: int
-    frozen: int
-    phi_mean: Number
-    velocity_abs_mean: Number
-    flops_paper: Number
-    flops_executed: Number
 
 
 @dataclass(frozen=True)
@@ -123,7 +91,7 @@ class Run:
 
     def layers(self, epoch: int) -> tuple[LayerRow, ...]:
         """Return the rows of layers.csv of an epoch, in forward order."""
-        return _read_layers(self.files.layers, epoch)
+        return read_layers(self.files.layers, epoch)
 
     def neurons(self, epoch: int, fields: tuple[str, ...] = NEURON_FIELDS) -> dict[str, dict[str, NDArray[Any]]]:
         """Return ``{layer: {field: [neurons]}}`` after an epoch, or only the ``fields`` asked for; in no set order."""
@@ -141,11 +109,11 @@ def read_run(path: Path) -> Run:
     _check_is_run(files)
     recipe = read_yaml(files.recipe)
     epochs = recipe.get("epochs")
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or not 1 <= epochs <= _MOST_EPOCHS:
         raise damaged(files.recipe, f"epochs: {printable(repr(epochs), 60)} is not a whole number above 0")
-    environment = read_json(files.environment) if files.environment.exists() else {}
+    environment = read_json(files.environment) if _is_there(files.environment) else {}
     status = _read_status(files.status)  # before the metrics, so that a run read as finished is read whole
-    metrics = _read_metrics(files.metrics) if files.metrics.exists() else ()
+    metrics = read_metrics(files.metrics) if _is_there(files.metrics) else ()
     if not metrics:
         raise RunDirectoryError(
             f"{printable(path)}: no finished epoch yet (status: {status}); train it further or anew"
@@ -164,11 +132,11 @@ def _check_is_run(files: RunFiles) -> None:
                 f"{printable(files.root)}: not a run directory: {what}; give one that `neq train` made"
             )
     except OSError as error:
-        raise RunDirectoryError(f"{printable(files.root)}: cannot be read: {error.strerror or error}") from error
+        raise unreadable(files.root, error) from error
 
 
 def _read_status(path: Path) -> RunStatus:
-    if not path.exists():
+    if not _is_there(path):
         return RunStatus("unknown", "")
     status = read_json(path)
     state, reason = status.get("state"), printable(status.get("reason") or "", 500)
@@ -184,6 +152,13 @@ def _read_status(path: Path) -> RunStatus:
     return RunStatus("killed", f"process {process} is gone")
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no permission to look: reading it then says so
+        return True
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -192,71 +167,3 @@ def _is_alive(process: int) -> bool:
     except OSError:  # somebody else's process
         return True
     return True
-
-
-def _read_metrics(path: Path) -> tuple[dict[str, Number], ...]:
-    rows = read_table(path)
-    columns = _columns(path, next(rows, None), METRICS_NEEDED)
-    metrics: list[dict[str, Number]] = []
-    for line, cells in rows:
-        _check_width(path, line, columns, cells)
-        row = {column: parse_number(path, line, column, text) for column, text in zip(columns, cells, strict=True)}
-        if row["epoch"] != len(metrics) + 1:
-            raise damaged(path, f"epoch {row['epoch']} after epoch {len(metrics)}", line)
-        metrics.append(row)
-    return tuple(metrics)
-
-
-def _read_layers(path: Path, epoch: int) -> tuple[LayerRow, ...]:
-    rows = read_table(path)
-    columns = _columns(path, next(rows, None), LAYER_COLUMNS)
-    place = {column: columns.index(column) for column in LAYER_COLUMNS} if columns else {}
-    found: list[LayerRow] = []
-    for line, cells in rows:
-        _check_width(path, line, columns, cells)
-        row_epoch = parse_count(path, line, "epoch", cells[place["epoch"]])
-        if row_epoch > epoch:  # what follows is of later epochs, or torn
-            break
-        if row_epoch == epoch:
-            text = {column: cells[index] for column, index in place.items()}
-            found.append(_layer_row(path, line, text))
-    return tuple(found)
-
-
-def _layer_row(path: Path, line: int, text: dict[str, str]) -> LayerRow:
-    def count(column: str) -> int:
-        return parse_count(path, line, column, text[column])
-
-    def number(column: str) -> Number:
-        return parse_number(path, line, column, text[column])
-
-    if count("frozen") > count("neurons"):
-        raise damaged(path, f"{count('frozen')} frozen of {count('neurons')} neurons", line)
-    return LayerRow(
-        epoch=count("epoch"),
-        layer=text["layer"],
-        kind=text["kind"],
-        neurons=count("neurons"),
-        frozen=count("frozen"),
-        phi_mean=number("phi_mean"),
-        velocity_abs_mean=number("velocity_abs_mean"),
-        flops_paper=number("flops_paper"),
-        flops_executed=number("flops_executed"),
-    )
-
-
-def _columns(path: Path, header: tuple[int, list[str]] | None, needed: tuple[str, ...]) -> list[str]:
-    if header is None:  # the process ended before the first line was complete
-        return []
-    columns = header[1]
-    lacking = [column for column in needed if column not in columns]
-    if lacking:
-        raise damaged(path, f"no column {', '.join(lacking)}", 1)
-    if len(set(columns)) != len(columns):
-        raise damaged(path, "a column stands twice", 1)
-    return columns
-
-
-def _check_width(path: Path, line: int, columns: list[str], cells: list[str]) -> None:
-    if len(cells) != len(columns):
-        raise damaged(path, f"{len(cells)} cells where {len(columns)} belong", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -54,4 +55,14 @@ def neurons_file(record: EpochRecord, policy: str) -> bytes:
             dtype = np.bool_ if field in ("trained", "trainable") else np.float32
             tensors[f"{layer.name}/{field}"] = np.ascontiguousarray(getattr(layer, field), dtype=dtype)
     metadata = {"schema": SCHEMA, "epoch": str(record.epoch), "policy": policy}
-    return safetensors.numpy.save(tensors, metadata)
+    return _in_order(safetensors.numpy.save(tensors, metadata))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library leaves to chance: the same epoch, the same bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 FEWEST_RUNS = 3
 MOST_PERMUTATIONS = 2**20
+_LARGEST = 1e150  # its square is a float too
 _TIE = 1e-9  # of the sum of magnitudes: sums that differ by less differ by rounding only
 
 
@@ -38,14 +39,16 @@ class Difference:
 def mean_known(values: NDArray[np.float64]) -> float:
     """Mean of what is not NaN; NaN where nothing is left."""
     known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else math.nan
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs
+        return float(known.mean()) if known.size else math.nan
 
 
 def summarise(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation of what is not NaN."""
     known = [value for value in values if not math.isnan(value)]
-    mean = statistics.fmean(known) if known else math.nan
-    finite = all(map(math.isfinite, known))
+    finite = all(abs(value) <= _LARGEST for value in known)
+    # Infinities of both signs have no mean; `fmean` raises for them, and where a sum is too large for a float.
+    mean = math.nan if not known else statistics.fmean(known) if finite else sum(value / len(known) for value in known)
     std = statistics.stdev(known) if len(known) > 1 and finite else math.nan
     return Summary(mean, std, len(known))
 

@@ -25,8 +25,10 @@ class Choice:
     note: str
 
 
-def choose_cache(data: Data, cache: Cache, device: torch.device) -> Choice:
-    """Decide what ``cache`` comes to for a run on ``device``.
+def choose_cache(data: Data, cache: Cache, device: torch.device, processes: int = 1) -> Choice:
+    """Decide what ``cache`` comes to for a run on ``device``, of ``data`` as this process needs it.
+
+    Each of ``processes`` on this machine keeps images of its own, and has as much of the free RAM as every other.
 
     ``auto`` takes the device where all parts fit in a quarter of its free memory, else the RAM likewise. It keeps no
     dataset of the user's own, and no images that may differ in size, whose total only decoding would tell. Raises
@@ -35,21 +37,21 @@ def choose_cache(data: Data, cache: Cache, device: torch.device) -> Choice:
     if cache == "none":
         return Choice("none", "data.cache: none")
     if cache == "auto":
-        return _automatic(data, device)
+        return _automatic(data, device, processes)
     if cache == "device" and data.train.scales_at_random:
         raise RecipeValueError(
             "data.cache",
             "imagenet augmentation cuts and scales images one by one on the CPU; use memory, not the device",
         )
     if cache == "memory" or device.type == "cpu":
-        _check_fits(_new_bytes(data), _CPU)
+        _check_fits(_new_bytes(data), _CPU, processes)
         why = ", as the training device is the CPU" if cache == "device" else ""
-        return Choice("memory", _kept(data, "memory") + why)
+        return Choice("memory", _kept(data, "memory", processes) + why)
     _check_fits(_all_bytes(data), device)
-    return Choice("device", _kept(data, "device"))
+    return Choice("device", _kept(data, "device", processes))
 
 
-def _automatic(data: Data, device: torch.device) -> Choice:
+def _automatic(data: Data, device: torch.device, processes: int) -> Choice:
     if data.own:
         return _not_kept(f"{data.name} may change or hold chance; memory keeps what is read first")
     if data.train.differ:
@@ -57,28 +59,37 @@ def _automatic(data: Data, device: torch.device) -> Choice:
     if device.type != "cpu" and not data.train.scales_at_random:
         free = free_memory(device)
         if free is not None and _SHARE * _all_bytes(data) <= free:
-            return Choice("device", _kept(data, "device"))
-    needed, free = _new_bytes(data), free_memory(_CPU) or 0
+            return Choice("device", _kept(data, "device", processes))
+    needed, free = _new_bytes(data), (free_memory(_CPU) or 0) // processes
     if _SHARE * needed <= free:
-        return Choice("memory", _kept(data, "memory"))
-    return _not_kept(f"{readable(needed)} are more than a quarter of the {readable(free)} of memory that are free")
+        return Choice("memory", _kept(data, "memory", processes))
+    return _not_kept(
+        f"{readable(needed)} are more than a quarter of the {readable(free)} of memory that are free{_each(processes)}"
+    )
 
 
 def _not_kept(why: str) -> Choice:
     return Choice("none", f"data.cache: none, as {why}")
 
 
-def _kept(data: Data, place: str) -> str:
+def _kept(data: Data, place: str, processes: int) -> str:
     apart = ", and training images in sizes of their own" if data.train.differ else ""
-    return f"data.cache: {place}, {readable(_all_bytes(data))}{apart}"
+    each = " in each process" if processes > 1 else ""
+    return f"data.cache: {place}, {readable(_all_bytes(data))}{each}{apart}"
 
 
-def _check_fits(needed: int, device: torch.device) -> None:
+def _each(processes: int) -> str:
+    return f" for each of {processes} processes" if processes > 1 else ""
+
+
+def _check_fits(needed: int, device: torch.device, processes: int = 1) -> None:
     free = free_memory(device)
+    free = None if free is None else free // processes
     if free is not None and needed > free:
         where = "memory" if device.type == "cpu" else f"{device}'s memory"
         raise RecipeValueError(
-            "data.cache", f"images of {readable(needed)}, but {readable(free)} of {where} are free; use auto"
+            "data.cache",
+            f"images of {readable(needed)}, but {readable(free)} of {where} are free{_each(processes)}; use auto",
         )
 
 

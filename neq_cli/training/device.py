@@ -21,13 +21,25 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pydantic")
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the torch device: ``auto`` takes CUDA, then MPS, then the CPU."""
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the torch device: ``auto`` takes CUDA, then MPS, then the CPU.
+
+    ``local_rank``: of several processes on the machine, each takes the CUDA device of this number.
+    """
+    if local_rank is not None and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the memory of a device, or of the machine, is full."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def describe_device(device: torch.device) -> str:

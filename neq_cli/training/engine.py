@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neq_cli.errors import FreezingError, TrainingError
 from neq_cli.freezing import Freezer, LayerFlops, Observation
+from neq_cli.freezing.communication import Replica
 from neq_cli.recipe import Recipe
-from neq_cli.records import EpochRecord, LayerState, Record, StepProgress
-from neq_cli.training.checkpoint import random_states
-from neq_cli.training.graph import GraphedStep
+from neq_cli.records import EpochRecord, LayerState, Pause, Record, StepProgress
+from neq_cli.training.checkpoint import random_states, restore_formats, restore_random_states
+from neq_cli.training.device import out_of_memory
+from neq_cli.training.distributed import Agreement, Processes
 from neq_cli.training.loaders import Loaders
+from neq_cli.training.step import TrainingStep
 from neq_cli.training.tasks import Task
 
 PROGRESS_SECONDS = 0.25
 """Between two ``StepProgress`` records; reading the loss for one waits for the device."""
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+GO_ON, SAVE, STOP = 0, 1, 2
+"""What may be wished for between two steps; of several processes' wishes the largest counts."""
+
+
+@dataclass
+class EpochSoFar:
+    """What a half-trained epoch has come to, in this process and, where an epoch was interrupted, before it."""
+
+    epoch: int
+    totals: Tensor  # the task's, of this process
+    steps: int = 0
+    images: int = 0  # over all processes
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    bookkeeping_seconds: float = 0.0
+    bytes_sent: int = 0
 
 
 @dataclass
 class Trainer:
-    """A run in progress: everything that training changes, built by ``neq_cli.training.session``."""
+    """A run in progress: everything that training changes, built by ``neq_cli.training.session``.
+
+    ``wish`` is asked between steps whether to ``SAVE`` or ``STOP``; what all processes agree on is yielded as ``Pause``.
+    """
 
     recipe: Recipe
     device: torch.device
@@ -41,54 +60,74 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     freezer: Freezer
+    processes: Processes = field(default_factory=Processes)
+    wish: Callable[[], int] = lambda: GO_ON
 
     def __post_init__(self) -> None:
         self.epoch = 0
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.recipe.precision == "fp16")
-        self.forward: nn.Module = torch.compile(self.model) if self.recipe.compile else self.model  # type: ignore[assignment]
-        self.averaged = None
-        if self.recipe.ema is not None:
-            average = get_ema_multi_avg_fn(self.recipe.ema)  # type: ignore[no-untyped-call]
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        self.so_far: EpochSoFar | None = None
+        self.agreement = Agreement(self.processes)
+        replica = None
+        if self.processes.group is not None:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            replica = Replica(self.model, self.freezer, self.processes.group, device_ids=devices)
+        self.step = TrainingStep(
+            self.recipe,
+            self.device,
+            self.model,
+            self.task,
+            self.optimizer,
+            replica,
+            channels_last=self.channels_last,
+        )
 
     @property
     def tested_model(self) -> nn.Module:
         """The network whose accuracy is reported: the averaged weights where the recipe has ``ema``."""
-        return self.averaged.module if self.averaged is not None else self.model
+        return self.step.tested_model
 
-    def run(self) -> Iterator[Record]:
-        """Train the epochs that are left; yields progress and one ``EpochRecord`` per epoch.
+    def run(self) -> Iterator[Record | Pause]:
+        """Train what is left; yields progress, pauses and one ``EpochRecord`` per epoch.
 
-        Raises TrainingError where the loss is not finite, the device's memory is full or the policy's answer is wrong.
+        Raises TrainingError where the loss is not finite, memory is full or the policy's answer is wrong.
         """
         while self.epoch < self.recipe.epochs:
             epoch = self.epoch + 1
             try:
                 yield from self._run_epoch(epoch)
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(f"epoch {epoch}: {self.device} is out of memory; lower batch_size") from error
             except FreezingError as error:
                 raise TrainingError(f"epoch {epoch}: {error}") from error
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise TrainingError(f"epoch {epoch}: {self.device} is out of memory; lower batch_size") from error
 
-    def _run_epoch(self, epoch: int) -> Iterator[Record]:
-        started, bookkeeping_before = time.perf_counter(), self.freezer.bookkeeping_seconds
+    def _run_epoch(self, epoch: int) -> Iterator[Record | Pause]:
+        if self.so_far is None:
+            self.so_far = EpochSoFar(epoch, self.task.new_totals(self.device))
+        so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         trained = dict(self.freezer.trainable)
-        trained_on = yield from self._train(epoch)
-        train_seconds = time.perf_counter() - started
+        for record in self._train(so_far):
+            so_far.seconds = before + time.perf_counter() - started
+            yield record
         flops = self.freezer.flops()  # now that it is known which kernels ran
+        # Buffers, such as batch norm's statistics, are each process's own during an epoch.
+        self.processes.copy_from_first(self.model.buffers())
+        if self.step.averaged is not None:
+            self.processes.copy_from_first(self.step.averaged.buffers())
+        trained_on = self.task.results(self.processes.sum(so_far.totals.clone()))
         score = self.task.metric.removeprefix("test_")
         tested_on: Mapping[str, float] = {"loss": math.nan, score: math.nan}
         if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs:
-            tested_on = yield from self._test(epoch)
+            tested_on = yield from self._test(so_far)
         yield StepProgress(epoch, 0, 1, "probe", math.nan, trained_on["loss"])
         probe_started = time.perf_counter()
         observations = self.freezer.step()
-        probe_seconds = time.perf_counter() - probe_started
-        probe_seconds += self.freezer.bookkeeping_seconds - bookkeeping_before
+        probe_seconds = so_far.bookkeeping_seconds + time.perf_counter() - probe_started
         if self.scheduler is not None:
             self.scheduler.step()
-        self.epoch = epoch
+        self.epoch, self.so_far = epoch, None
         layers = tuple(
             _layer_state(name, self.freezer.layers[name].kind, trained[name], observation, flops.layers[name])
             for name, observation in observations.items()
@@ -104,91 +143,78 @@ class Trainer:
             "flops_executed": flops.executed,
             "flops_paper_dense": flops.paper_dense,
             "flops_executed_dense": flops.executed_dense,
-            "images_per_second": len(self.loaders.train) * self.recipe.batch_size / train_seconds,
-            "epoch_seconds": time.perf_counter() - started,
+            "bytes_per_step": so_far.bytes_sent / max(1, so_far.steps),
+            "images_per_second": so_far.images / max(so_far.train_seconds, 1e-9),
+            "epoch_seconds": before + time.perf_counter() - started,
             "probe_seconds": probe_seconds,
         }
         yield EpochRecord(epoch, metrics, layers)
 
-    def _train(self, epoch: int) -> Generator[Record, None, dict[str, float]]:
-        """One pass over the training data; returns its metrics."""
+    def _train(self, so_far: EpochSoFar) -> Iterator[Record | Pause]:
+        """The rest of a pass over the training data."""
+        epoch, group, images = so_far.epoch, self.recipe.gradient_accumulation, self._images_per_step
+        steps = so_far.steps + self.loaders.steps(so_far.images)
+        if so_far.steps == steps:
+            return
         self.model.train()
-        self.loaders.start_epoch(epoch)
-        steps, group = len(self.loaders.train), self.recipe.gradient_accumulation
-        totals = self.task.new_totals(self.device)
+        self.loaders.start_epoch(epoch, so_far.images)
+        yield StepProgress(epoch, so_far.steps, steps, "load", math.nan, math.nan)
+        batches = iter(self.loaders.train)
+        batch: Any = next(batches)  # which may decode all images first
+        yield StepProgress(epoch, so_far.steps, steps, "train", math.nan, math.nan)
+        self.step.begin_epoch(so_far.totals)
+        clock = _Clock(so_far, self)
         # The first step whose loss was not finite, kept on the device: looking at every loss would wait every step.
         first_bad = torch.full((), steps + 1, device=self.device)
-        started = shown = time.perf_counter()
-        graphed = GraphedStep(partial(self._whole_step, totals)) if self.recipe.cuda_graph else None
-        for step, (inputs, targets) in enumerate(self.loaders.train, 1):
-            inputs, targets = self._to_device(inputs), self._to_device(targets)
-            if graphed is not None:
-                loss = graphed(inputs, targets)
-            else:
-                # The last group of an epoch may be smaller.
-                batches = min(group, steps - (step - 1) // group * group)
-                loss = self._backward(inputs, targets, totals, batches)
-                if step % group == 0 or step == steps:
-                    self._update()
-            if self.averaged is not None and (step % group == 0 or step == steps):
-                self.averaged.update_parameters(self.model)
+        shown = time.perf_counter()
+        while batch is not None:
+            step = so_far.steps + 1
+            update = step % group == 0 or step == steps
+            # The last group of an epoch may be smaller.
+            in_group = min(group, steps - (step - 1) // group * group)
+            loss = self.step.train(*batch, batches=in_group, update=update)
+            so_far.steps, so_far.images = step, so_far.images + images
             first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=step))
+            agreed = GO_ON
+            if update:
+                agreed = self.agreement.of(self.wish()) if step < steps else self.agreement.finish()
             now = time.perf_counter()
+            if now - shown >= PROGRESS_SECONDS or agreed or step == steps:
+                self._check_finite(epoch, first_bad, steps)
+                clock.read()
+            if agreed:
+                yield Pause(epoch, step, stop=agreed == STOP)
+                clock.start()
             if now - shown >= PROGRESS_SECONDS:
                 shown = now
-                self._check_finite(epoch, first_bad, steps)
-                speed = step * self.recipe.batch_size / (now - started)
-                yield StepProgress(epoch, step, steps, "train", speed, self.task.results(totals)["loss"])
-        self._check_finite(epoch, first_bad, steps)
-        return self.task.results(totals)
+                speed = so_far.images / so_far.train_seconds
+                yield StepProgress(epoch, step, steps, "train", speed, self.task.results(so_far.totals)["loss"])
+            batch = next(batches, None)
 
-    def _backward(self, inputs: Tensor, targets: Any, totals: Tensor, batches: int) -> Tensor:
-        with self._autocast():
-            outputs = self.forward(inputs)
-            loss = self.task.loss(outputs, targets)
-        self.scaler.scale(loss / batches).backward()  # type: ignore[no-untyped-call]
-        self.task.update(totals, outputs, targets, loss)
-        return loss.detach()
+    @property
+    def _images_per_step(self) -> int:
+        return self.recipe.batch_size * self.processes.count
 
-    def _update(self) -> None:
-        if self.recipe.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _whole_step(self, totals: Tensor, inputs: Tensor, targets: Any) -> Tensor:
-        loss = self._backward(inputs, targets, totals, 1)
-        self._update()
-        return loss
-
-    def _test(self, epoch: int) -> Generator[Record, None, dict[str, float]]:
+    def _test(self, so_far: EpochSoFar) -> Generator[Record | Pause, None, dict[str, float]]:
         """One pass over the test data; returns its metrics."""
         model = self.tested_model
         model.eval()
         totals = self.task.new_totals(self.device)
         steps, shown = len(self.loaders.test), -math.inf
-        with torch.no_grad():
-            for step, (inputs, targets) in enumerate(self.loaders.test, 1):
-                inputs, targets = self._to_device(inputs), self._to_device(targets)
-                with self._autocast():
+        for step, (inputs, targets) in enumerate(self.loaders.test, 1):
+            inputs, targets = self.step.to_device(inputs), self.step.to_device(targets)
+            with torch.no_grad():
+                with self.step.autocast():
                     outputs = model(inputs)
                     loss = self.task.loss(outputs, targets)
                 self.task.update(totals, outputs, targets, loss)
-                if time.perf_counter() - shown >= PROGRESS_SECONDS:
-                    shown = time.perf_counter()
-                    yield StepProgress(epoch, step, steps, "test", math.nan, math.nan)
-        return self.task.results(totals)
-
-    def _autocast(self) -> torch.autocast:
-        dtype = AUTOCAST[self.recipe.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.channels_last and tensor.dim() == 4:
-            return tensor.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        return tensor.to(self.device, non_blocking=True)
+            if time.perf_counter() - shown >= PROGRESS_SECONDS:
+                shown = time.perf_counter()
+                yield StepProgress(so_far.epoch, step, steps, "test", math.nan, math.nan)
+                # Of several processes, which may have more batches than others, all end the epoch first.
+                if self.processes.count == 1 and self.wish() == STOP:
+                    yield Pause(so_far.epoch, so_far.steps, stop=True)
+        return self.task.results(self.processes.sum(totals))
 
     def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:
         step = int(first_bad.item())
@@ -199,17 +225,82 @@ class Trainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the rest of the run depends on: nested tensors and plain values."""
+        """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.
+
+        All processes call it together; the first one's is whole.
+        """
+        averaged, so_far = self.step.averaged, self.so_far
+        own = {"random": random_states(), "totals": None if so_far is None else so_far.totals.cpu()}
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict() if self.averaged is not None else None,
+            "averaged": averaged.state_dict() if averaged is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
             "freezer": self.freezer.state_dict(),
-            "random": random_states(),
+            "so_far": None if so_far is None else {key: getattr(so_far, key) for key in _PLAIN},
+            "processes": self.processes.gathered(own),
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``, on any number of processes; all of them need the state.
+
+        Raises whatever a state that is not of this recipe leads to; then the trainer is of no further use.
+        """
+        self.epoch = int(state["epoch"])
+        self.model.load_state_dict(state["model"])
+        if self.step.averaged is not None:
+            self.step.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        restore_formats(self.optimizer)
+        if self.scheduler is not None:
+            _check_keys(state["scheduler"], self.scheduler.state_dict())
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.freezer.load_state_dict(state["freezer"])
+        own = state["processes"]
+        self.so_far = None
+        if state["so_far"] is not None:
+            self.so_far = EpochSoFar(totals=self._own_totals(own), **state["so_far"])
+        if self.processes.rank < len(own):  # else it goes on with the numbers of its own seed
+            restore_random_states(own[self.processes.rank]["random"])
+
+    def _own_totals(self, by_process: list[Mapping[str, Any]]) -> Tensor:
+        totals = self.task.new_totals(self.device)
+        saved = [one["totals"] for one in by_process]
+        if len(saved) == self.processes.count:
+            return totals.copy_(saved[self.processes.rank])
+        return totals.copy_(torch.stack(saved).sum(0)) if self.processes.first else totals
+
+
+_PLAIN = ("epoch", "steps", "images", "train_seconds", "seconds", "bookkeeping_seconds", "bytes_sent")
+
+
+class _Clock:
+    """Adds to an epoch what training took and sent since it was read last, pauses left out."""
+
+    def __init__(self, so_far: EpochSoFar, trainer: Trainer) -> None:
+        self.so_far, self.trainer = so_far, trainer
+        self.sent, self.kept = trainer.step.bytes_sent, trainer.freezer.bookkeeping_seconds
+        self.start()
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def read(self) -> None:
+        now, sent, kept = time.perf_counter(), self.trainer.step.bytes_sent, self.trainer.freezer.bookkeeping_seconds
+        self.so_far.train_seconds += now - self.started
+        self.so_far.bytes_sent += sent - self.sent
+        self.so_far.bookkeeping_seconds += kept - self.kept
+        self.started, self.sent, self.kept = now, sent, kept
+
+
+def _check_keys(state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """A schedule takes over any attribute it is given, so it must be given its own only."""
+    odd = set(state) ^ set(known)
+    if odd:
+        raise ValueError(f"scheduler: {', '.join(sorted(map(str, odd)))} comes or goes")
 
 
 def _layer_state(name: str, kind: str, trained: Tensor, observation: Observation, flops: LayerFlops) -> LayerState:

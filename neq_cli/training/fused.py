@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from neq_cli.training.checkpoint import restore_formats
+
 
 def fits(kind: Callable[..., Optimizer], arguments: Mapping[str, Any], parameters: Sequence[Tensor]) -> bool:
     """Whether ``kind(parameters, **arguments)`` can work with ``fused=True`` and come to the same, up to rounding.
@@ -60,7 +62,4 @@ def _complete(optimizer: Optimizer) -> None:
             state = optimizer.state[parameter] if starts_at_zero else optimizer.state.get(parameter, {})
             if starts_at_zero and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-            for key, value in state.items():
-                shaped = isinstance(value, Tensor) and value.shape == parameter.shape
-                if shaped and value.stride() != parameter.stride():
-                    state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    restore_formats(optimizer)

@@ -39,7 +39,8 @@ class KeptBatches:
     """Batches of (images [batch, channels, height, width], labels [batch]) on ``device``, in any number of passes.
 
     Images are decoded in the first pass and kept at ``place``. With a ``sampler`` they are shuffled, augmented where
-    the part is, and come in whole batches only. Raises DataError as the part does, and where they do not fit.
+    the part is, and come in whole batches of the sampler's only. Raises DataError as the part does, and where they do
+    not fit.
     """
 
     def __init__(
@@ -58,10 +59,13 @@ class KeptBatches:
         self._kept: _Kept | None = None
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.reading.batch_size)
-        return whole + (rest > 0 and self.sampler is None)
+        if self.sampler is not None:
+            return self.sampler.steps()
+        return -(-len(self.images) // self.reading.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not len(self.images):
+            return
         if self._kept is None:
             self._kept = _decoded(self.images, self.place, self.reading)
         order = draws = torch.arange(len(self.images))  # without a sampler nothing is augmented, so no draw is used
@@ -71,7 +75,7 @@ class KeptBatches:
         rows = self._kept.rows[order]
         labels, draws, rows = self._kept.labels[rows].to(self.device), draws.to(self.device), rows.to(self.place)
         preparation, size = self.images.preparation, self.reading.batch_size
-        for start in range(0, len(self) * size, size):
+        for start in range(0, len(order), size):
             batch = slice(start, start + size)
             images = self._taken(self._kept.images, rows[batch])
             if self.images.augmented:
@@ -155,7 +159,7 @@ def _decoded(images: Images, place: torch.device, reading: Reading) -> _Kept:
         kept[start : start + len(batch)] = batch
         start += len(batch)
         labels.append(batch_labels.clone())
-    assert kept is not None  # no part is empty
+    assert kept is not None  # an empty part is never decoded
     return _Kept(kept, torch.cat(labels), everything)
 
 

@@ -1,8 +1,9 @@
-"""The batches of a run: shuffled and augmented by seed and epoch alone, wherever images are kept or read."""
+"""The batches of a run: shuffled and augmented by seed and epoch alone, on any number of processes and workers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -14,7 +15,7 @@ from neq_cli.training.data import Data
 from neq_cli.training.images import Images, KeptImages, ReadImages, StoredImages
 from neq_cli.training.kept import KeptApart, KeptBatches, Reading
 from neq_cli.training.problems import RecipeValueError
-from neq_cli.training.sampling import ShuffledSampler
+from neq_cli.training.sampling import ALONE, Share, ShuffledSampler
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch
 
@@ -25,39 +26,55 @@ Passes = Batches | KeptBatches | KeptApart
 class Loaders:
     """The three parts in batches (float images [batch, channels, height, width], int64 labels [batch]).
 
-    On the training device where images are kept, else on the CPU, pinned for a GPU.
+    On the training device where images are kept, else on the CPU, pinned for a GPU. Of several processes each has its
+    share: no image is in two of them.
     """
 
-    train: Passes  # whole batches only
+    train: Passes  # whole batches only, as many in each process
     probe: Passes
-    test: Passes
+    test: Passes  # empty where there are more processes than images
     note: str  # where images are kept, and why: "data.cache: memory, 184 MB"
 
-    def start_epoch(self, epoch: int) -> None:
-        """Make the next pass over ``train`` that of ``epoch``, counted from 1; without it passes follow each other."""
+    def start_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Make the next pass over ``train`` that of ``epoch``, counted from 1; without it passes follow each other.
+
+        It leaves out the first ``consumed`` images of the epoch, counted over all processes, however many there were.
+        """
+        sampler = self._sampler()
+        sampler.epoch, sampler.consumed = epoch - 1, consumed
+
+    def steps(self, consumed: int = 0) -> int:
+        """Return how many batches such a pass has, in each process; ``len(train)`` is that of a whole epoch."""
+        return self._sampler().steps(consumed)
+
+    def _sampler(self) -> ShuffledSampler:
         sampler = self.train.sampler
-        if isinstance(sampler, ShuffledSampler):
-            sampler.epoch = epoch - 1
+        assert isinstance(sampler, ShuffledSampler)
+        return sampler
 
 
 def make_loaders(
-    data: Data, batch_size: int, workers: int, seed: int, device: torch.device, *, cache: Cache = "auto"
+    data: Data,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    device: torch.device,
+    *,
+    cache: Cache = "auto",
+    share: Share = ALONE,
 ) -> Loaders:
     """Return the batches of a run on ``device``, the same ones whatever ``cache`` and ``workers`` are.
 
-    The rest of an epoch that fills no batch is left out of it: a batch of few images would make BatchNorm's
-    statistics, and so the step, an outlier. Nothing is decoded before the first pass, and no pass touches the global
-    random state. Raises RecipeValueError where ``batch_size`` is larger than the training data, or where ``cache``
-    cannot be had.
+    ``share`` tells which of them, of ``batch_size`` images each, are this process's: step by step, those of W processes
+    are together what one process with W times the ``batch_size`` would have. The rest of an epoch that fills no step
+    of all is left out of it: a batch of few images would make BatchNorm's statistics, and so the step, an outlier.
+    Nothing is decoded before the first pass, and no pass touches the global random state. Raises RecipeValueError where
+    the training or the probe images are too few, or where ``cache`` cannot be had.
     """
-    if batch_size > len(data.train):
-        raise RecipeValueError(
-            "batch_size",
-            f"{batch_size} images per step, but {data.name} has {len(data.train)} to train on "
-            f"(and {len(data.probe)} in the probe set); lower it",
-        )
-    choice = choose_cache(data, cache, device)
-    shuffled = ShuffledSampler(len(data.train), seed)
+    _check_sizes(data, batch_size, share.processes)
+    data = replace(data, probe=_part(data.probe, share), test=_part(data.test, share))
+    choice = choose_cache(data, cache, device, share.local_processes)
+    shuffled = ShuffledSampler(len(data.train), seed, batch_size, share)
     reading = Reading(batch_size, workers, seed)
     # The probe set is so small that starting workers for it takes longer than reading it.
     few = 4 * prod(data.image_shape) * len(data.probe) <= _KEPT_BYTES
@@ -77,6 +94,26 @@ def make_loaders(
         KeptBatches(data.test, place, device, reading),
         choice.note,
     )
+
+
+def _check_sizes(data: Data, batch_size: int, processes: int) -> None:
+    if batch_size * processes > len(data.train):
+        where = f" in each of {processes} processes" if processes > 1 else ""
+        raise RecipeValueError(
+            "batch_size",
+            f"{batch_size} images per step{where}, but {data.name} has {len(data.train)} to train on "
+            f"(and {len(data.probe)} in the probe set); lower it",
+        )
+    if len(data.probe) < processes:
+        raise RecipeValueError(
+            "data.probe_size", f"{len(data.probe)} probe images for {processes} processes; give it at least {processes}"
+        )
+
+
+def _part(images: Images, share: Share) -> Images:
+    part = copy(images)
+    part.indices = images.indices[share.part(len(images))]
+    return part
 
 
 def _kept(

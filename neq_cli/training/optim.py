@@ -41,8 +41,6 @@ _REFUSED_SCHEDULERS = {
     "ChainedScheduler": "it needs other schedulers; use warmup_epochs",
     "LRScheduler": "it is the base of all others; use constant",
 }
-# Lengths that follow from the recipe where it does not give them: what is left after the warm-up.
-_LENGTHS = {"CosineAnnealingLR": "T_max", "PolynomialLR": "total_iters", "LinearLR": "total_iters"}
 
 
 def find_optimizer(name: str) -> type[Optimizer]:
@@ -201,7 +199,7 @@ def scheduler_notes(section: SchedulerSection, epochs: int) -> tuple[str, ...]:
 def _scheduler_kwargs_problems(kind: type[Any] | None, section: SchedulerSection, epochs: int) -> list[tuple[str, str]]:
     if kind is None:
         return [(argument, f"unknown argument '{argument}' of constant") for argument in section.kwargs]
-    follow = {_LENGTHS[kind.__name__]: epochs} if kind.__name__ in _LENGTHS else {}
+    follow = {section.length_argument: epochs} if section.length_argument is not None else {}
     return check_kwargs(kind, {**follow, **section.kwargs}, supplied=["optimizer", "last_epoch"])
 
 
@@ -233,8 +231,8 @@ def build_scheduler(section: SchedulerSection, optimizer: Optimizer, epochs: int
 
 def _scheduler_kwargs(kind: type[Any], section: SchedulerSection, epochs: int) -> dict[str, Any]:
     kwargs = section.kwargs
-    if kind.__name__ in _LENGTHS:
-        kwargs.setdefault(_LENGTHS[kind.__name__], max(1, epochs - section.warmup_epochs))
+    if section.length_argument is not None:  # what is left after the warm-up
+        kwargs.setdefault(section.length_argument, max(1, epochs - section.warmup_epochs))
     if "milestones" in kwargs:
         milestones = kwargs["milestones"]
         if not isinstance(milestones, list) or not all(type(epoch) is int for epoch in milestones):

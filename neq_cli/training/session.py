@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,13 +20,17 @@ from neq_cli.records import RunStarted
 from neq_cli.training.catalogue import class_count, sample_shape
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device, seed_everything
-from neq_cli.training.engine import AUTOCAST, Trainer
+from neq_cli.training.distributed import Processes
+from neq_cli.training.engine import Trainer
 from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
 from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
 from neq_cli.training.policies import build_policy, chosen_share, matching_p, mean_stochastic_flops
 from neq_cli.training.problems import RecipeValueError
+from neq_cli.training.sampling import Share
+from neq_cli.training.step import AUTOCAST
+from neq_cli.training.sync_batchnorm import synchronised
 from neq_cli.training.tasks import build_task
 from neq_cli.training.weights import load_weights
 
@@ -40,50 +45,72 @@ class Session:
     data_content: Mapping[str, Any]  # what the data holds, wherever it lies: for the run directory
 
 
-def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Session:
+def prepare(
+    recipe: Recipe,
+    name: str,
+    matched_flops: float | None = None,
+    processes: Processes | None = None,
+    *,
+    resumed: bool = False,
+    choices: Mapping[str, Any] | None = None,
+) -> Session:
     """Build model, data, optimiser, schedule and Freezer of ``recipe``, called ``name``.
 
-    ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. Raises RecipeError, one line, for
-    whatever only the real data or model can show to be wrong.
+    ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. ``processes`` train it together.
+    ``resumed``: a checkpoint will be loaded, so that no weights to start from are needed; ``choices``: the kernels
+    chosen so far. Raises RecipeError, one line, for whatever only the real data or model can show to be wrong.
     """
-    device = resolve_device(recipe.device)
-    if recipe.cuda_graph and device.type != "cuda":
-        raise RecipeValueError(
-            "cuda_graph", f"needs a CUDA device, and the run is on {device}; use device=cuda, or set it to false"
-        )
+    processes = Processes() if processes is None else processes
+    device = resolve_device(recipe.device, processes.local_rank if processes.count > 1 else None)
+    _check_device(recipe, device, processes)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.seed, deterministic=recipe.deterministic)
-    data = load_data(recipe.data, recipe.seed)
-    loaders = make_loaders(data, recipe.batch_size, recipe.data.workers, recipe.seed, device, cache=recipe.data.cache)
+    data = _load_data(recipe, processes)
+    loaders = make_loaders(
+        data,
+        recipe.batch_size,
+        recipe.data.workers,
+        recipe.seed,
+        device,
+        cache=recipe.data.cache,
+        share=Share(processes.rank, processes.count, processes.local_count),
+    )
     model = build_model(recipe.model, data.num_classes)
-    notes = [loaders.note, *load_weights(model, recipe.model), *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    notes = [loaders.note, *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    if not resumed:
+        notes[1:1] = load_weights(model, recipe.model)
     check_fit(model, data)
     model.to(device)
     if recipe.channels_last == "auto":
-        channels_last, note = choose_layout(
+        chosen = choose_layout(
             model,
             data.image_shape,
             recipe.batch_size,
             autocast=AUTOCAST[recipe.precision],
             fixed=recipe.deterministic,
         )
+        channels_last, note = processes.shared(chosen)
         recipe = recipe.model_copy(update={"channels_last": channels_last})
         notes.append(note)
-    elif recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+    if recipe.sync_batchnorm and processes.count > 1:
+        model = synchronised(model, device)  # from here on, a forward pass in training is all processes'
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
+    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel)
     try:
+        dispatch.load_state_dict(choices or {})
         freezer = Freezer(
             model,
             optimizer,
             loaders.probe,
             build_policy(recipe.policy, recipe.seed),
             backward=recipe.backward,
-            dispatch=Dispatch(fixed=recipe.deterministic),
+            dispatch=dispatch,
             compiled=recipe.compile,
             exclude=recipe.exclude,
+            process_group=processes.group,
         )
     except FreezingError as error:
         raise RecipeError([str(error)]) from error
@@ -97,12 +124,17 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
         optimizer=optimizer,
         scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
         freezer=freezer,
+        processes=processes,
     )
+    if not processes.first:
+        # What is random within the model, such as dropout, is each process's own.
+        words = np.random.SeedSequence([recipe.seed, processes.rank]).generate_state(1)
+        seed_everything(int(words[0]), deterministic=recipe.deterministic)
     started = RunStarted(
         recipe_name=name,
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
         policy=_describe_policy(recipe),
-        device=describe_device(device),
+        device=describe_device(device) + (f" in {processes.count} processes" if processes.count > 1 else ""),
         epochs=recipe.epochs,
         steps_per_epoch=len(loaders.train),
         metric=trainer.task.metric,
@@ -110,6 +142,27 @@ def prepare(recipe: Recipe, name: str, matched_flops: float | None = None) -> Se
         notes=(*notes, *freezing_notes(freezer.anatomy, recipe.backward)),
     )
     return Session(recipe, trainer, started, _content(data))
+
+
+def _check_device(recipe: Recipe, device: torch.device, processes: Processes) -> None:
+    if recipe.cuda_graph and device.type != "cuda":
+        raise RecipeValueError(
+            "cuda_graph", f"needs a CUDA device, and the run is on {device}; use device=cuda, or set it to false"
+        )
+    if processes.count == 1:
+        return
+    if recipe.cuda_graph:
+        raise RecipeValueError("cuda_graph", f"is for one process, and there are {processes.count}; set it to false")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeValueError("device", f"{device} is for one process, and there are {processes.count}; use cpu")
+
+
+def _load_data(recipe: Recipe, processes: Processes) -> Data:
+    """Load on one process of every machine first, which downloads what is missing."""
+    if processes.local_rank == 0:
+        data = load_data(recipe.data, recipe.seed)
+    processes.wait()
+    return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed)
 
 
 def match(recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None) -> Recipe:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -426,6 +428,171 @@ def test_a_state_of_another_model_is_refused_and_changes_nothing() -> None:
             freezer.load_state_dict(state)
     assert freezer.epoch == 0
     assert all(trainable.all() for trainable in freezer.trainable.values())
+
+
+def stepped(policy: Any = None) -> tuple[Net, Freezer]:
+    """A model whose sets have some frozen rows in force, and its Freezer."""
+    torch.manual_seed(2)
+    model = Net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    freezer = Freezer(model, optimizer, [data()[2]], policy or Stochastic(0.5, seed=3), dispatch=Sliced())
+    train_one_epoch(model, optimizer)
+    freezer.step()
+    return model, freezer
+
+
+@pytest.mark.parametrize("through", [through_torch, through_safetensors])
+def test_what_is_executed_is_known_as_soon_as_a_state_is_loaded(through: Callable[..., Any], tmp_path: Path) -> None:
+    class Blocks(Dispatch):
+        """Computes more rows than train, so that the sets alone do not tell how many."""
+
+        def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
+            return Choice("dense", {})
+
+    model, other = Net(), Net()
+    freezers = [
+        Freezer(net, OPTIMIZERS["sgd"](net.parameters()), [data()[2]], Stochastic(0.5, seed=3), dispatch=Blocks())
+        for net in (model, other)
+    ]
+    freezers[0].step()
+    before = freezers[0].flops().executed
+    model(data()[0]).sum().backward()
+    executed = freezers[0].flops().executed
+    assert executed == freezers[0].flops().executed_dense > before
+    state = through(freezers[0].state_dict(), tmp_path)
+    assert state["computed"] == {"conv": 6, "hidden": 8}
+    freezers[1].load_state_dict(state)
+    assert freezers[1].flops() == freezers[0].flops()
+    assert freezers[1].state_dict()["computed"] == state["computed"]
+    freezers[1].dispatch = Sliced()
+    for plan in freezers[1].slicing.plans.values():
+        plan.dispatch = Sliced()
+    other(data()[0]).sum().backward()  # a newer backward pass is what counts
+    assert freezers[1].flops().executed == before
+    freezers[1].load_state_dict({key: value for key, value in state.items() if key != "computed"})
+    assert freezers[1].flops().executed == before
+    freezers[1].load_state_dict(state)
+    freezers[1].step()  # new sets
+    assert freezers[1].state_dict()["computed"] == {}
+    assert freezers[1].flops().executed == before  # as many rows, none computed yet
+    freezers[1].detach()
+    assert freezers[1].state_dict()["computed"] == {}
+
+
+ODD_VALUES: list[Any] = [
+    None, True, -1, 10**30, 10**5000, 1.5, math.nan, "", "x\ny\x1b[31m" * 99, [], {}, {"a": {}}, [1] * 9, b"", object(),
+    torch.tensor(0.5), torch.zeros(0), torch.zeros(6), torch.zeros(6, dtype=torch.float64), torch.zeros(8, 2),
+    torch.ones(6) > 0,
+    torch.zeros(6, device="meta", dtype=torch.float64), torch.zeros(6, dtype=torch.float64).to_sparse(),
+    torch.zeros(5056, dtype=torch.uint8), torch.ones(3, 4, dtype=torch.complex64),
+    torch.zeros(10**4).expand(10**4, 10**4),
+]  # fmt: skip
+
+
+def paths(state: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in state.items():
+        yield (*before, key)
+        if isinstance(value, Mapping):
+            yield from paths(value, (*before, key))
+
+
+def everything_of(freezer: Freezer) -> list[Any]:
+    state = copy.deepcopy(freezer.state_dict())
+    rows = {name: plan.trainable.tolist() for name, plan in freezer.slicing.plans.items()}
+    return [*((key, value.tolist() if isinstance(value, Tensor) else value) for key, value in flattened(state)), rows]
+
+
+@pytest.mark.parametrize("policy", [Stochastic, NEq])
+def test_damaged_states_are_refused_in_one_line_and_change_nothing(policy: Any) -> None:
+    _model, freezer = stepped(Stochastic(0.5, seed=3) if policy is Stochastic else NEq(1.0))
+    good = freezer.state_dict()
+    everywhere = [path for path in paths(good) if path[0] != "policy" or policy is Stochastic]
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(strategies.sampled_from(everywhere), strategies.sampled_from(["remove", "add", *range(len(ODD_VALUES))]))
+    def check(path: tuple[str, ...], damage: Any) -> None:
+        state = copy.deepcopy(good)
+        place = state
+        for key in path[:-1]:
+            place = place[key]
+        if damage == "remove":
+            del place[path[-1]]
+        elif damage == "add":
+            place[path[-1] + "\n"] = place[path[-1]]
+        else:
+            place[path[-1]] = ODD_VALUES[damage]
+        before = everything_of(freezer)
+        message = refusal(freezer, state)
+        if message is None:
+            # What was damaged is not needed, or is as good as what was there.
+            harmless = path[0] in ("computed", "policy", "epoch") or damage == "add"
+            value = None if isinstance(damage, str) else ODD_VALUES[damage]
+            alike = isinstance(value, Tensor) and value.dtype == getattr(good_at(good, path), "dtype", None)
+            assert harmless or alike, (path, damage)
+            freezer.load_state_dict(good)
+        else:
+            assert message.startswith("freezer state: ")
+            assert message.isprintable()
+            assert len(message) < 500
+            assert str(everything_of(freezer)) == str(before)
+
+    check()
+    with pytest.raises(FreezingError, match=r"^freezer state: it is list; it must be a mapping$"):
+        freezer.load_state_dict([])  # type: ignore[arg-type]
+
+
+def refusal(freezer: Freezer, state: Any) -> str | None:
+    try:
+        freezer.load_state_dict(state)
+    except FreezingError as error:
+        return str(error)
+    return None
+
+
+def good_at(state: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        state = state[key]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": -1}, "epoch is -1; it must be a whole number from 0 to 1000000000"),
+        ({"epoch": 10**30}, "epoch is a huge number; it must be a whole number from 0 to 1000000000"),
+        ({"version": "1"}, "version '1' is not version 1"),
+        ({"layers": 3}, "layers is 3; it must be a mapping"),
+        ({"computed": {"conv": 7}}, "computed: conv is 7; it must be a whole number from 0 to 6"),
+        ({"computed": {"nowhere": 1}}, "computed: 'nowhere' is no layer of this model"),
+    ],
+)
+def test_what_is_wrong_with_a_state_is_said(change: Mapping[str, Any], message: str) -> None:
+    _model, freezer = stepped()
+    with pytest.raises(FreezingError) as error:
+        freezer.load_state_dict({**freezer.state_dict(), **change})
+    assert str(error.value) == f"freezer state: {message}"
+
+
+def test_a_policy_that_does_not_take_its_state_over_keeps_the_one_it_had() -> None:
+    class Half(FreezeAll):
+        """Fails when half of its state is taken over."""
+
+        def __init__(self) -> None:
+            self.first, self.second = 1, 2
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"first": self.first, "second": self.second}
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            self.first = state["first"]
+            self.second = state["second"]
+
+    _model, freezer = stepped(policy := Half())
+    with pytest.raises(
+        FreezingError, match=r"^freezer state: policy Half does not take it over \(KeyError: 'second'\)$"
+    ):
+        freezer.load_state_dict({**freezer.state_dict(), "policy": {"first": 9}, "epoch": 5})
+    assert (policy.first, policy.second, freezer.epoch) == (1, 2, 1)
 
 
 # The surface.

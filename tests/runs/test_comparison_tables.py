@@ -128,7 +128,7 @@ def test_markdown_by_hand() -> None:
 def test_markdown_is_escaped() -> None:
     line = to_markdown(replace(TABLE, rows=(replace(ROW, approach=HOSTILE),), notes=(HOSTILE,))).splitlines()[2]
     assert len(re.findall(r"(?<!\\)\|", line)) == 8  # seven cells
-    assert r"=a\|b\_c&amp;d%e$f\#g{h}i\~j^k\\l&lt;m&gt;n\*o\[p\]\`q�" in line
+    assert r"=a\|b\_c&amp;d%e\$f\#g{h}i\~j^k\\l&lt;m&gt;n\*o\[p\]\`q�" in line
 
 
 def test_latex_by_hand() -> None:
@@ -153,6 +153,12 @@ def test_latex_is_escaped() -> None:
     )
     assert all(line.startswith("%") for line in text.splitlines() if "evil" in line)
     assert text.isascii() or text.splitlines()[0].startswith("%")
+
+
+@pytest.mark.parametrize("start", ["[", "*"])
+def test_a_row_of_latex_is_no_argument_of_the_line_break_before(start: str) -> None:
+    text = to_latex(replace(TABLE, rows=(ROW, replace(ROW, approach=f"{start}9cm]evil"))))
+    assert f"\n{{}}{start}9cm]evil & " in text
 
 
 def test_real_runs_make_every_table(make_run: Callable[..., Run], recipe: Any) -> None:

@@ -71,3 +71,4 @@ def test_printable_disarms_a_terminal() -> None:
     assert clean == "a�[31mred���b�c�é漢"
     clean.encode()
     assert printable("x" * 10, 4) == "xxx…"
+    assert printable("a\u00a0b\u3000c\u202f") == "a b c "

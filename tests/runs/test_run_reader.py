@@ -21,7 +21,7 @@ from neq_cli.runs.comparison import compare_runs
 from neq_cli.runs.comparison_tables import render as render_comparison
 from neq_cli.runs.inspection import inspect_run, to_json
 from neq_cli.runs.inspection_view import render
-from neq_cli.runs.run_dir import RunFiles, RunWriter
+from neq_cli.runs.run_files import RunFiles
 from neq_cli.runs.run_reader import Run, read_run
 
 FROZEN = {"conv1": [[0, 2], [2], [1, 2, 3]], "bn1": [[], [1], [1]]}
@@ -92,13 +92,8 @@ def test_layer_names_may_hold_anything(make_run: Callable[..., Run]) -> None:
     look_at_everything(run.path)
 
 
-def torn_states(path: Path, tmp_path: Path, records: Any) -> Iterator[Path]:
-    """Every state a kill can leave between the end of epoch 2 and the end of epoch 3, byte by byte."""
-    whole = tmp_path / "whole"
-    shutil.copytree(path, whole)
-    writer = RunWriter(whole, {}, {})
-    writer._columns, writer._epoch = tuple(read_run(path).metrics[0]), 2
-    writer.write_epoch(records(3, FROZEN)[2])
+def torn_states(path: Path, whole: Path) -> Iterator[Path]:
+    """Every state a kill can leave between the end of epoch 2, in ``path``, and of epoch 3, in ``whole``, by bytes."""
     third = RunFiles(whole).neurons(3)
     partial = RunFiles(path).neurons(3).with_name(f".{third.name}.partial")
     partial.write_bytes(third.read_bytes()[:100])
@@ -115,12 +110,13 @@ def torn_states(path: Path, tmp_path: Path, records: Any) -> Iterator[Path]:
 
 
 def test_an_epoch_is_there_once_its_metrics_row_is_complete(
-    make_run: Callable[..., Run], tmp_path: Path, records: Any
+    make_run: Callable[..., Run],
 ) -> None:
     run = make_run(epochs=2, frozen=FROZEN, finish=False)
+    whole = make_run("whole", epochs=3, frozen=FROZEN, finish=False).path
     before = to_json(inspect_run(run))
     states = 0
-    for path in torn_states(run.path, tmp_path, records):
+    for path in torn_states(run.path, whole):
         torn = read_run(path)
         assert torn.epochs == 2
         assert to_json(inspect_run(torn)) == before
@@ -243,7 +239,8 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "\n".join(
         (write("recipe.yaml", b"epochs: &a [*a]"), "recipe.yaml: "),
         (write("recipe.yaml", b"[" * 2000), "recipe.yaml: not YAML"),
         (write("recipe.yaml", b"x" * 300_000), "recipe.yaml: 300000 bytes, more than"),
-        (write("recipe.yaml", b"epochs: 0x" + b"f" * 9000), "recipe.yaml: a whole number of 36000 bits"),
+        (write("recipe.yaml", b"epochs: 0x" + b"f" * 9000), "recipe.yaml:1: not YAML: 'a whole number of more than 64"),
+        (write("environment.json", b'{"a": ' + b"9" * 400 + b"}"), "environment.json: a whole number of 1329 bits"),
         (write("environment.json", b"{"), "environment.json:1: not JSON"),
         (write("environment.json", b"[" * 100000), "environment.json: not JSON"),
         (write("environment.json", b"[]"), "environment.json: not a mapping"),

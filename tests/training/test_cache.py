@@ -138,6 +138,22 @@ def test_what_cannot_fit_is_refused_before_it_is_decoded(tmp_path: Path, free: d
     assert choose_cache(data, "device", CUDA).place == "device"
 
 
+def test_processes_of_a_machine_share_its_memory(tmp_path: Path, free: dict[str, int | None]) -> None:
+    data = folder(tmp_path)
+    free |= {"cpu": 3 * 4 * 720, "cuda": 4 * 720}
+    assert choose_cache(data, "auto", CPU, 3) == Choice("memory", "data.cache: memory, 0.00072 MB in each process")
+    assert choose_cache(data, "auto", CUDA, 3).place == "device"  # one process, one device
+    free["cpu"] = 3 * 4 * 720 - 1
+    assert choose_cache(data, "auto", CPU, 3).note == (
+        "data.cache: none, as 0.00072 MB are more than a quarter of the 0.00288 MB of memory that are free "
+        "for each of 3 processes"
+    )
+    free["cpu"] = 3 * 720
+    assert choose_cache(data, "memory", CPU, 3).place == "memory"
+    with pytest.raises(RecipeError, match=r"0.00054 MB of memory are free for each of 4 processes; use auto$"):
+        choose_cache(data, "memory", CPU, 4)
+
+
 def test_sizes_in_words() -> None:
     words = [readable(count) for count in (460_032, 184_319_999, 999_999_999, 1_230_000_000, 4_000_000_000_000)]
     assert words == ["0.46 MB", "184 MB", "1,000 MB", "1.23 GB", "4,000 GB"]

@@ -164,7 +164,7 @@ def test_losses_are_means_over_all_images_and_smoothing_is_in_the_training_loss(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_follow_fp32(precision: str) -> None:
     full, lower = make_trainer(epochs=2), make_trainer(epochs=2, precision=precision, clip_grad_norm=10.0)
-    assert lower.scaler.is_enabled() == (precision == "fp16")
+    assert lower.step.scaler.is_enabled() == (precision == "fp16")
     full_records, records = epochs_of(full), epochs_of(lower)
     assert records[-1].metrics["train_loss"] == pytest.approx(float(full_records[-1].metrics["train_loss"]), rel=0.05)
     assert all(tensor.dtype == torch.float32 for tensor in weights_of(lower).values())
@@ -173,11 +173,11 @@ def test_lower_precisions_follow_fp32(precision: str) -> None:
 
 def test_a_step_that_fp16_skips_holds_frozen_rows_and_goes_on() -> None:
     trainer = make_trainer(precision="fp16", epochs=1)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     start = weights_of(trainer)
     epochs_of(trainer)
     assert_close(weights_of(trainer), start, 0.0)
-    assert trainer.scaler.get_scale() == 2.0**56
+    assert trainer.step.scaler.get_scale() == 2.0**56
 
 
 @pytest.mark.parametrize("network", ["plain_network", "normalised_network"])
@@ -306,5 +306,5 @@ def test_state_names_all_that_the_rest_of_a_run_depends_on() -> None:
     state = trainer.state_dict()
     assert state["epoch"] == 2
     assert state["averaged"].keys() >= {"module.0.weight", "n_averaged"}
-    for part in ("model", "optimizer", "scheduler", "scaler", "freezer", "random"):
+    for part in ("model", "optimizer", "scheduler", "scaler", "freezer", "processes"):
         assert state[part], part

@@ -19,7 +19,7 @@ from neq_cli.training.data import Data, load_data
 from neq_cli.training.images import StoredImages
 from neq_cli.training.kept import KeptApart, KeptBatches, Reading
 from neq_cli.training.loaders import Loaders, make_loaders
-from neq_cli.training.sampling import ShuffledSampler
+from neq_cli.training.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.sources import Source, Stored
 from neq_cli.training.transforms import Preparation
 
@@ -91,6 +91,96 @@ def test_the_same_batches_where_images_are_cut_at_random(
     assert isinstance(kept.train, KeptApart) == (kind == "folder")
     assert len(kept.train) == len(read.train)
     assert_same(passes(kept), passes(read))
+
+
+# What keeps them: read anew, kept alike, kept apart.
+KINDS = [("none", "cifar"), ("memory", "cifar"), ("memory", "imagenet")]
+
+
+def made_for(data: Data, cache: Any, batch_size: int, workers: int = 0, share: Share = ALONE) -> Loaders:
+    return make_loaders(data, batch_size, workers, 1, CPU, cache=cache, share=share)
+
+
+def joined(parts: list[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    """The batches of all processes, step by step, as one."""
+    steps = zip(*parts, strict=True)
+    return [(torch.cat([batch[0] for batch in step]), torch.cat([batch[1] for batch in step])) for step in steps]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("cache", "augment"), KINDS)
+def test_processes_have_together_what_one_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, augment: str, workers: int
+) -> None:
+    data = open_data("folder", tmp_path, monkeypatch, augment=augment, image_size=6)
+    alone = made_for(data, cache, 6)
+    several = [made_for(data, cache, 2, workers, Share(rank, 3)) for rank in range(3)]
+    assert isinstance(several[0].train, KeptApart) == (augment == "imagenet")
+    for consumed in (0, 4, 0):  # whole, from the middle and whole again, with workers that stay
+        for made in (alone, *several):
+            made.start_epoch(2, consumed)
+        parts = [list(made.train) for made in several]
+        assert {len(part) for part in parts} == {made.steps(consumed) for made in several} == {(15 - consumed) // 6}
+        assert_same(joined(parts), list(alone.train))
+    assert_same(one_batch([batch for made in several for batch in made.test]), one_batch(list(alone.test)))
+    assert_same(one_batch([batch for made in several for batch in made.probe]), one_batch(list(alone.probe)))
+    assert [sum(len(labels) for _, labels in made.test) for made in several] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("cache", "augment"), KINDS)
+def test_an_epoch_goes_on_where_it_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, augment: str, workers: int
+) -> None:
+    data = open_data("folder", tmp_path, monkeypatch, augment=augment, image_size=6)
+    made = made_for(data, cache, 3, workers)
+    made.start_epoch(2)
+    whole = list(made.train)
+    for taken in (1, 3, 5):
+        made.start_epoch(1)
+        next(iter(made.train))  # a pass that was left
+        made.start_epoch(2, 3 * taken)
+        rest = list(made.train)
+        assert len(rest) == made.steps(3 * taken) == 5 - taken
+        if rest:
+            assert_same(rest, whole[taken:])
+    made.start_epoch(1, 6)
+    assert [len(list(made.train)), len(list(made.train))] == [3, 5]  # the next pass is a whole one, of epoch 2
+    assert len(made.train) == made.steps() == 5
+
+
+@pytest.mark.parametrize(("cache", "augment"), KINDS)
+def test_another_number_of_processes_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, augment: str
+) -> None:
+    data = open_data("folder", tmp_path, monkeypatch, augment=augment, image_size=6)
+    one_by_one = made_for(data, cache, 1)
+    one_by_one.start_epoch(2)
+    every = list(one_by_one.train)
+    two = [made_for(data, cache, 2, share=Share(rank, 2)) for rank in range(2)]
+    three = [made_for(data, cache, 1, share=Share(rank, 3)) for rank in range(3)]
+    for made in two:
+        made.start_epoch(2)
+    first = joined([list(made.train)[:1] for made in two])
+    for made in three:
+        made.start_epoch(2, 4)
+    then = joined([list(made.train) for made in three])
+    # 4 images by two processes, 9 of the other 11 by three, and 2 that fill no step.
+    assert (len(first), len(then)) == (1, 3)
+    assert_same(one_batch(first + then), one_batch(every[:13]))
+
+
+def one_batch(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches]))]
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_a_share_of_the_tests_may_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+    data = open_data("in_memory", tmp_path, monkeypatch)
+    data.test.indices = data.test.indices[:2]
+    made = [made_for(data, cache, 4, 2, Share(rank, 3)) for rank in range(3)]
+    assert [len(part.test) for part in made] == [1, 1, 0]
+    assert [sum(len(labels) for _, labels in part.test) for part in made] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("augment", ["cifar", "imagenet"])

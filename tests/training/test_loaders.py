@@ -18,6 +18,7 @@ from neq_cli.recipe import DataSection
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.kept import KeptBatches
 from neq_cli.training.loaders import Loaders, make_loaders
+from neq_cli.training.sampling import Share
 
 CPU = torch.device("cpu")
 
@@ -97,6 +98,19 @@ def test_no_pass_touches_the_global_generators(data: Data) -> None:
         one_pass(batches)
     assert torch.equal(torch_state, torch.get_rng_state())
     assert (numpy_state == np.random.get_state()[1]).all()  # type: ignore[index]
+
+
+def test_too_few_images_for_all_processes_are_refused(data: Data) -> None:
+    assert len(make_loaders(data, 7, 0, 1, CPU, share=Share(2, 3)).train) == 1
+    with pytest.raises(NeqError) as raised:
+        make_loaders(data, 8, 0, 1, CPU, share=Share(0, 3))
+    assert str(raised.value) == (
+        f"batch_size: 8 images per step in each of 3 processes, but {data.name} has 21 to train on "
+        "(and 3 in the probe set); lower it"
+    )
+    with pytest.raises(NeqError) as raised:
+        make_loaders(data, 2, 0, 1, CPU, share=Share(1, 4))
+    assert str(raised.value) == "data.probe_size: 3 probe images for 4 processes; give it at least 4"
 
 
 def test_images_in_memory_need_no_workers_unless_they_are_scaled() -> None:

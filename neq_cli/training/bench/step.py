@@ -12,11 +12,11 @@ from neq_cli.recipe import Recipe
 from neq_cli.training.catalogue import class_count, find_name, sample_shape
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.device import seed_everything
-from neq_cli.training.engine import AUTOCAST
 from neq_cli.training.images import StoredImages
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
 from neq_cli.training.optim import build_optimizer
+from neq_cli.training.step import AUTOCAST
 from neq_cli.training.tasks import build_task
 from neq_cli.training.transforms import Preparation
 

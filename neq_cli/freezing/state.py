@@ -1,0 +1,93 @@
+"""What may be taken over from a Freezer's state: every fault is found, and named, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq_cli.errors import FreezingError
+from neq_cli.freezing.neurons import Layer
+
+STATE_VERSION = 1
+MOST_EPOCHS = 10**9
+_KINDS = {
+    "phi": torch.float64,
+    "delta_phi": torch.float64,
+    "velocity": torch.float64,
+    "trainable": torch.bool,
+}
+
+
+def check_state(state: object, layers: Mapping[str, Layer], previous: Mapping[str, Tensor]) -> None:
+    """Raise FreezingError unless ``state`` is one of a Freezer with these layers and these earlier tensors."""
+    state = _mapping(state, "it")
+    if type(state.get("version")) is not int or state["version"] != STATE_VERSION:
+        raise FreezingError(f"freezer state: version {_short(state.get('version'))} is not version {STATE_VERSION}")
+    _whole_number(state.get("epoch"), MOST_EPOCHS, "epoch")
+    _check_layers(_mapping(state.get("layers"), "layers"), layers)
+    _check_previous(_mapping(state.get("previous"), "previous"), previous)
+    _mapping(state.get("policy", {}), "policy")
+    for name, rows in _mapping(state.get("computed", {}), "computed").items():
+        if name not in layers:
+            raise FreezingError(f"freezer state: computed: {_short(name)} is no layer of this model")
+        _whole_number(rows, layers[name].neurons, f"computed: {name}")
+
+
+def _check_layers(found: Mapping[str, Any], layers: Mapping[str, Layer]) -> None:
+    odd = sorted(_short(name) for name in found if name not in layers) + [
+        _short(name) for name in layers if name not in found
+    ]
+    if odd:
+        raise FreezingError(f"freezer state: belongs to another model; layer {odd[0]} differs")
+    for name, layer in layers.items():
+        tensors = _mapping(found[name], f"layer {name!r}")
+        for key, dtype in _KINDS.items():
+            tensor = _tensor(tensors.get(key), f"layer {name!r}: {key}")
+            if tensor.shape != (layer.neurons,):
+                raise FreezingError(
+                    f"freezer state: belongs to another model; layer {name!r} differs: {key} is {list(tensor.shape)}, "
+                    f"the layer has {layer.neurons} neurons"
+                )
+            if tensor.dtype != dtype:
+                raise FreezingError(f"freezer state: layer {name!r}: {key} is {tensor.dtype}; it must be {dtype}")
+
+
+def _check_previous(found: Mapping[str, Any], previous: Mapping[str, Tensor]) -> None:
+    for name, tensor in previous.items():
+        other = _tensor(found.get(name), f"previous: {name!r}", missing=f"belongs to another model; {name!r} differs")
+        if other.shape != tensor.shape or other.dtype != tensor.dtype:
+            raise FreezingError(
+                f"freezer state: belongs to another model; {name!r} differs: {other.dtype} {list(other.shape)}, "
+                f"here {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _mapping(value: object, place: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise FreezingError(f"freezer state: {place} is {_short(value)}; it must be a mapping")
+    return value
+
+
+def _whole_number(value: object, most: int, place: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise FreezingError(f"freezer state: {place} is {_short(value)}; it must be a whole number from 0 to {most}")
+
+
+def _tensor(value: object, place: str, *, missing: str | None = None) -> Tensor:
+    if value is None and missing:
+        raise FreezingError(f"freezer state: {missing}")
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        raise FreezingError(f"freezer state: {place} is {_short(value)}; it must be a tensor with values")
+    return value
+
+
+def _short(value: object) -> str:
+    """Return ``value`` in one line of bounded length; of what may be large, its type."""
+    if value is None:
+        return "missing"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST_EPOCHS:
+        return "a huge number"  # Python refuses to write some of them out
+    return repr(value)[:60] if isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -1,0 +1,140 @@
+"""Which run ``--resume`` goes on with, and from which checkpoint; every reason not to is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neq_cli.errors import RecipeError, RunDirectoryError
+from neq_cli.recipe import Problem, Recipe
+from neq_cli.recipe.file import LoadedRecipe
+from neq_cli.runs.reading import damaged, read_json
+from neq_cli.runs.resuming import differences, merged, newest_unfinished, stored_recipe
+from neq_cli.runs.run_dir import RunWriter
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A run to go on with, where it lies. ``state`` is None where nothing was saved yet: it starts in its place."""
+
+    writer: RunWriter
+    recipe: Recipe
+    state: Mapping[str, Any] | None
+    choices: Mapping[str, Any]  # of kernels, made so far
+    finished: bool
+    messages: tuple[str, ...]
+
+
+def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, str]:
+    """Return the run that ``loaded`` goes on with, None where there is none yet, and a line that says which.
+
+    That is ``chosen`` where it is given, else the newest one of the recipe's name and seed, an unfinished one first.
+    """
+    if chosen is not None:
+        path = chosen if chosen.exists() or chosen.is_symlink() else None
+        name = str(chosen)
+    else:
+        found = newest_unfinished(loaded.name, loaded.recipe.seed)
+        path = found.path if found is not None else None
+        name = f"{loaded.name} with seed {loaded.recipe.seed}" if path is None else str(path)
+    return path, f"nothing to resume of {name}; beginning" if path is None else f"resuming {name}"
+
+
+def open_run(loaded: LoadedRecipe, path: Path, processes: int) -> Resumption:
+    """Take the run at ``path``, so that no other process does, and read what it goes on from.
+
+    ``processes``: how many will train it. Raises RecipeError where ``loaded`` differs in what must stay, and
+    RunDirectoryError where the run is another process's, damaged, or no run.
+    """
+    writer = RunWriter.reopen(path)
+    try:
+        return _read(loaded, writer, processes)
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Resumption:
+    if writer.is_new:
+        return Resumption(writer, loaded.recipe, None, {}, False, ())
+    stored = stored_recipe(writer.path)
+    problems = differences(stored, loaded.recipe, writer.path)
+    recipe = merged(stored, loaded.recipe)
+    state, messages = read_checkpoint(writer)
+    if state is not None:
+        problems += _problems_with_state(stored, recipe, state, processes)
+        before, now = stored.batch_size * _processes(state), recipe.batch_size * processes
+        if before != now:
+            messages.append(f"{processes} processes, begun with {_processes(state)}: {now} images a step, not {before}")
+    if problems:
+        raise RecipeError([loaded.problem(problem.key, problem.message) for problem in problems])
+    status = read_json(writer.files.status) if writer.files.status.exists() else {}
+    finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
+    return Resumption(writer, recipe, state, _kernel_choices(writer), finished, tuple(messages))
+
+
+def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """Return the last checkpoint that is whole, None where none was written yet, and what the user should know of it.
+
+    Raises RunDirectoryError where there are checkpoints and all are damaged.
+    """
+    from neq_cli.training.checkpoint import load_state
+
+    problems: list[str] = []
+    for name in ("last", "previous"):
+        path = writer.checkpoint_path(name)
+        if not path.exists():
+            continue
+        try:
+            state = load_state(path)
+            _check(path, state)
+        except RunDirectoryError as error:
+            problems.append(str(error))
+        else:
+            return state, [f"{problem}; going on from {path.name}" for problem in problems]
+    if problems:
+        raise RunDirectoryError("\n".join([*problems, f"{writer.path}: no checkpoint is whole; train anew"]))
+    return None, []
+
+
+def _check(path: Path, state: object) -> None:
+    """Raise RunDirectoryError unless ``state`` has what is looked at before the model is built."""
+    so_far = state.get("so_far") if isinstance(state, dict) else None
+    counts = [state.get("epoch")] if isinstance(state, dict) else [None]
+    if isinstance(so_far, dict):
+        counts += [so_far.get(key) for key in ("epoch", "steps", "images")]
+    if not all(type(count) is int and 0 <= count < 2**48 for count in counts):
+        raise damaged(path, "not the state of a run")
+    assert isinstance(state, dict)
+    if not (isinstance(so_far, dict | None) and isinstance(state.get("processes"), list) and state["processes"]):
+        raise damaged(path, "not the state of a run")
+
+
+def _problems_with_state(stored: Recipe, recipe: Recipe, state: Mapping[str, Any], processes: int) -> list[Problem]:
+    problems = []
+    trained = state["epoch"] + (state["so_far"] is not None)
+    if recipe.epochs < trained:
+        problems.append(
+            Problem("epochs", f"{recipe.epochs}, but epoch {trained} is trained already; give at least that")
+        )
+    before, now = stored.batch_size * _processes(state), recipe.batch_size * processes
+    if recipe.batch_size != stored.batch_size and before != now:
+        said = (
+            f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run was begun with {before}"
+        )
+        problems.append(Problem("batch_size", f"{said}; keep that number, or train anew without --resume"))
+    return problems
+
+
+def _processes(state: Mapping[str, Any]) -> int:
+    return len(state["processes"])
+
+
+def _kernel_choices(writer: RunWriter) -> Mapping[str, Any]:
+    path = writer.files.dispatch
+    choices = read_json(path).get("choices", {}) if path.exists() else {}
+    if not isinstance(choices, dict):
+        raise damaged(path, "choices: not a mapping")
+    return choices

@@ -1,0 +1,294 @@
+"""The processes that train one model together, as torchrun starts them: who this one is, and what they tell each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from neq_cli.errors import NeqError, Terminated, TrainingError
+from neq_cli.freezing.dispatch import Choice, read_choice
+
+_FAILURE = "failure"
+_COMING = 600.0
+"""Seconds in which all processes must have started."""
+_PATIENCE = 1.0
+"""Seconds in which the process that failed first gets to say why, after the others lost it."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together; by default it is alone, and every method does next to nothing."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # on this machine
+    local_count: int = 1
+    store: Store | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that decides and writes."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> distributed.ProcessGroup | None:
+        """The group of all, None where this process is alone."""
+        return distributed.group.WORLD if self.count > 1 else None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up ``tensor`` over all processes, in place; returns it."""
+        if self.count > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """Return the largest of all processes' numbers; every process waits for the others."""
+        if self.count == 1:
+            return number
+        told = torch.tensor(number)
+        distributed.all_reduce(told, distributed.ReduceOp.MAX)
+        return int(told)
+
+    def shared(self, value: Any) -> Any:
+        """Return the first process's ``value``; the others' are not looked at."""
+        if self.count == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return all processes' values by rank in the first process, and [] in the others."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.first else None
+        distributed.gather_object(value, values, dst=0)
+        return values or []
+
+    def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite ``tensors`` with the first process's."""
+        if self.count > 1:
+            with torch.no_grad():
+                for tensor in tensors:
+                    plain = tensor.contiguous()
+                    distributed.broadcast(plain, src=0)
+                    if plain is not tensor:
+                        tensor.copy_(plain)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.largest(0)
+
+    def tell_failure(self, message: str) -> None:
+        """Leave ``message`` to the other processes and to torchrun, as why this one ends; the first to fail is heard."""
+        if self.count == 1:
+            return
+        _write_error_file(message)
+        if self.store is not None:
+            try:
+                self.store.compare_set(_FAILURE, "", f"{self.rank} {message}")
+            except RuntimeError:  # the store has ended with the first process
+                return
+
+    def others_failure(self) -> str | None:
+        """Return why another process ended before this one lost it: "process 3: ..."; None where none says so."""
+        if self.store is None or self.count == 1:
+            return None
+        deadline = time.monotonic() + _PATIENCE
+        try:
+            while not self.store.check([_FAILURE]):
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.05)
+            rank, _, message = self.store.get(_FAILURE).decode().partition(" ")
+        except RuntimeError:
+            return None
+        return None if int(rank) == self.rank else f"process {rank}: {message}"
+
+    def kernel(self, kind: str, timing: Callable[[], Choice]) -> Choice:
+        """Return the kernel that the first process times for a kind of call; the others wait for it.
+
+        Through the store: in a backward pass, gradients are under way between the processes.
+        """
+        if self.store is None or self.count == 1:
+            return timing()
+        key = f"kernel/{kind}"
+        if self.first:
+            choice = timing()
+            self.store.set(key, json.dumps(asdict(choice)))
+            return choice
+        return read_choice(json.loads(self.store.get(key)))
+
+    def linger(self) -> None:
+        """Stay, before ending in a failure, for as long as the others need this process to find out why they do.
+
+        Only where this one keeps the store that all read, which torchrun keeps itself.
+        """
+        if self.count > 1 and self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(_PATIENCE)
+
+    def say_once(self, message: str) -> bool:
+        """Whether this process is the first to have this message: the one that prints it."""
+        if self.store is None or self.count == 1:
+            return True
+        try:
+            return bool(self.store.add(f"message/{message}", 1) == 1)
+        except RuntimeError:
+            return True
+
+
+class Agreement:
+    """The largest wish of all processes, one step late, so that no step waits for it."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._told: Tensor | None = None
+        self._work: Any = None
+
+    def of(self, wish: int) -> int:
+        """Tell the others this step's wish, from 0 up, and return what all came to in the step before."""
+        if self.processes.count == 1:
+            return wish
+        agreed = self.finish()
+        self._told = torch.tensor(wish)
+        self._work = distributed.all_reduce(self._told, distributed.ReduceOp.MAX, async_op=True)
+        return agreed
+
+    def finish(self) -> int:
+        """Return what all came to in the step before; 0 where none was."""
+        if self._work is None or self._told is None:
+            return 0
+        self._work.wait()
+        self._work = None
+        return int(self._told)
+
+
+_alone = Processes()
+_joined: Processes | None = None
+
+
+def started_by_torchrun() -> bool:
+    """Whether torchrun, or something that sets the same variables, started this as one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun started these processes anew after some of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def joined() -> Processes:
+    """Return who this process is; alone where it has not joined others."""
+    return _joined or _alone
+
+
+def join() -> Processes:
+    """Join the processes that torchrun started; returns at once where this one is alone or has joined before.
+
+    Raises TrainingError where they do not find each other.
+    """
+    global _joined
+    if _joined is not None or not started_by_torchrun():
+        return joined()
+    cuda = torch.cuda.is_available()
+    try:
+        store, rank, count = next(rendezvous("env://", timeout=timedelta(minutes=10)))
+        store = PrefixStore(_met(store, rank, count), store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
+        own = PrefixStore("neq", store)
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        _joined = Processes(rank, count, local_rank, local_count, own)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise TrainingError(f"processes did not find each other: {reason}; start them with torchrun") from error
+    return _joined
+
+
+@contextmanager
+def in_company(processes: Processes) -> Iterator[None]:
+    """Tell the others why this process ends, and, where it ends because it lost another one, raise that one's reason.
+
+    What is raised instead is a TrainingError, the same in all processes that it leaves behind.
+    """
+    if processes.count == 1:
+        yield
+        return
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        raise
+    except BaseException as error:
+        # A lost connection says nothing about why: the process at its other end may have.
+        reason = processes.others_failure() if _is_loss(error) else None
+        if reason is not None:
+            raise TrainingError(reason) from error
+        if _is_loss(error):
+            lost = TrainingError("lost another process, which was killed or whose machine is gone; --resume goes on")
+            processes.tell_failure(str(lost))
+            raise lost from error
+        processes.tell_failure(str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}")
+        raise
+
+
+def _is_loss(error: BaseException) -> bool:
+    signs = ("gloo", "nccl", "connection", "socket", "timed out")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def _met(store: Store, rank: int, count: int) -> str:
+    """Return a name that these processes and no others share; TrainingError where some do not come.
+
+    torchrun's store outlives a restart, and what the processes before left there, such as their addresses, must not be
+    taken for that of these. So each leaves a word of its own, the first one lists them, and the list that all find
+    their own word in is theirs.
+    """
+    own, deadline, seen = secrets.token_hex(8), time.monotonic() + _COMING, ""
+    words = [f"neq/here/{number}" for number in range(count)]
+    store.set(words[rank], own)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            present = [store.get(word).decode() if store.check([word]) else "-" for word in words]
+            store.set("neq/all", " ".join(present))
+        listed = store.get("neq/all").decode() if store.check(["neq/all"]) else ""
+        if len(listed.split()) == count and listed.split()[rank] == own:
+            key = "neq/" + hashlib.sha256(listed.encode()).hexdigest()
+            if store.add(key, int(key != seen)) == count:
+                return key
+            seen = key
+        time.sleep(0.02)
+    raise TrainingError(f"{count} processes were to come, and some did not; start all of them with torchrun")
+
+
+def leave() -> None:
+    """Leave the group, so that the process can end without waiting for others."""
+    global _joined
+    if _joined is not None:
+        _joined = None
+        distributed.destroy_process_group()
+
+
+def _write_error_file(message: str) -> None:
+    """Give torchrun, whose summary quotes this file, the line that the user sees."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        try:
+            with open(path, "w") as file:  # noqa: PTH123 - torchrun's own path, as it is
+                json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+        except OSError:
+            return

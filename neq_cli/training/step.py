@@ -1,0 +1,115 @@
+"""One training step, forward, backward and update, in the recipe's precision; on any number of processes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from neq_cli.freezing.communication import Replica
+from neq_cli.recipe import Recipe
+from neq_cli.training.graph import GraphedStep
+from neq_cli.training.tasks import Task
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingStep:
+    """What a step changes beside the model: loss scale and averaged weights; ``replica`` is None on one process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        model: nn.Module,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        replica: Replica | None,
+        *,
+        channels_last: bool,
+    ) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.model = model
+        self.task = task
+        self.optimizer = optimizer
+        self.replica = replica
+        self.channels_last = channels_last
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.forward: nn.Module = torch.compile(model) if recipe.compile and replica is None else model  # type: ignore[assignment]
+        self.averaged: AveragedModel | None = None
+        if recipe.ema is not None:
+            average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._graphed: GraphedStep | None = None
+
+    def begin_epoch(self, totals: Tensor) -> None:
+        """Get ready for the sets now in force; metrics are added up in ``totals``."""
+        self.totals = totals
+        if self.replica is not None:
+            wrapped = self.replica.current()
+            if not self.recipe.compile:
+                self.forward = wrapped
+            elif self.forward is self.model:  # under torch.compile it stays the same in every epoch
+                self.forward = torch.compile(wrapped)  # type: ignore[assignment]
+        self._graphed = GraphedStep(self._whole) if self.recipe.cuda_graph else None
+
+    def train(self, inputs: Any, targets: Any, *, batches: int, update: bool) -> Tensor:
+        """Train on one of the ``batches`` of an update, which follows the last of them; returns the loss, detached."""
+        inputs, targets = self.to_device(inputs), self.to_device(targets)
+        if self._graphed is not None:
+            loss = self._graphed(inputs, targets)
+        else:
+            loss = self._backward(inputs, targets, batches, update=update)
+            if update:
+                self._update()
+        if update and self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        return loss
+
+    def _whole(self, inputs: Tensor, targets: Any) -> Tensor:
+        loss = self._backward(inputs, targets, 1, update=True)
+        self._update()
+        return loss
+
+    def _backward(self, inputs: Tensor, targets: Any, batches: int, *, update: bool) -> Tensor:
+        # Gradients of several batches are sent once, with the last.
+        alone = self.replica is not None and not update
+        with self.replica.current().no_sync() if alone and self.replica is not None else nullcontext():
+            with self.autocast():
+                outputs = self.forward(inputs)
+                loss = self.task.loss(outputs, targets)
+            self.scaler.scale(loss / batches).backward()  # type: ignore[no-untyped-call]
+        self.task.update(self.totals, outputs, targets, loss)
+        return loss.detach()
+
+    def _update(self) -> None:
+        if self.recipe.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The network whose accuracy is reported: the averaged weights where the recipe has ``ema``."""
+        return self.averaged.module if self.averaged is not None else self.model
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of gradients that this process has handed over to be averaged so far."""
+        return self.replica.bytes_sent if self.replica is not None else 0
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the recipe's precision."""
+        dtype = AUTOCAST[self.recipe.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def to_device(self, value: Any) -> Any:
+        """Return a batch's inputs or targets where they are trained on, in the model's memory format."""
+        memory_format = torch.channels_last if self.channels_last and value.dim() == 4 else torch.preserve_format
+        return value.to(self.device, non_blocking=True, memory_format=memory_format)
