@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A terminal that knows no "±" gets a "?" rather than a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    before = signal.signal(signal.SIGTERM, terminate)
+    ending = [number for number in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, terminate) for number in ending}
     try:
         code = app(arguments, prog_name="neq", standalone_mode=False)
         if code == 130:  # what some Typers make of Ctrl-C, without a word
@@ -56,11 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _UsageError as error:
         _complain(_usage_line(error))
         code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
+    except (KeyboardInterrupt, typer.Abort) as error:
+        _complain(f"interrupted; {error}" if str(error) else "interrupted")
         code = 130
+        # Where the interrupt came inside some module's exec(), `python -m` would end by SIGINT, whatever the code is,
+        # unless another exec() ends well (CPython 3.11).
+        exec("")
     except Terminated as error:
-        _complain(f"ended by {error.signal}")
+        _complain(f"ended by {error.signal}; {error}" if str(error) else f"ended by {error.signal}")
         code = 143
     except BrokenPipeError:
         # The reader has gone, as in `neq inspect ... | head`.
@@ -73,15 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _complain(_unexpected_line(error))
         code = 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code and (distributed := _distributed()) is not None:
         distributed.joined().linger()
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """Handle SIGTERM: end what runs so that it can say so."""
-    raise Terminated
+    """Handle a signal that ends the program: end what runs so that it can say so."""
+    raise Terminated(signal.Signals(number).name)
 
 
 def _usage_line(error: Any) -> str:

@@ -37,9 +37,9 @@ class TrainingError(NeqError):
 class Terminated(BaseException):
     """A signal other than SIGINT ends the program. No Exception, so that nothing catches it on the way out."""
 
-    def __init__(self, signal: str = "SIGTERM") -> None:
+    def __init__(self, signal: str = "SIGTERM", message: str = "") -> None:
         self.signal = signal
-        super().__init__(signal)
+        super().__init__(message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -94,9 +94,8 @@ class Recording:
             self._stop()
 
     def _stop(self) -> None:
-        if self.writer is not None:
-            self.progress.message(f"saved; `neq train ... --resume -o {self.writer.path}` goes on from here")
-        raise self.requests.error()
+        path = "" if self.writer is None else self.writer.path
+        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on")
 
     def _save(self, *, best: bool = False) -> None:
         """Write the checkpoints; the last one before becomes the previous one once the next is whole."""

@@ -25,6 +25,7 @@ class Resumption:
     choices: Mapping[str, Any]  # of kernels, made so far
     finished: bool
     messages: tuple[str, ...]
+    damaged: tuple[Path, ...] = ()  # checkpoints that must not become the one before last
 
 
 def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, str]:
@@ -62,7 +63,7 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Resumption
     stored = stored_recipe(writer.path)
     problems = differences(stored, loaded.recipe, writer.path)
     recipe = merged(stored, loaded.recipe)
-    state, messages = read_checkpoint(writer)
+    state, messages, bad = read_checkpoint(writer)
     if state is not None:
         problems += _problems_with_state(stored, recipe, state, processes)
         before, now = stored.batch_size * _processes(state), recipe.batch_size * processes
@@ -72,17 +73,18 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Resumption
         raise RecipeError([loaded.problem(problem.key, problem.message) for problem in problems])
     status = read_json(writer.files.status) if writer.files.status.exists() else {}
     finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
-    return Resumption(writer, recipe, state, _kernel_choices(writer), finished, tuple(messages))
+    return Resumption(writer, recipe, state, _kernel_choices(writer), finished, tuple(messages), bad)
 
 
-def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str]]:
+def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str], tuple[Path, ...]]:
     """Return the last checkpoint that is whole, None where none was written yet, and what the user should know of it.
 
-    Raises RunDirectoryError where there are checkpoints and all are damaged.
+    Last come the files that are damaged. Raises RunDirectoryError where there are checkpoints and all are damaged.
     """
     from neq_cli.training.checkpoint import load_state
 
     problems: list[str] = []
+    bad: list[Path] = []
     for name in ("last", "previous"):
         path = writer.checkpoint_path(name)
         if not path.exists():
@@ -92,11 +94,12 @@ def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[s
             _check(path, state)
         except RunDirectoryError as error:
             problems.append(str(error))
+            bad.append(path)
         else:
-            return state, [f"{problem}; going on from {path.name}" for problem in problems]
+            return state, [f"{problem}; going on from {path.name}" for problem in problems], tuple(bad)
     if problems:
         raise RunDirectoryError("\n".join([*problems, f"{writer.path}: no checkpoint is whole; train anew"]))
-    return None, []
+    return None, [], ()
 
 
 def _check(path: Path, state: object) -> None:
@@ -116,14 +119,10 @@ def _problems_with_state(stored: Recipe, recipe: Recipe, state: Mapping[str, Any
     problems = []
     trained = state["epoch"] + (state["so_far"] is not None)
     if recipe.epochs < trained:
-        problems.append(
-            Problem("epochs", f"{recipe.epochs}, but epoch {trained} is trained already; give at least that")
-        )
+        problems.append(Problem("epochs", f"{recipe.epochs}, but epoch {trained} is trained; give at least that"))
     before, now = stored.batch_size * _processes(state), recipe.batch_size * processes
     if recipe.batch_size != stored.batch_size and before != now:
-        said = (
-            f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run was begun with {before}"
-        )
+        said = f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run has {before}"
         problems.append(Problem("batch_size", f"{said}; keep that number, or train anew without --resume"))
     return problems
 

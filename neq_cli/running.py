@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from neq_cli.recording import Recording, status_of
 from neq_cli.resuming import find_run, open_run
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.progress import Progress
-from neq_cli.runs.run_dir import RunWriter, default_run_directory
+from neq_cli.runs.run_dir import RunWriter, default_run_directory, writing
 from neq_cli.runs.run_reader import read_run
 from neq_cli.signals import StopRequests
 from neq_cli.training.bench.options import BenchOptions
@@ -39,6 +40,7 @@ class _Start:
     choices: Mapping[str, Any] = field(default_factory=dict)
     finished: bool = False
     messages: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
 
 
 def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False) -> Path:
@@ -66,6 +68,9 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
             _load(session, start)
             if writer is not None:
                 writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), _environment(session))
+                for path in start.damaged:
+                    with writing(path):
+                        path.unlink()
             elif processes.first:
                 writer = stack.enter_context(_create_directory(run_directory, loaded.name, session))
         stack.enter_context(status_of(writer))
@@ -91,7 +96,7 @@ def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tu
         so_far = found.state["so_far"]
         within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
         said += f" after epoch {found.state['epoch']}{within}"
-    start = _Start(found.recipe, found.state, found.choices, found.finished, (said, *found.messages))
+    start = _Start(found.recipe, found.state, found.choices, found.finished, (said, *found.messages), found.damaged)
     return found.writer, start
 
 
@@ -184,7 +189,7 @@ def matched_flops(loaded: LoadedRecipe) -> float | None:
     if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
         return None
     try:
-        run = read_run(Path(policy.p.removeprefix(_MATCH)).expanduser())
+        run = read_run(Path(os.path.expanduser(policy.p.removeprefix(_MATCH))))  # noqa: PTH111 - leaves ~nobody as it is
         return float(run.column("flops_paper").mean())
     except RunDirectoryError as error:
         raise RecipeError([loaded.problem("policy.p", str(error))]) from error

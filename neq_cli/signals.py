@@ -49,9 +49,11 @@ class StopRequests:
         if self._at_once:
             raise self.error()
 
-    def error(self) -> BaseException:
-        """Return what ends the run: KeyboardInterrupt for SIGINT, Terminated for the others."""
-        return KeyboardInterrupt() if self.received == "SIGINT" else Terminated(self.received or "SIGTERM")
+    def error(self, message: str = "") -> BaseException:
+        """Return what ends the run, with what the user should know: KeyboardInterrupt for SIGINT, else Terminated."""
+        return (
+            KeyboardInterrupt(message) if self.received == "SIGINT" else Terminated(self.received or "SIGTERM", message)
+        )
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -341,8 +341,8 @@ def wait_for_an_epoch(process: subprocess.Popen[str], run: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
-        (signal.SIGINT, 130, "interrupted"),
-        (signal.SIGTERM, 143, "ended by SIGTERM"),
+        (signal.SIGINT, 130, "interrupted; saved; the same command with --resume -o run goes on"),
+        (signal.SIGTERM, 143, "ended by SIGTERM; saved; the same command with --resume -o run goes on"),
         (signal.SIGKILL, -signal.SIGKILL, None),
     ],
 )

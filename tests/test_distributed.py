@@ -271,7 +271,7 @@ def test_another_number_of_processes_goes_on(folder: Path) -> None:
 def test_another_number_of_images_a_step_is_refused_by_name(folder: Path) -> None:
     codes, said = result(folder, "other-batch")
     assert set(codes) <= {1, 2}
-    assert "batch_size=20: 20 in 2 processes are 40 images a step, but the run was begun with 60" in "".join(said)
+    assert "batch_size=20: 20 in 2 processes are 40 images a step, but the run has 60" in "".join(said)
 
 
 def test_half_the_neurons_frozen_send_about_half_the_bytes(folder: Path) -> None:

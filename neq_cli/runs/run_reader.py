@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.runs.formatting import printable
+from neq_cli.runs.lock import is_alive
 from neq_cli.runs.reading import Number, damaged, read_json, read_yaml, unreadable
 from neq_cli.runs.reading_neurons import read_neurons
 from neq_cli.runs.run_files import STATES, RunFiles
@@ -147,7 +147,7 @@ def _read_status(path: Path) -> RunStatus:
     host, process = status.get("host"), status.get("pid")
     if host != socket.gethostname() or not isinstance(process, int) or not 0 < process < 2**31:
         return RunStatus("running or killed", f"started on {printable(host, 100)}, which cannot be asked from here")
-    if _is_alive(process):
+    if is_alive(process):
         return RunStatus("running", f"process {process}")
     return RunStatus("killed", f"process {process} is gone")
 
@@ -157,13 +157,3 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except OSError:  # no permission to look: reading it then says so
         return True
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's process
-        return True
-    return True

@@ -1,4 +1,4 @@
-"""The processes that train one model together, as torchrun starts them: who this one is, and what they tell each other."""
+"""The processes that train one model together, as torchrun starts them: who this one is, what they tell each other."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Processes:
         self.largest(0)
 
     def tell_failure(self, message: str) -> None:
-        """Leave ``message`` to the other processes and to torchrun, as why this one ends; the first to fail is heard."""
+        """Tell the other processes, and torchrun, why this one ends; the first to fail is heard."""
         if self.count == 1:
             return
         _write_error_file(message)

@@ -48,7 +48,7 @@ class EpochSoFar:
 class Trainer:
     """A run in progress: everything that training changes, built by ``neq_cli.training.session``.
 
-    ``wish`` is asked between steps whether to ``SAVE`` or ``STOP``; what all processes agree on is yielded as ``Pause``.
+    ``wish`` is asked between steps whether to ``SAVE`` or ``STOP``; what all agree on is yielded as ``Pause``.
     """
 
     recipe: Recipe
