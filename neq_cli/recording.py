@@ -94,8 +94,8 @@ class Recording:
             self._stop()
 
     def _stop(self) -> None:
-        path = "" if self.writer is None else self.writer.path
-        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on")
+        path = self.writer.path if self.writer is not None else None
+        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on" if path else "")
 
     def _save(self, *, best: bool = False) -> None:
         """Write the checkpoints; the last one before becomes the previous one once the next is whole."""

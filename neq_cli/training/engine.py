@@ -67,14 +67,16 @@ class Trainer:
         self.epoch = 0
         self.so_far: EpochSoFar | None = None
         self.agreement = Agreement(self.processes)
+        forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
         replica = None
         if self.processes.group is not None:
             devices = [self.device.index] if self.device.type == "cuda" else None
-            replica = Replica(self.model, self.freezer, self.processes.group, device_ids=devices)
+            replica = Replica(forward, self.freezer, self.processes.group, device_ids=devices)
         self.step = TrainingStep(
             self.recipe,
             self.device,
             self.model,
+            forward,
             self.task,
             self.optimizer,
             replica,

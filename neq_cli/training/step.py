@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neq_cli.freezing.communication import Replica
@@ -18,13 +19,17 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingStep:
-    """What a step changes beside the model: loss scale and averaged weights; ``replica`` is None on one process."""
+    """What a step changes beside the model: loss scale and averaged weights.
+
+    ``forward`` is ``model``, or what torch.compile made of it. ``replica`` is around it, and None on one process.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
         device: torch.device,
         model: nn.Module,
+        forward: nn.Module,
         task: Task,
         optimizer: torch.optim.Optimizer,
         replica: Replica | None,
@@ -34,12 +39,12 @@ class TrainingStep:
         self.recipe = recipe
         self.device = device
         self.model = model
+        self.forward = forward
         self.task = task
         self.optimizer = optimizer
         self.replica = replica
         self.channels_last = channels_last
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self.forward: nn.Module = torch.compile(model) if recipe.compile and replica is None else model  # type: ignore[assignment]
         self.averaged: AveragedModel | None = None
         if recipe.ema is not None:
             average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
@@ -50,11 +55,7 @@ class TrainingStep:
         """Get ready for the sets now in force; metrics are added up in ``totals``."""
         self.totals = totals
         if self.replica is not None:
-            wrapped = self.replica.current()
-            if not self.recipe.compile:
-                self.forward = wrapped
-            elif self.forward is self.model:  # under torch.compile it stays the same in every epoch
-                self.forward = torch.compile(wrapped)  # type: ignore[assignment]
+            self.forward = self.replica.current()
         self._graphed = GraphedStep(self._whole) if self.recipe.cuda_graph else None
 
     def train(self, inputs: Any, targets: Any, *, batches: int, update: bool) -> Tensor:
@@ -77,8 +78,8 @@ class TrainingStep:
 
     def _backward(self, inputs: Tensor, targets: Any, batches: int, *, update: bool) -> Tensor:
         # Gradients of several batches are sent once, with the last.
-        alone = self.replica is not None and not update
-        with self.replica.current().no_sync() if alone and self.replica is not None else nullcontext():
+        wrapper = self.forward if isinstance(self.forward, DistributedDataParallel) and not update else None
+        with wrapper.no_sync() if wrapper is not None else nullcontext():
             with self.autocast():
                 outputs = self.forward(inputs)
                 loss = self.task.loss(outputs, targets)

@@ -20,7 +20,7 @@ from neq_cli.freezing.flops import forward_cost
 from neq_cli.freezing.policies import frozen_count
 from neq_cli.recipe import NEqPolicy
 from neq_cli.training.bench.options import BenchOptions
-from neq_cli.training.bench.step import TrainingStep
+from neq_cli.training.bench.step import TimedStep
 
 _FIRST_STEPS = 2  # the optimiser's state is born in the first
 
@@ -104,7 +104,7 @@ class Rig:
     """
 
     def __init__(
-        self, device: torch.device, make_step: Callable[[], TrainingStep], mode: Mode | None, dispatch: Dispatch
+        self, device: torch.device, make_step: Callable[[], TimedStep], mode: Mode | None, dispatch: Dispatch
     ) -> None:
         gc.collect()
         before = _allocated(device)

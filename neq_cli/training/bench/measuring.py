@@ -20,7 +20,7 @@ from neq_cli.recipe import Recipe
 from neq_cli.training.bench.arms import Rig, flops_ratio, kernels, make_arms
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
-from neq_cli.training.bench.step import TrainingStep, find_data
+from neq_cli.training.bench.step import TimedStep, find_data
 from neq_cli.training.data import Data
 from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device
 
@@ -53,8 +53,8 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
         formats = time_formats(recipe, device, data, show) if recipe.channels_last == "auto" else {}
         channels_last = formats[True] < formats[False] if formats else bool(recipe.channels_last)
 
-        def make_step() -> TrainingStep:
-            return TrainingStep(recipe, device, data, channels_last=channels_last)
+        def make_step() -> TimedStep:
+            return TimedStep(recipe, device, data, channels_last=channels_last)
 
         measured = Bench(device, make_step, options, show).run()
     except torch.OutOfMemoryError as error:
@@ -86,7 +86,7 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
 
 def time_formats(recipe: Recipe, device: torch.device, data: Data, show: Show) -> dict[bool, float]:
     """Return the plain step's median milliseconds, by whether weights and images are channels_last."""
-    step = TrainingStep(recipe, device, data)
+    step = TimedStep(recipe, device, data)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for number in range(_FORMAT_ROUNDS):
         for channels_last, found in seconds.items():
@@ -107,7 +107,7 @@ class Bench:
     """Three training steps with a model each: the plain one, and one for each mode, whose frozen sets change."""
 
     def __init__(
-        self, device: torch.device, make_step: Callable[[], TrainingStep], options: BenchOptions, show: Show
+        self, device: torch.device, make_step: Callable[[], TimedStep], options: BenchOptions, show: Show
     ) -> None:
         self.device = device
         self.options = options

@@ -56,7 +56,7 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class TrainingStep:
+class TimedStep:
     """Model, optimiser and one batch of a recipe on ``device``; weights are random, drawn from the recipe's seed.
 
     ``images``: [batch, channels, height, width]. Raises RecipeError or NeqError where model and data do not fit.
@@ -72,7 +72,7 @@ class TrainingStep:
         loaders = make_loaders(data, recipe.batch_size, 0, recipe.seed, device, cache="none")
         images, targets = next(iter(loaders.train))
         self.images, self.targets = images.to(device), targets.to(device)
-        self.task = build_task(recipe.task, recipe.label_smoothing)
+        self.task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
         self.scaler = torch.amp.GradScaler(device.type, init_scale=_SCALE, enabled=recipe.precision == "fp16")
         self.forward_model: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
         self.stopwatch = Stopwatch(device)

@@ -13,7 +13,7 @@ from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import Recipe
 from neq_cli.training.bench.arms import Arm, Rig, forward_flops, front_sets, kernels, make_arms, random_sets
 from neq_cli.training.bench.options import BenchOptions
-from neq_cli.training.bench.step import TrainingStep, find_data
+from neq_cli.training.bench.step import TimedStep, find_data
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def recipe(**changes: Any) -> Recipe:
 
 def rig(mode: Any, **changes: Any) -> Rig:
     chosen = recipe(**changes)
-    return Rig(CPU, lambda: TrainingStep(chosen, CPU, find_data(chosen)[0]), mode, Dispatch(fixed=True))
+    return Rig(CPU, lambda: TimedStep(chosen, CPU, find_data(chosen)[0]), mode, Dispatch(fixed=True))
 
 
 def half(of: Rig) -> Arm:

@@ -17,7 +17,7 @@ from neq_cli.training.bench.arms import Arm
 from neq_cli.training.bench.measuring import bench
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Subject, measurements
-from neq_cli.training.bench.step import TrainingStep
+from neq_cli.training.bench.step import TimedStep
 
 OWN_CODE = """
 from torch import nn
@@ -122,14 +122,14 @@ def test_everything_is_measured_by_turns(
 ) -> None:
     monkeypatch.setattr(module, "_VISIT_SECONDS", 0)  # one step each
     ran: list[tuple[int, int]] = []
-    stock = TrainingStep.run
+    stock = TimedStep.run
 
-    def run(step: TrainingStep) -> Any:
+    def run(step: TimedStep) -> Any:
         layer = step.model.get_submodule("1")
         ran.append((id(step), 0 if type(layer) is nn.Linear else 1))
         return stock(step)
 
-    monkeypatch.setattr(TrainingStep, "run", run)
+    monkeypatch.setattr(TimedStep, "run", run)
     shown: list[tuple[int, int, str]] = []
     options = BenchOptions(fractions=(0.0, 0.25, 0.5, 0.75), rounds=3)
     found = bench(recipe(tmp_path, monkeypatch), options, lambda *progress: shown.append(progress))
@@ -170,13 +170,13 @@ def test_the_faster_memory_format_is_used_for_everything(
 ) -> None:
     options = BenchOptions(fractions=(1.0,), modes=("exact",), orders=("front",), rounds=1)
     laid_out: list[bool] = []
-    stock = TrainingStep.lay_out
+    stock = TimedStep.lay_out
 
-    def lay_out(step: TrainingStep, *, channels_last: bool) -> None:
+    def lay_out(step: TimedStep, *, channels_last: bool) -> None:
         laid_out.append(channels_last)
         stock(step, channels_last=channels_last)
 
-    monkeypatch.setattr(TrainingStep, "lay_out", lay_out)
+    monkeypatch.setattr(TimedStep, "lay_out", lay_out)
     for faster in (True, False):
         monkeypatch.setattr(module, "time_formats", lambda *_, faster=faster: {faster: 1.0, not faster: 2.0})
         laid_out.clear()

@@ -12,7 +12,7 @@ import torch
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import Recipe
-from neq_cli.training.bench.step import PARTS, Stopwatch, TrainingStep, find_data
+from neq_cli.training.bench.step import PARTS, Stopwatch, TimedStep, find_data
 
 CPU = torch.device("cpu")
 OWN_CODE = """
@@ -48,8 +48,8 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe.model_validate(values | changes)
 
 
-def step(chosen: Recipe, *, channels_last: bool = False) -> TrainingStep:
-    return TrainingStep(chosen, CPU, find_data(chosen)[0], channels_last=channels_last)
+def step(chosen: Recipe, *, channels_last: bool = False) -> TimedStep:
+    return TimedStep(chosen, CPU, find_data(chosen)[0], channels_last=channels_last)
 
 
 @pytest.mark.parametrize(
