@@ -184,6 +184,8 @@ class Trainer:
             if now - shown >= PROGRESS_SECONDS or agreed or step == steps:
                 self._check_finite(epoch, first_bad, steps)
                 clock.read()
+            if agreed or step == steps:
+                self._check_weights(epoch, step)
             if agreed:
                 yield Pause(epoch, step, stop=agreed == STOP)
                 clock.start()
@@ -221,10 +223,13 @@ class Trainer:
     def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:
         step = int(first_bad.item())
         if step <= steps:
-            raise TrainingError(
-                f"epoch {epoch}, step {step}: the loss is not a finite number any more; "
-                "try a lower optimizer.lr, clip_grad_norm, or precision=fp32"
-            )
+            raise TrainingError(f"epoch {epoch}, step {step}: the loss is not a finite number any more; {_LOWER}")
+
+    def _check_weights(self, epoch: int, step: int) -> None:
+        """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
+        sound = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
+        if not bool(sound):
+            raise TrainingError(f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {_LOWER}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.
@@ -276,6 +281,7 @@ class Trainer:
         return totals.copy_(torch.stack(saved).sum(0)) if self.processes.first else totals
 
 
+_LOWER = "try a lower optimizer.lr, clip_grad_norm, or precision=fp32"
 _PLAIN = ("epoch", "steps", "images", "train_seconds", "seconds", "bookkeeping_seconds", "bytes_sent")
 
 
