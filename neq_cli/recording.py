@@ -47,7 +47,7 @@ class Recording:
         if self.writer is not None:
             _keep_kernel_choices(self.session, self.writer)
         for record in self.trainer.run():
-            # Nothing is lost while the first images of an epoch are waited for, which may take minutes.
+            # Nothing is lost while the first images are waited for, which may take minutes.
             self.requests.set_at_once(isinstance(record, StepProgress) and record.phase == "load")
             if isinstance(record, Pause):
                 self._pause(record)

@@ -115,7 +115,7 @@ def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits", "--progress", "loud"], ["--progress", "'loud'", "'plain'"]),
         (["inspect", "x", "--epoch", "two"], ["--epoch", "two", "integer"]),
         (["export", "x"], ["'-o'"]),
-        (["train", "nothere.yaml"], ["nothere.yaml: no such file", "known: cifar10-folder, digits"]),
+        (["train", "nothere.yaml"], ["nothere.yaml: no such file", "known: cifar10-folder, deeplabv3"]),
         (["train", "digits", "optimzer.lr=1"], ["optimzer: unknown key; did you mean 'optimizer'?"]),
         (["train", "digits", "epochs=two"], ["epochs=two", "'two' is not a whole number", "250"]),
         (["train", "digits", "epochs"], ["epochs: not KEY=VALUE"]),

@@ -34,7 +34,7 @@ class Dashboard:
         self._clock = clock
         self._painter = Painter()
         self._lock = RLock()  # records come from the training thread, frames are drawn in another
-        self._live = _SteadyLive(
+        self._live = SteadyLive(
             self,
             console=console,
             refresh_per_second=FRAMES_PER_SECOND,
@@ -91,7 +91,7 @@ class Dashboard:
             yield from line
 
 
-class _SteadyLive(Live):
+class SteadyLive(Live):
     """A Live that survives a resized window and, where the terminal can, shows each frame whole."""
 
     _size: ConsoleDimensions | None = None

@@ -66,6 +66,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.epoch = 0
         self.so_far: EpochSoFar | None = None
+        self.loaded = False
         self.agreement = Agreement(self.processes)
         forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
         replica = None
@@ -160,9 +161,11 @@ class Trainer:
             return
         self.model.train()
         self.loaders.start_epoch(epoch, so_far.images)
-        yield StepProgress(epoch, so_far.steps, steps, "load", math.nan, math.nan)
         batches = iter(self.loaders.train)
-        batch: Any = next(batches)  # which may decode all images first
+        if not self.loaded:  # the first batch may wait for all images to be decoded
+            yield StepProgress(epoch, so_far.steps, steps, "load", math.nan, math.nan)
+        batch: Any = next(batches)
+        self.loaded = True
         yield StepProgress(epoch, so_far.steps, steps, "train", math.nan, math.nan)
         self.step.begin_epoch(so_far.totals)
         clock = _Clock(so_far, self)

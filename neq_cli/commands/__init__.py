@@ -1,0 +1,1 @@
+"""The commands of `neq`, one function each: parse, call, print."""

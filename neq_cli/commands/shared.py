@@ -1,0 +1,86 @@
+"""What the commands share: arguments, reading what they name, printing; torch is imported by none of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from neq_cli.recipe.file import LoadedRecipe
+    from neq_cli.runs.run_reader import Run
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Return the shipped recipes that a word may become."""
+    from neq_cli.recipe.source import shipped_names
+
+    return [name for name in shipped_names() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe", autocompletion=recipe_names)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2")
+]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
+BaselineOption = Annotated[
+    Path | None, typer.Option(metavar="RUN_DIR", help="the run to compare with; default the baseline policy's")
+]
+AllowDifferences = Annotated[bool, typer.Option("--allow-differences", help="also where data, model or epochs differ")]
+
+
+def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
+    """Return the checked recipe; its warnings go to stderr, unless another process says them."""
+    from neq_cli.recipe.file import load_recipe
+    from neq_cli.recipe.keys import warnings
+    from neq_cli.recipe.source import find_recipe
+    from neq_cli.training.checks import check_section
+    from neq_cli.training.entrypoints import add_import_folder
+
+    # Before the checks: they import entrypoints, which may lie beside the recipe.
+    add_import_folder(find_recipe(reference).parent)
+    loaded = load_recipe(reference, overrides or (), checks=[check_section])
+    for warning in warnings(loaded.recipe) if warn else ():
+        complain(f"warning: {warning}")
+    return loaded
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Return the runs in these folders; RunDirectoryError where one is none."""
+    from neq_cli.runs.run_reader import read_run
+
+    return [read_run(path) for path in paths]
+
+
+def complain(message: str) -> None:
+    """Print a line to stderr, once where several processes have the same one."""
+    distributed = joined_processes()
+    if distributed is None or distributed.joined().say_once(message):
+        print(message, file=sys.stderr)
+
+
+def joined_processes() -> Any:
+    """Return the module that knows of other processes; None where nobody has joined any, nor torch been imported."""
+    return sys.modules.get("neq_cli.training.distributed")
+
+
+def show(content: RenderableType) -> None:
+    """Print what rich lays out."""
+    from rich.console import Console
+
+    Console().print(content)
+
+
+def show_json(content: Any) -> None:
+    """Print JSON for other programs."""
+    print(json.dumps(content, indent=2))

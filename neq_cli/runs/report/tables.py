@@ -1,0 +1,180 @@
+"""The tables of a report: the comparison, what the recipes and environments differ in, and the runs themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from neq_cli.runs.comparison_tables import LEGEND
+from neq_cli.runs.configurations import UNSET, differing_keys, settings, written
+from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_p_value, format_percent, printable
+from neq_cli.runs.report.markup import bullets, details, element, swatch, table, text
+from neq_cli.runs.report.pictures import line
+from neq_cli.runs.report.study import Configuration, Study
+from neq_cli.runs.run_reader import Run
+from neq_cli.runs.statistics import Difference, Summary
+
+_MOST_KEYS = 200
+_MOST_RUNS = 500
+_MOST_NOTES = 50
+_SAID_ELSEWHERE = ("notes",)  # of environment.json
+
+
+def comparison_table(the_study: Study) -> str:
+    """Return what `neq compare` prints, with the numbers and colours of the figures."""
+    metrics = {configuration.row.metric for configuration in the_study.configurations}
+    metric = text(metrics.pop(), 40) if len(metrics) == 1 else "metric"
+    header = ["", "approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds"]
+    rows = [_comparison_row(the_study, configuration) for configuration in the_study.configurations]
+    legend = element("p", element("small", text(f"{LEGEND}.", 400)))
+    return table("Every configuration, the baseline first", header, rows, "comparison") + legend
+
+
+def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]:
+    row = configuration.row
+    name = text(configuration.name)
+    unfinished = "".join(_small(f"unfinished {progress}") for progress in row.unfinished)
+    matched = "" if row.matched_p is None else _small(f"p matched: {row.matched_p.mean:.3g}")
+    return [
+        f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}",
+        (element("strong", name) if row.is_baseline else name) + matched + unfinished,
+        str(len(row.runs)),
+        _flops(row.flops_paper, row.flops_paper_percent),
+        _flops(row.flops_executed, row.flops_executed_percent),
+        _metric(row.final, row.final_difference, row.metric),
+        _metric(row.best, row.best_difference, row.metric),
+        _with_spread(row.seconds, lambda value: f"{value:.1f}" if math.isfinite(value) else MISSING),
+    ]
+
+
+def _small(words: str) -> str:
+    return " " + element("small", text(words))
+
+
+def _with_spread(summary: Summary, form: Callable[[float], str]) -> str:
+    mean = text(form(summary.mean))
+    return mean if math.isnan(summary.std) else f"{mean} ± {text(form(summary.std))}"
+
+
+def _flops(summary: Summary, percent: float | None) -> str:
+    # Runs that freeze nothing do not scatter; zeros would only be in the way.
+    known = summary if summary.std else Summary(summary.mean, math.nan, summary.n)
+    cell = _with_spread(known, lambda value: format_flops(value, summary.mean))
+    return cell if percent is None else cell + _small(format_percent(percent))
+
+
+def _metric(summary: Summary, found: Difference | None, metric: str) -> str:
+    cell = _with_spread(summary, lambda value: format_metric(value, metric))
+    if found is None:
+        return cell
+    sign = "+" if found.mean >= 0 else "−"
+    chance = found.why_no_p if found.p_value is None else f"p={format_p_value(found.p_value)}"
+    return cell + _small(f"{sign}{format_metric(abs(found.mean), metric)}, {chance}")
+
+
+def recipe_tables(the_study: Study) -> str:
+    """Return the keys in which the recipes differ, then all keys of each."""
+    flats = [settings(configuration.runs[0]) for configuration in the_study.configurations]
+    numbered = [
+        (str(configuration.number), flat) for configuration, flat in zip(the_study.configurations, flats, strict=True)
+    ]
+    parts = [_differences("Keys in which the recipes differ", "configurations", numbered, written)]
+    common = {key: value for key, value in flats[0].items() if all(flat.get(key) == value for flat in flats)}
+    parts.append(details(f"Keys that all share ({len(common)})", _key_table("Recipe", _described(common, written))))
+    return "".join(parts)
+
+
+def environment_tables(the_study: Study) -> str:
+    """Return what differs between the runs' environments, then what they share."""
+    flats = [_flat(run.environment) for run in the_study.runs]
+    numbered = [(_run_name(run), flat) for run, flat in zip(the_study.runs, flats, strict=True)]
+    parts = [_differences("What differs between the runs' environments", "runs", numbered, str)]
+    common = {key: value for key, value in flats[0].items() if all(flat.get(key) == value for flat in flats)}
+    parts.append(details(f"What all runs share ({len(common)})", _key_table("Environment", common.items())))
+    return "".join(parts)
+
+
+def notes(the_study: Study) -> str:
+    """Return what the runs noted of themselves, each note once, with how many runs have it."""
+    found: dict[str, int] = {}
+    for run in the_study.runs:
+        own = run.environment.get("notes")
+        for note in dict.fromkeys(map(str, own)) if isinstance(own, list) else ():
+            found[note] = found.get(note, 0) + 1
+    items = [f"{text(note)} {_small(_of_runs(count, len(the_study.runs)))}" for note, count in found.items()]
+    more = [f"and {len(items) - _MOST_NOTES} more"] if len(items) > _MOST_NOTES else []
+    return bullets([*items[:_MOST_NOTES], *more])
+
+
+def _of_runs(count: int, all_runs: int) -> str:
+    return "" if count == all_runs else f"({count} of {all_runs} runs)"
+
+
+def runs_table(the_study: Study) -> str:
+    """Return every run with its folder, seed, state and outcome."""
+    rows = []
+    for configuration in the_study.configurations:
+        for run in configuration.runs:
+            known = run.column(run.metric)
+            known = known[~_isnan(known)]
+            final = format_metric(float(known[-1]), run.metric) if len(known) else MISSING
+            seed = run.setting("seed")
+            cells = [str(configuration.number), run.path, "?" if seed is None else seed, run.status.state]
+            cells += [f"{run.epochs} of {run.epochs_planned}", final, run.environment.get("device") or MISSING]
+            rows.append([text(cell) for cell in cells])
+    caption = "Every run" if len(rows) <= _MOST_RUNS else f"The first {_MOST_RUNS} of {len(rows)} runs"
+    header = ["configuration", "folder", "seed", "state", "epochs", "final", "device"]
+    return table(caption, header, rows[:_MOST_RUNS])
+
+
+def _isnan(values: Any) -> Any:
+    return values != values
+
+
+def _run_name(run: Run) -> str:
+    return printable(run.path.name or str(run.path), 80)
+
+
+def _differences(
+    caption: str, whose: str, numbered: Sequence[tuple[str, Mapping[str, str]]], form: Callable[[str], str]
+) -> str:
+    keys = differing_keys([flat for _, flat in numbered])
+    rows = []
+    for key in keys[:_MOST_KEYS]:
+        values: dict[str, list[str]] = {}
+        for name, flat in numbered:
+            values.setdefault(flat.get(key, UNSET), []).append(name)
+        for place, (value, names) in enumerate(values.items()):
+            shown = value if value == UNSET else form(value)
+            rows.append([text(key) if place == 0 else "", text(shown), text(", ".join(names), 200)])
+    if not rows:
+        return element("p", f"{caption}: none.")
+    more = f"; {len(keys) - _MOST_KEYS} more are left out" if len(keys) > _MOST_KEYS else ""
+    return table(caption + more, ["key", "value", whose], rows)
+
+
+def _described(flat: Mapping[str, str], form: Callable[[str], str]) -> Iterable[tuple[str, str]]:
+    return ((key, form(value)) for key, value in flat.items())
+
+
+def _key_table(caption: str, items: Iterable[tuple[str, str]]) -> str:
+    rows = [[text(key), text(value)] for key, value in items]
+    more = f"; {len(rows) - _MOST_KEYS} keys more are left out" if len(rows) > _MOST_KEYS else ""
+    return table(caption + more, ["key", "value"], rows[:_MOST_KEYS])
+
+
+def _flat(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Return dotted keys; lists stay whole."""
+    flat: dict[str, str] = {}
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                visit(item, f"{key}.{name}" if key else str(name))
+        elif value is not None and key not in _SAID_ELSEWHERE:
+            flat[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    visit(environment, "")
+    return flat

@@ -1,0 +1,145 @@
+"""Every run of a sweep, checked before anything is trained: recipes, names, and what is there of earlier calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neq_cli.errors import RecipeError, RunDirectoryError
+from neq_cli.recipe import Problem
+from neq_cli.recipe.file import Check, LoadedRecipe, load_recipe
+from neq_cli.recipe.keys import warnings
+from neq_cli.runs.resuming import differences, stored_recipe
+from neq_cli.runs.run_files import RunFiles, check_resumable
+from neq_cli.runs.sweep_files import SweepFiles, check_sweep, default_sweep_directory
+from neq_cli.runs.sweep_state import FINISHED, SweptRun, is_finished
+from neq_cli.sweep.folding import folded
+from neq_cli.sweep.grid import Grid, Point, parse_grid
+
+_KINDS = "policy.kind: kinds with keys of their own are swept as policy='{kind: baseline},{kind: stochastic, p: 0.5}'"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: its point of the grid, its recipe, and how it stands."""
+
+    point: Point
+    loaded: LoadedRecipe
+    run: SweptRun
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep that can begin: nothing is written yet."""
+
+    reference: str  # the recipe as the user gave it
+    name: str  # the recipe's
+    grid: Grid
+    files: SweepFiles
+    runs: tuple[PlannedRun, ...]
+    warnings: tuple[str, ...]
+
+
+def plan_sweep(
+    reference: str,
+    arguments: Sequence[str],
+    folder: Path | None = None,
+    checks: Sequence[Check] = (),
+    check_loaded: Callable[[LoadedRecipe], object] | None = None,
+) -> SweepPlan:
+    """Return the plan of a sweep over ``KEY=V1,V2,...`` arguments, in ``folder`` or one named after recipe and keys.
+
+    ``checks`` are those of ``load_recipe``; ``check_loaded`` raises RecipeError for what only a whole recipe tells.
+    Raises RecipeError with the problems of all points at once, and RunDirectoryError where the folder is taken.
+    """
+    grid = parse_grid(arguments)
+    loaded = _loaded(reference, grid, [_remembered(check) for check in checks], check_loaded)
+    name = loaded[0].name
+    files = SweepFiles(folder if folder is not None else default_sweep_directory(name, grid.folder_name))
+    check_sweep(files.root, name)
+    runs = tuple(
+        PlannedRun(point, one, SweptRun(point.name, point.labels, files.run(point.name), one.recipe.epochs))
+        for point, one in zip(grid.points, loaded, strict=True)
+    )
+    _raise_folded([(run.point, _take_stock(run)) for run in runs], len(runs))
+    said = folded([(run.point.name, warnings(run.loaded.recipe)) for run in runs], len(runs))
+    return SweepPlan(reference, name, grid, files, runs, said)
+
+
+def _loaded(
+    reference: str, grid: Grid, checks: Sequence[Check], check_loaded: Callable[[LoadedRecipe], object] | None
+) -> list[LoadedRecipe]:
+    loaded: list[LoadedRecipe] = []
+    problems: list[tuple[Point, Sequence[str]]] = []
+    for point in grid.points:
+        try:
+            one = load_recipe(reference, point.overrides, checks)
+            if check_loaded is not None:
+                check_loaded(one)
+            loaded.append(one)
+        except RecipeError as error:
+            problems.append((point, error.problems))
+    of_kinds = any(" policy." in line for _, lines in problems for line in lines)
+    advice = [_KINDS] if of_kinds and "policy.kind" in grid.keys else []
+    _raise_folded(problems, len(grid.points), advice)
+    _raise_folded(_duplicates(grid, loaded), len(grid.points))
+    return loaded
+
+
+def _remembered(check: Check) -> Check:
+    """Return ``check`` with a memory: the points of a grid have most sections in common."""
+    known: dict[tuple[str, str], list[Problem]] = {}
+
+    def remembering(name: str, section: Any) -> Iterable[Problem]:
+        key = (name, repr(section))
+        if key not in known:
+            known[key] = list(check(name, section))
+        return known[key]
+
+    return remembering
+
+
+def _duplicates(grid: Grid, loaded: Sequence[LoadedRecipe]) -> list[tuple[Point, Sequence[str]]]:
+    seen: dict[str, Point] = {}
+    found: list[tuple[Point, Sequence[str]]] = []
+    for point, one in zip(grid.points, loaded, strict=True):
+        first = seen.setdefault(repr(one.recipe), point)
+        if first is not point:
+            found.append((point, [f"the same recipe as {first.name}; remove one of the values"]))
+    return found
+
+
+def _take_stock(planned: PlannedRun) -> list[str]:
+    """Note how far the run is trained; returns what keeps it from being gone on with."""
+    run, loaded = planned.run, planned.loaded
+    try:
+        check_resumable(run.path)
+        if not RunFiles(run.path).recipe.exists():
+            return []
+        stored = stored_recipe(run.path)
+        problems = differences(stored, loaded.recipe, run.path)
+        finished = is_finished(run.path)
+    except (RunDirectoryError, OSError) as error:
+        return [str(error)]
+    run.look(0.0)
+    if loaded.recipe.batch_size != stored.batch_size:
+        said = f"{loaded.recipe.batch_size}, but {run.path} was begun with {stored.batch_size}; leave it, {_ANEW}"
+        problems.append(Problem("batch_size", said))
+    if run.epochs_done > run.epochs:
+        said = f"{run.epochs}, but epoch {run.epochs_done} of {run.path} is trained; give at least that, {_ANEW}"
+        problems.append(Problem("epochs", said))
+    if finished and run.epochs_done == run.epochs:
+        run.state = FINISHED
+    return [loaded.problem(problem.key, problem.message.replace(_ANEW_ALONE, _ANEW)) for problem in problems]
+
+
+_ANEW_ALONE = "or train anew without --resume"  # as it is told where one run is resumed
+_ANEW = "or give another folder with -o"
+
+
+def _raise_folded(problems: Sequence[tuple[Point, Sequence[str]]], points: int, advice: Sequence[str] = ()) -> None:
+    lines = folded([(point.name, said) for point, said in problems], points)
+    if lines:
+        raise RecipeError([*lines, *advice])
