@@ -54,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _UsageError as error:
         complain(_usage_line(error))
         code = 2
-    except (KeyboardInterrupt, typer.Abort) as error:
-        said = str(error) or str(error.__cause__ or "")  # Typer makes an Abort of it, which says nothing
-        complain(f"interrupted; {said}" if said else "interrupted")
+    except (KeyboardInterrupt, typer.Abort):
+        complain("interrupted")
         code = 130
         # Where the interrupt came inside some module's exec(), `python -m` would end by SIGINT, whatever the code is,
         # unless another exec() ends well (CPython 3.11).
         exec("")
     except Terminated as error:
-        complain(f"ended by {error.signal}; {error}" if str(error) else f"ended by {error.signal}")
-        code = 143
+        how = "interrupted" if error.signal == "SIGINT" else f"ended by {error.signal}"
+        complain(f"{how}; {error}" if str(error) else how)
+        code = 130 if error.signal == "SIGINT" else 143
     except BrokenPipeError:
         # The reader has gone, as in `neq inspect ... | head`.
         sys.stderr.close()

@@ -35,7 +35,10 @@ class TrainingError(NeqError):
 
 
 class Terminated(BaseException):
-    """A signal other than SIGINT ends the program. No Exception, so that nothing catches it on the way out."""
+    """A signal ends the program, with what the user should know. No Exception, so that nothing catches it on the way.
+
+    KeyboardInterrupt ends it too, but tells no more than that.
+    """
 
     def __init__(self, signal: str = "SIGTERM", message: str = "") -> None:
         self.signal = signal

@@ -43,7 +43,7 @@ class Recording:
         self.trainer.wish = self._wish
 
     def follow(self) -> None:
-        """Train to the end. Raises KeyboardInterrupt or Terminated where a signal asked to stop, once all is saved."""
+        """Train to the end. Raises Terminated where a signal asked to stop, once all is saved."""
         if self.writer is not None:
             _keep_kernel_choices(self.session, self.writer)
         for record in self.trainer.run():

@@ -47,7 +47,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
     """Train ``loaded`` into ``run_directory`` (None: one named after recipe, time and seed) and return that folder.
 
     ``resume`` goes on where an earlier training of it ended, and begins where there was none. The run's status tells
-    afterwards how it ended. Raises NeqError for what is wrong, KeyboardInterrupt or Terminated where a signal ended it,
+    afterwards how it ended. Raises NeqError for what is wrong, Terminated or KeyboardInterrupt where a signal ended it,
     once what was reached is saved. Of several processes, all call it.
     """
     from neq_cli.training.distributed import in_company, joined, restarted

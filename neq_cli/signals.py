@@ -49,11 +49,9 @@ class StopRequests:
         if self._at_once:
             raise self.error()
 
-    def error(self, message: str = "") -> BaseException:
-        """Return what ends the run, with what the user should know: KeyboardInterrupt for SIGINT, else Terminated."""
-        return (
-            KeyboardInterrupt(message) if self.received == "SIGINT" else Terminated(self.received or "SIGTERM", message)
-        )
+    def error(self, message: str = "") -> Terminated:
+        """Return what ends the run, with what the user should know."""
+        return Terminated(self.received or "SIGTERM", message)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

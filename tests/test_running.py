@@ -172,7 +172,7 @@ class AfterOneEpoch(Silent):
 
 @pytest.mark.parametrize(
     ("number", "error", "reason"),
-    [(signal.SIGTERM, Terminated, "SIGTERM"), (signal.SIGINT, KeyboardInterrupt, "SIGINT")],
+    [(signal.SIGTERM, Terminated, "SIGTERM"), (signal.SIGINT, Terminated, "SIGINT")],
 )
 def test_a_signal_ends_a_run_and_is_noted(tmp_path: Path, number: int, error: type[BaseException], reason: str) -> None:
     assert threading.current_thread() is threading.main_thread()

@@ -46,9 +46,10 @@ Entrypoint = Annotated[str, Field(pattern=f"^{_CALLABLE}$"), Words("pkg.mod:call
 MatchedRun = Annotated[str, Field(pattern="^match:.+"), Words("match:RUN_DIR")]
 Task = Annotated[
     str,
-    Field(pattern=f"^(classification|{_CALLABLE})$"),
-    Words("classification or pkg.mod:callable", ("classification",)),
+    Field(pattern=f"^(classification|segmentation|{_CALLABLE})$"),
+    Words("classification, segmentation or pkg.mod:callable", ("classification", "segmentation")),
 ]
+Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
 Cache = Literal["auto", "memory", "device", "none"]
 Device = Annotated[
     str,
@@ -77,6 +78,16 @@ class ModelSection(Section):
         default=None, description="torchvision weights, such as DEFAULT; null: random ones", examples=["DEFAULT"]
     )
     checkpoint: str | None = Field(default=None, description="file of weights to start from: .safetensors, .pt or .pth")
+    fresh: list[str] = Field(
+        default_factory=list,
+        description="globs of tensors that the checkpoint need not have: they start at random",
+        examples=["['head.*']"],
+    )
+    weights_backbone: str | None = Field(
+        default=None,
+        description="torchvision weights of a segmentation model's backbone alone; null: random ones",
+        examples=["DEFAULT"],
+    )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the builder or callable", examples=["{num_classes: 10}"]
     )
@@ -90,16 +101,33 @@ class ModelSection(Section):
 class DataSection(Section):
     """Which images it is trained on: by name or from a Python callable."""
 
-    name: str | None = Field(default=None, description="digits, image_folder, or a torchvision dataset such as CIFAR10")
+    name: str | None = Field(
+        default=None,
+        description="digits, image_folder, segmentation_folder, COCO, or a torchvision dataset such as CIFAR10",
+    )
     entrypoint: Entrypoint | None = Field(
         default=None, description="callable that returns (train, test) datasets, in place of name"
     )
     root: str = Field(default="~/data", description="folder of the data; ~ and $VARIABLES are expanded")
     download: bool = Field(default=True, description="let torchvision fetch what is missing, where it can")
     image_size: Count | None = Field(default=None, description="pixels of a side; null: the data's own", examples=[224])
-    augment: Literal["none", "crop", "cifar", "imagenet"] = Field(
-        default="none", description="crop: pad and crop; cifar: crop and mirror; imagenet: resized crop and mirror"
+    base_size: Count | None = Field(
+        default=None,
+        description="shorter side of images with masks before they are cut; null: image_size",
+        examples=[520],
     )
+    augment: Augment = Field(
+        default="none",
+        description="crop: pad and crop; cifar: crop and mirror; imagenet: resized crop and mirror; randaugment: "
+        "imagenet and two of RandAugment's operations; segmentation: scale by 0.5 to 2, mirror and crop, masks too",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="how images are scaled")
+    erasing: Share = Field(default=0.0, description="share of training images of which a random part is noise")
+    mixup: NotNegative = Field(
+        default=0.0, description="alpha of MixUp; where cutmix is above 0 too, each takes every other batch at random"
+    )
+    cutmix: NotNegative = Field(default=0.0, description="alpha of CutMix; 0: none")
+    ignore_index: int = Field(default=255, description="value of masks that is neither learnt nor measured")
     mean: Annotated[list[float], Field(min_length=1)] | None = Field(
         default=None,
         description="per channel, of pixels in [0, 1]; null: the data's own",
@@ -125,6 +153,10 @@ class DataSection(Section):
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel"
+            )
+        if self.base_size is not None and self.image_size is not None and self.base_size < self.image_size:
+            raise ValueError(
+                f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it"
             )
         return self
 

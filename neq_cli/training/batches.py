@@ -9,6 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
@@ -78,7 +79,7 @@ class Batches(DataLoader[Any]):
 
     def _awaited(self, workers: list[BaseProcess]) -> Iterator[Any]:
         """Yield the batches, the caller's turn left out of what ``_deaths`` watches; tell which workers read them."""
-        with _deaths:
+        with _deaths, _held_back():
             batches = super().__iter__()
         _deaths.take_over()
         workers += getattr(batches, "_workers", [])
@@ -152,11 +153,27 @@ def _end_all() -> None:
     _end([worker for worker in _started if worker.is_alive()])
 
 
+_LEFT_TO_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Let signals to the program wait while workers start, which inherit that, until they ignore them.
+
+    A worker that has only just been forked has the program's handlers, and would end by them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_MAIN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker(_: int) -> None:
     """Leave it to the main process what a signal to all of them means, and end when it does, however it ends."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in _LEFT_TO_MAIN:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_MAIN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -169,8 +186,10 @@ def _end_with_parent() -> None:
 
 def in_batches(images: Dataset[Any], batch_size: int, workers: int, seed: int, **options: Any) -> Batches:
     """Return ``images``, whatever they yield, in batches read by ``workers`` processes that stay for the next pass."""
-    sampled = options.get("sampler")
+    sampled, chosen = options.get("sampler"), options.get("batch_sampler")
     batches = -(-len(images if sampled is None else sampled) // batch_size)  # type: ignore[arg-type]
+    if chosen is not None:  # the batches themselves, as lists of positions
+        batches, batch_size = len(chosen), 1
     workers = min(workers, batches)
     with warnings.catch_warnings():
         # How many workers there are is the recipe's decision, also where there are fewer CPUs.

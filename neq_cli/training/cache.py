@@ -41,7 +41,8 @@ def choose_cache(data: Data, cache: Cache, device: torch.device, processes: int 
     if cache == "device" and data.train.scales_at_random:
         raise RecipeValueError(
             "data.cache",
-            "imagenet augmentation cuts and scales images one by one on the CPU; use memory, not the device",
+            f"{data.train.preparation.augment} augmentation cuts and scales images one by one on the CPU; "
+            "use memory, not the device",
         )
     if cache == "memory" or device.type == "cpu":
         _check_fits(_new_bytes(data), _CPU, processes)
@@ -54,7 +55,7 @@ def choose_cache(data: Data, cache: Cache, device: torch.device, processes: int 
 def _automatic(data: Data, device: torch.device, processes: int) -> Choice:
     if data.own:
         return _not_kept(f"{data.name} may change or hold chance; memory keeps what is read first")
-    if data.train.differ:
+    if data.train.differ or data.test.differ:
         return _not_kept("images that are cut at random may differ in size; memory keeps them too")
     if device.type != "cpu" and not data.train.scales_at_random:
         free = free_memory(device)
@@ -75,7 +76,8 @@ def _not_kept(why: str) -> Choice:
 def _kept(data: Data, place: str, processes: int) -> str:
     apart = ", and training images in sizes of their own" if data.train.differ else ""
     each = " in each process" if processes > 1 else ""
-    return f"data.cache: {place}, {readable(_all_bytes(data))}{each}{apart}"
+    read = ", but test images, which differ in size, are read every time" if data.test.differ else ""
+    return f"data.cache: {place}, {readable(_all_bytes(data))}{each}{apart}{read}"
 
 
 def _each(processes: int) -> str:
@@ -115,6 +117,9 @@ def _bytes(data: Data, images: Images) -> int:
         return 0  # not known before all are decoded
     if isinstance(images, StoredImages) and images.unchanged:
         return len(images) * images.images[0].nbytes
+    _, height, width = data.image_shape
+    if images.whole_pixels is not None:
+        return images.whole_pixels * data.image_bytes // (height * width)
     return len(images) * data.image_bytes
 
 

@@ -20,6 +20,7 @@ Shape = tuple[int, int, int]  # channels, height, width
 IMAGENET_STATISTICS: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY_STATISTICS: Statistics = ((0.5,), (0.5,))
 _MNIST_STATISTICS: Statistics = ((0.1307,), (0.3081,))
+_OWN_ARGUMENTS: Mapping[str, tuple[str, ...]] = {"digits": (), "COCO": (), "segmentation_folder": ("num_classes",)}
 _TRANSFORMS = ("transform", "target_transform", "transforms", "loader", "is_valid_file")
 
 
@@ -32,6 +33,7 @@ class Entry:
     classes: int | None = None  # None: the data tells
     shape: Shape | None = None  # None: images differ
     statistics: Statistics | None = None
+    masks: bool = False  # images come with a mask each, not with a label
 
 
 def _flag(classes: int | None, shape: Shape | None, statistics: Statistics | None = None) -> Entry:
@@ -75,6 +77,11 @@ CATALOGUE: Mapping[str, Entry] = {
     "PCAM": _split("train", "test", 2, (3, 96, 96)),
     "RenderedSST2": _split("train", "test", 2, (3, 448, 448)),
     "StanfordCars": _split("train", "test", 196),
+    "segmentation_folder": Entry({}, {}, masks=True),
+    "COCO": Entry({}, {}, 21, statistics=IMAGENET_STATISTICS, masks=True),
+    "VOCSegmentation": Entry(
+        {"image_set": "train"}, {"image_set": "val"}, 21, statistics=IMAGENET_STATISTICS, masks=True
+    ),
 }
 _CANONICAL = {name.lower(): name for name in CATALOGUE}
 
@@ -99,8 +106,10 @@ def kwargs_problems(section: DataSection) -> list[tuple[str, str]]:
         problems = check_kwargs(make, section.kwargs, name=section.entrypoint)
         return [(argument, problem) for argument, problem in problems if argument != "root"]  # passed where taken
     name = find_name(section.name or "")
-    if name == "digits":
-        return [(argument, "digits takes no arguments; remove it") for argument in section.kwargs]
+    if name in _OWN_ARGUMENTS:
+        taken = _OWN_ARGUMENTS[name]
+        what = f"{name} takes {' and '.join(taken) or 'no arguments'}; remove it"
+        return [(argument, what) for argument in section.kwargs if argument not in taken]
     kind = getattr(datasets, "ImageFolder" if name == "image_folder" else name)
     supplied = {"root", "download", *_TRANSFORMS, *CATALOGUE[name].train}
     return check_kwargs(kind, section.kwargs, supplied=supplied, forwards_to=classes_above(kind), name=name)
@@ -111,11 +120,36 @@ def classes_above(kind: type) -> list[type]:
     return [base for base in kind.__mro__[1:] if "__init__" in vars(base)]
 
 
+def has_masks(section: DataSection) -> bool | None:
+    """Return whether images come with masks; None where only the data tells."""
+    return CATALOGUE[find_name(section.name)].masks if section.name is not None else None
+
+
+def masks_problems(section: DataSection, *, masks: bool) -> list[tuple[str, str]]:
+    """Return (key, problem) pairs of what a recipe asks of images that come with masks, or without."""
+    if not masks:
+        problems = [(key, "is for data with masks; remove it") for key in ("base_size",) if getattr(section, key)]
+        if section.augment == "segmentation":
+            problems.append(("augment", "segmentation is for data with masks; use imagenet or cifar"))
+        return problems
+    problems = [
+        (key, "changes images without their masks; remove it")
+        for key in ("erasing", "mixup", "cutmix")
+        if getattr(section, key)
+    ]
+    if section.augment not in ("none", "segmentation"):
+        problems.append(("augment", f"{section.augment} would move images without their masks; use segmentation"))
+    return problems
+
+
 def class_count(section: DataSection) -> int | None:
     """Return the number of classes where it is known without opening the data."""
     if section.name is None:
         return None
     name = find_name(section.name)
+    if name == "segmentation_folder":
+        given = section.kwargs.get("num_classes")
+        return given if isinstance(given, int) else None  # what is no number is refused when the data is opened
     if name == "FakeData":
         count = section.kwargs.get("num_classes", 10)
         if not _counts([count]):

@@ -100,10 +100,16 @@ def _model(section: ModelSection) -> Iterator[Problem]:
             yield from _value_problem(lambda: models.try_builder(section, builder))
         if section.weights is not None:
             yield from _value_problem(lambda: weights.find_weights(section))
+        if section.weights_backbone is not None:
+            yield from _value_problem(lambda: weights.find_backbone_weights(section))
     if section.checkpoint is not None:
-        yield from _value_problem(lambda: weights.find_checkpoint(str(section.checkpoint)))
+        yield from _value_problem(lambda: weights.checkpoint_path(str(section.checkpoint)))
         if section.weights is not None:
             yield Problem("model.checkpoint", "both weights and checkpoint are given; remove one of them")
+    elif section.fresh:
+        yield Problem("model.fresh", "is for a checkpoint, and none is given; remove it or give model.checkpoint")
+    if section.weights_backbone is not None and (section.weights is not None or section.checkpoint is not None):
+        yield Problem("model.weights_backbone", "whole weights are given too; remove one of them")
 
 
 def _data(section: DataSection) -> Iterator[Problem]:
@@ -112,6 +118,8 @@ def _data(section: DataSection) -> Iterator[Problem]:
     if problems or section.name is None:
         return
     yield from _value_problem(lambda: catalogue.class_count(section))
+    for key, problem in catalogue.masks_problems(section, masks=bool(catalogue.has_masks(section))):
+        yield Problem(f"data.{key}", problem)
 
     def normalise() -> None:
         shape = catalogue.sample_shape(section)
@@ -141,6 +149,7 @@ def _policy(section: CustomPolicy) -> Iterator[Problem]:
 def _recipe(recipe: Recipe) -> Iterator[Problem]:
     """Yield what concerns several sections or none."""
     yield from _classes(recipe)
+    yield from _masks(recipe)
     yield from _graph(recipe)
     yield from _task(recipe)
 
@@ -149,6 +158,15 @@ def _classes(recipe: Recipe) -> Iterator[Problem]:
     given, classes = recipe.model.kwargs.get("num_classes"), catalogue.class_count(recipe.data)
     if isinstance(given, int) and classes is not None and given < classes:
         yield Problem("model.kwargs.num_classes", models.too_few_classes(given, classes))
+
+
+def _masks(recipe: Recipe) -> Iterator[Problem]:
+    masks, name = catalogue.has_masks(recipe.data), recipe.data.name
+    if masks and recipe.task == "classification":
+        yield Problem("task", f"classification, but {name} has masks; use task=segmentation")
+    if masks is False and recipe.task == "segmentation":
+        mend = "use segmentation_folder, VOCSegmentation or COCO"
+        yield Problem("task", f"segmentation, but {name} has no masks; {mend}")
 
 
 def _graph(recipe: Recipe) -> Iterator[Problem]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neq_cli.recipe import DataSection
-from neq_cli.training.catalogue import statistics
+from neq_cli.training.catalogue import masks_problems, statistics
 from neq_cli.training.images import Images, ReadImages, StoredImages, as_tensor
+from neq_cli.training.joint import JointPreparation
+from neq_cli.training.masks import MaskedImages, is_mask
 from neq_cli.training.problems import RecipeValueError, one_line
 from neq_cli.training.sources import Source, Stored, open_source
-from neq_cli.training.transforms import Preparation
+from neq_cli.training.transforms import Mixing, Preparation
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Data:
     image_shape: tuple[int, int, int]  # channels, height, width of what the model sees
     image_bytes: int  # of such an image before normalisation
     own: bool  # a dataset of the user's own, which may hold chance or change
+    masked: bool = False  # a mask [height, width] in place of every label
+    notes: tuple[str, ...] = ()  # what a user should know of how the data was understood
 
     @property
     def description(self) -> str:
@@ -55,10 +59,26 @@ def load_data(section: DataSection, seed: int) -> Data:
         if len(dataset) == 0:
             raise RecipeValueError("data", f"{source.name} has no {part} images")
     kept, probed = split(len(source.train), section.probe_size, seed)
-    preparation = _preparation(section, source)
-    train = _images(source, source.train, kept, preparation, augmented=True)
-    probe = _images(source, source.train, probed, preparation, augmented=False)
-    test = _images(source, source.test, torch.arange(len(source.test)), preparation, augmented=False)
+    image, target = _first(source)
+    masked = is_mask(target)
+    for key, problem in masks_problems(section, masks=masked):
+        raise RecipeValueError(f"data.{key}", problem)
+    preparation = _preparation(section, source, image, masked=masked)
+    everything = torch.arange(len(source.test))
+    train: Images
+    if isinstance(preparation, JointPreparation):
+        options: dict[str, Any] = {
+            "name": source.name,
+            "classes": len(source.classes),
+            "ignore_index": section.ignore_index,
+        }
+        train = MaskedImages(source.train, kept, preparation, augmented=True, **options)
+        probe: Images = MaskedImages(source.train, probed, preparation, **options)
+        test: Images = MaskedImages(source.test, everything, preparation, whole=True, **options)
+    else:
+        train = _images(source, source.train, kept, preparation, augmented=True)
+        probe = _images(source, source.train, probed, preparation, augmented=False)
+        test = _images(source, source.test, everything, preparation, augmented=False)
     first = probe.fixed([0])[0][0]
     channels, height, width = first.shape
     for images in (train, probe, test):
@@ -72,8 +92,10 @@ def load_data(section: DataSection, seed: int) -> Data:
         num_classes=len(source.classes),
         classes=source.classes,
         image_shape=(channels, height, width),
-        image_bytes=first.nbytes,
+        image_bytes=first.nbytes + (height * width if masked else 0),
         own=section.entrypoint is not None,
+        masked=masked,
+        notes=source.notes,
     )
 
 
@@ -87,25 +109,33 @@ def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[probe_size:].sort().values, order[:probe_size].sort().values
 
 
-def _preparation(section: DataSection, source: Source) -> Preparation:
+def _preparation(section: DataSection, source: Source, image: Tensor, *, masked: bool) -> Preparation:
     """Return how images are prepared; tensors that come as floats are normalised only if the recipe says so."""
-    image = source.train.images[0] if isinstance(source.train, Stored) else _first_image(source.train, source.name)
-    plain = Preparation(section.image_size, section.augment)
-    if image.is_floating_point() and section.entrypoint is not None and section.mean is None and section.std is None:
-        return plain
-    mean, std = statistics(section, image.shape[0])
-    return replace(plain, mean=mean, std=std)
+    options: dict[str, Any] = {"interpolation": section.interpolation}
+    if section.entrypoint is None or not image.is_floating_point() or section.mean or section.std:
+        options["mean"], options["std"] = statistics(section, image.shape[0])
+    if masked:
+        return JointPreparation(section.image_size, section.augment, base_size=section.base_size, **options)
+    mixing = None
+    if section.mixup or section.cutmix:
+        mixing = Mixing(section.mixup, section.cutmix, len(source.classes))
+    return Preparation(section.image_size, section.augment, erasing=section.erasing, mixing=mixing, **options)
 
 
-def _first_image(dataset: Any, name: str) -> Tensor:
+def _first(source: Source) -> tuple[Tensor, Any]:
+    """Return the first training image and its target, as they are."""
+    if isinstance(source.train, Stored):
+        return source.train.images[0], source.train.labels[0]
     try:
-        image, label = dataset[0]
-        int(label)
-        return as_tensor(image)
+        image, target = source.train[0]
+        if not is_mask(target):
+            int(target)
+        return as_tensor(image), target
     except Exception as error:
         raise RecipeValueError(
             "data",
-            f"the first image of {name} cannot be used ({one_line(error)}); items must be (image, integer label)",
+            f"the first image of {source.name} cannot be used ({one_line(error)}); "
+            "items must be (image, integer label), or (image, mask)",
         ) from error
 
 

@@ -1,8 +1,9 @@
-"""Datasets of prepared images: read one by one, or kept in memory and prepared in batches; labels are integers."""
+"""Datasets of prepared images: read one by one, or kept in memory and prepared in batches; with labels, not masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,39 @@ from neq_cli.training.transforms import Preparation, drawn_from
 Key = int | tuple[int, int]
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """Some images of a source, as (float image [channels, height, width], label); augmented or not."""
+class Images(Dataset[tuple[Tensor, Any]]):
+    """Some images of a source, as (float image [channels, height, width], label); augmented or not.
+
+    Where augmentation mixes images, a label is the share of each class, float [classes].
+    """
+
+    masked = False  # whether targets are masks, not labels
 
     def __init__(self, indices: Tensor, preparation: Preparation, *, augmented: bool) -> None:
         self.indices = indices
         self.preparation = preparation
-        self.augmented = augmented and preparation.augment != "none"
+        self.augmented = augmented and preparation.varies
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, Any]:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, Any]]:
         """Prepare a batch in one go; DataLoader asks for this where it is there."""
         indices, draws = zip(*map(self._resolved, keys), strict=True)
         images, labels = self._fixed(indices, draws)
-        return list(zip(self._finished(images, draws), labels.tolist(), strict=True))
+        finished = self._finished(images, draws)
+        if self.augmented and self.preparation.completes:
+            finished, labels = self.preparation.completed(finished, labels, draws)
+        return list(zip(finished.unbind(), labels.unbind() if labels.ndim > 1 else labels.tolist(), strict=True))
 
-    def fixed(self, positions: Sequence[int]) -> tuple[Tensor | list[Tensor], Tensor]:
+    def fixed(self, positions: Sequence[int]) -> tuple[Any, Any]:
         """Return images before augmentation and normalisation, and labels int64 [batch]: what a cache keeps.
 
-        A tensor [batch, channels, height, width], or a list where ``differ`` allows each a size of its own.
+        A tensor [batch, channels, height, width], or a list where ``differ`` allows each a size of its own. Masks are
+        uint8, and as images are: [batch, height, width], or a list.
         """
         indices = self.indices[list(positions)].tolist()
         return self._fixed(indices, indices)
@@ -56,7 +66,16 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Whether images may differ in size until augmentation has scaled them."""
         return False
 
-    def _fixed(self, indices: Sequence[int], draws: Sequence[int]) -> tuple[Tensor | list[Tensor], Tensor]:
+    @property
+    def whole_pixels(self) -> int | None:
+        """Pixels of all images together where they are not as large as those that are probed, None else."""
+        return None
+
+    def batches(self, batch_size: int) -> list[list[int]] | None:
+        """Return positions in batches where images of a batch must be chosen by their size; None: any will do."""
+        return None
+
+    def _fixed(self, indices: Sequence[int], draws: Sequence[int]) -> tuple[Any, Any]:
         raise NotImplementedError
 
     def _resolved(self, key: Key) -> tuple[int, int]:
@@ -67,14 +86,14 @@ class Images(Dataset[tuple[Tensor, int]]):
             return index, index
         return index, int(torch.randint(2**63 - 1, ())) if draw is None else draw
 
-    def _finished(self, images: Tensor | list[Tensor], draws: Sequence[int]) -> list[Tensor]:
+    def _finished(self, images: Tensor | list[Tensor], draws: Sequence[int]) -> Tensor:
         if isinstance(images, list):
             varied = self.preparation.varied
             pairs = zip(images, draws, strict=True)
             images = torch.cat([varied(image.unsqueeze(0), torch.tensor([draw])) for image, draw in pairs])
         elif self.augmented:
             images = self.preparation.varied(images, torch.tensor(draws))
-        return list(self.preparation.finished(images).unbind())
+        return self.preparation.finished(images)
 
 
 class StoredImages(Images):
@@ -91,9 +110,7 @@ class StoredImages(Images):
     def resizes(self) -> bool:
         """Whether preparing an image costs more than a few copies."""
         size = self.preparation.size
-        return size is not None and (
-            tuple(self.images.shape[-2:]) != (size, size) or self.preparation.augment == "imagenet"
-        )
+        return size is not None and (tuple(self.images.shape[-2:]) != (size, size) or self.preparation.cuts_from_larger)
 
     @property
     def unchanged(self) -> bool:
@@ -143,13 +160,30 @@ class ReadImages(Images):
         groups = [torch.stack(images)] if alike else [image.unsqueeze(0) for image in images]
         return torch.cat([self.preparation.fixed(group, augmented=self.augmented) for group in groups]), labels
 
-    def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
+    def read_from(self, kept: Any) -> None:
+        """Read from ``kept`` from now on, which holds what ``fixed`` returned of each image in turn."""
+        self.source, self.indices = kept, torch.arange(len(self))
+
+    def _source_item(self, index: int, draw: int) -> tuple[Any, Any]:
+        with drawn_from(draw):  # a dataset of the user's own may hold chance too
+            image, target = self.source[index]
+        return image, target
+
+    @contextmanager
+    def _named(self, index: int, which: int = 0) -> Iterator[None]:
+        """Turn whatever is raised within into a DataError that names the file."""
         try:
-            with drawn_from(draw):  # a dataset of the user's own may hold chance too
-                source_image, label = self.source[index]
-            image, label = as_tensor(source_image), int(label)
+            yield
+        except DataError:
+            raise
         except Exception as error:
-            raise DataError(f"{self._place(index)}: cannot be used ({one_line(error)}); mend or remove it") from error
+            place = self._place(index, which)
+            raise DataError(f"{place}: cannot be used ({one_line(error)}); mend or remove it") from error
+
+    def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
+        with self._named(index):
+            source_image, label = self._source_item(index, draw)
+            image, label = as_tensor(source_image), int(label)
         if self.shape is not None:
             sized = self.preparation.size is not None
             if image.shape != ((self.shape[0], *image.shape[1:]) if sized else self.shape):
@@ -161,7 +195,8 @@ class ReadImages(Images):
             raise DataError(f"{self._place(index)}: label {label}, but there are {self.classes} classes, from 0 on")
         return image, label
 
-    def _place(self, index: int) -> str:
+    def _place(self, index: int, which: int = 0) -> str:
+        """Name the file of an image; ``which`` part of a sample is of no matter here."""
         for attribute in ("samples", "_samples", "_image_files"):
             entries = getattr(self.source, attribute, None)
             if isinstance(entries, Sequence):

@@ -73,14 +73,20 @@ class KeptBatches:
             order, draws = self.sampler.begin()
         # What the pass needs is sent at once, so that no batch waits for the device.
         rows = self._kept.rows[order]
-        labels, draws, rows = self._kept.labels[rows].to(self.device), draws.to(self.device), rows.to(self.place)
+        labels = None if self.images.masked else self._kept.labels[rows].to(self.device)
+        own_draws, draws, rows = draws.tolist(), draws.to(self.device), rows.to(self.place)
         preparation, size = self.images.preparation, self.reading.batch_size
         for start in range(0, len(order), size):
             batch = slice(start, start + size)
             images = self._taken(self._kept.images, rows[batch])
             if self.images.augmented:
                 images = preparation.varied(images, draws[batch])
-            yield preparation.finished(images), labels[batch]
+            images = preparation.finished(images)
+            # Masks are as large as images, and so sent batch by batch.
+            targets = self._taken(self._kept.labels, rows[batch]) if labels is None else labels[batch]
+            if self.images.augmented and preparation.completes:
+                images, targets = preparation.completed(images, targets, own_draws[batch])
+            yield images, targets
 
     def _taken(self, images: Tensor, rows: Tensor) -> Tensor:
         """Return copies of the images at ``rows`` on the device: a model may overwrite its input in place."""
@@ -116,8 +122,7 @@ class KeptApart:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(self.images.source, _Decoded):
             # Before the first pass over ``batches``: workers take the images along when they start.
-            self.images.source = _Decoded(self.images, self.reading)
-            self.images.indices = torch.arange(len(self.images))
+            self.images.read_from(_Decoded(self.images, self.reading))
         return iter(self.batches)
 
 
@@ -125,21 +130,31 @@ class _Decoded:
     """Images of several sizes in a few long tensors, as many as they were read in batches: a dataset of its own."""
 
     def __init__(self, images: ReadImages, reading: Reading) -> None:
+        self.masked = images.masked
         self.strips: list[Tensor] = []
+        self.masks: list[Tensor] = []
         self.found: list[tuple[int, int, tuple[int, ...], int]] = []  # strip, start, shape, label
-        for strip, shapes, labels in _read(images, reading):
+        for strip, shapes, targets in _read(images, reading):
             start = 0
-            for shape, label in zip(shapes.tolist(), labels.tolist(), strict=True):
+            labels = [0] * len(shapes) if self.masked else targets.tolist()
+            for shape, label in zip(shapes.tolist(), labels, strict=True):
                 self.found.append((len(self.strips), start, tuple(shape), label))
                 start += shape[0] * shape[1] * shape[2]
             self.strips.append(strip.clone())  # out of the memory that is shared with the worker
+            if self.masked:
+                self.masks.append(targets.clone())
 
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        strip, start, shape, label = self.found[index]
-        return self.strips[strip][start:].narrow(0, 0, shape[0] * shape[1] * shape[2]).view(shape), label
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        strip, start, (channels, height, width), label = self.found[index]
+        pixels = height * width
+        image = self.strips[strip].narrow(0, start, channels * pixels).view(channels, height, width)
+        if not self.masked:
+            return image, label
+        # All images have the same channels, so that masks begin at as large a part of their strip.
+        return image, self.masks[strip].narrow(0, start // channels, pixels).view(height, width)
 
 
 def _decoded(images: Images, place: torch.device, reading: Reading) -> _Kept:
@@ -193,10 +208,12 @@ class _Fixed(Dataset[Any]):
         return len(self.images)
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, ...]:
-        images, labels = self.images.fixed(positions)
+        images, targets = self.images.fixed(positions)
         if isinstance(images, Tensor):
-            return images, labels
-        return torch.cat([image.flatten() for image in images]), torch.tensor([i.shape for i in images]), labels
+            return images, targets
+        if isinstance(targets, list):
+            targets = torch.cat([mask.flatten() for mask in targets])
+        return torch.cat([image.flatten() for image in images]), torch.tensor([i.shape for i in images]), targets
 
 
 def _as_it_is(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

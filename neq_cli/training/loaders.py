@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 
@@ -26,6 +27,8 @@ Passes = Batches | KeptBatches | KeptApart
 class Loaders:
     """The three parts in batches (float images [batch, channels, height, width], int64 labels [batch]).
 
+    In place of labels stand uint8 masks [batch, height, width] where the data has them, and shares of classes, float
+    [batch, classes], where training images are mixed. Test images of masks are whole, those of one batch of one size.
     On the training device where images are kept, else on the CPU, pinned for a GPU. Of several processes each has its
     share: no image is in two of them.
     """
@@ -91,7 +94,7 @@ def make_loaders(
     return Loaders(
         _kept(data.train, place, device, reading, shuffled),
         KeptBatches(data.probe, place, device, probe_reading),
-        KeptBatches(data.test, place, device, reading),
+        _read(data.test, reading, device) if data.test.differ else KeptBatches(data.test, place, device, reading),
         choice.note,
     )
 
@@ -131,12 +134,15 @@ def _read(
 ) -> Batches:
     # Images in memory are prepared in the main process, which is faster than handing them over, unless it scales them.
     workers = 0 if isinstance(images, StoredImages) and not images.resizes else reading.workers
+    order: dict[str, Any] = {"sampler": sampler, "drop_last": sampler is not None}
+    chosen = images.batches(reading.batch_size) if sampler is None and isinstance(images, Images) else None
+    if chosen is not None:
+        order = {"batch_sampler": chosen}
     return in_batches(
         images,
         reading.batch_size,
         workers,
         reading.seed,
-        sampler=sampler,
-        drop_last=sampler is not None,
         pin_memory=device.type == "cuda",
+        **order,
     )

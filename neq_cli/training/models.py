@@ -1,4 +1,4 @@
-"""The network a recipe names, with random weights: torchvision classifiers, CIFAR ResNets, any Python callable."""
+"""The network a recipe names, with random weights: torchvision's, CIFAR ResNets, any Python callable."""
 
 from __future__ import annotations
 
@@ -44,8 +44,14 @@ class Builder:
 
 
 def torchvision_names() -> list[str]:
-    """Return the names of torchvision's classification models."""
+    """Return the names of torchvision's classification and segmentation models."""
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names + segmentation_names()
+
+
+def segmentation_names() -> list[str]:
+    """Return the names of torchvision's segmentation models."""
+    names: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)
     return names
 
 
@@ -65,7 +71,9 @@ def find_builder(section: ModelSection) -> Builder:
     make = torchvision.models.get_model_builder(name)
     # torchvision's builders are `resnet18(*, weights, progress, **kwargs) -> ResNet`: the class has the real arguments.
     behind = inspect.signature(make, eval_str=True).return_annotation
-    return Builder(name, make, (behind,) if inspect.isclass(behind) else (), torchvision=True)
+    # Segmentation models' builders keep their **kwargs to themselves.
+    forwards = inspect.isclass(behind) and name not in segmentation_names()
+    return Builder(name, make, (behind,) if forwards else (), torchvision=True)
 
 
 def kwargs_problems(section: ModelSection, builder: Builder) -> list[tuple[str, str]]:
@@ -158,7 +166,8 @@ def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]
 def check_fit(model: nn.Module, data: Data) -> None:
     """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
 
-    The output must be [1, at least num_classes]. Runs where the model is; modes are put back.
+    The output must be [1, at least num_classes], and of the image's height and width where the data has masks. Runs
+    where the model is; modes are put back.
     """
     image = data.probe[0][0]
     shape = "x".join(str(size) for size in image.shape)
@@ -175,10 +184,11 @@ def check_fit(model: nn.Module, data: Data) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
-    if outputs.ndim != 2 or outputs.shape[0] != 1:
+    task, size = ("segmentation", list(image.shape[1:])) if data.masked else ("classification", [])
+    if outputs.ndim != 2 + len(size) or outputs.shape[0] != 1 or list(outputs.shape[2:]) != size:
         raise NeqError(
             f"model: an image of {data.name}, {shape}, gives an output of shape {list(outputs.shape)}; "
-            f"classification needs [1, {data.num_classes}]"
+            f"{task} needs {[1, data.num_classes, *size]}"
         )
     if outputs.shape[1] < data.num_classes:
         raise NeqError(

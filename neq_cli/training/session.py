@@ -77,7 +77,7 @@ def prepare(
         share=Share(processes.rank, processes.count, processes.local_count),
     )
     model = build_model(recipe.model, data.num_classes)
-    notes = [loaders.note, *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    notes = [loaders.note, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
     if not resumed:
         notes[1:1] = load_weights(model, recipe.model)
     check_fit(model, data)
@@ -120,7 +120,7 @@ def prepare(
         channels_last=bool(recipe.channels_last),
         model=model,
         loaders=loaders,
-        task=build_task(recipe.task, recipe.label_smoothing),
+        task=build_task(recipe.task, recipe.label_smoothing, data.num_classes),
         optimizer=optimizer,
         scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
         freezer=freezer,

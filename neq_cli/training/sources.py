@@ -18,9 +18,11 @@ from torchvision.datasets import ImageFolder
 from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
 from neq_cli.training.catalogue import CATALOGUE, classes_above, find_name, kwargs_problems
+from neq_cli.training.coco import VOC_CLASSES, CocoMasks
 from neq_cli.training.digits import load_digits
 from neq_cli.training.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.images import as_tensor
+from neq_cli.training.mask_files import MaskFiles, open_folder
 from neq_cli.training.problems import RecipeValueError, one_line
 
 
@@ -37,12 +39,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Source:
-    """Both parts: ``Stored``, or datasets that yield (PIL image, array or tensor, label)."""
+    """Both parts: ``Stored``, or datasets that yield (PIL image, array or tensor, label or mask)."""
 
     name: str
     train: Any
     test: Any
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def open_source(section: DataSection) -> Source:
@@ -57,6 +60,10 @@ def open_source(section: DataSection) -> Source:
         return Source(name, Stored(*train), Stored(*test), _numbered(10))
     if name == "image_folder":
         return _from_folder(section)
+    if name == "segmentation_folder":
+        return _from_segmentation_folder(section)
+    if name == "COCO":
+        return _from_coco(section)
     if name == "FakeData":
         return _fake(section)
     return _from_torchvision(section, name)
@@ -102,6 +109,18 @@ def _image_folder(folder: Path, kwargs: Mapping[str, Any]) -> ImageFolder:
         raise RecipeValueError("data.root", f"'{folder}' cannot be read ({one_line(error)})") from error
 
 
+def _from_segmentation_folder(section: DataSection) -> Source:
+    root = data_root(section)
+    train, test, note = open_folder(root, section.kwargs, section.ignore_index)
+    return Source(f"segmentation_folder {root.name}", train, test, train.classes, (note,) if note else ())
+
+
+def _from_coco(section: DataSection) -> Source:
+    root = data_root(section)
+    train, test = (CocoMasks(root, part, only_with_objects=part == "train") for part in ("train", "val"))
+    return Source("COCO", train, test, CocoMasks.classes)
+
+
 def _fake(section: DataSection) -> Source:
     kwargs = {"size": 1000, "num_classes": 10, "random_offset": 0, **section.kwargs}
     try:
@@ -119,6 +138,8 @@ def _from_torchvision(section: DataSection, name: str) -> Source:
     entry = CATALOGUE[name]
     kind = getattr(datasets, name)
     train, test = (_torchvision_part(section, kind, {**section.kwargs, **part}) for part in (entry.train, entry.test))
+    if entry.masks:  # Pascal VOC
+        return Source(name, _voc_files(train), _voc_files(test), VOC_CLASSES)
     names = getattr(train, "classes", None)
     classes = _class_names(names) if names else _numbered(entry.classes or 0)
     return Source(name, _in_memory(train) or train, _in_memory(test) or test, classes)
@@ -151,6 +172,10 @@ def _torchvision_part(section: DataSection, kind: type[Any], arguments: dict[str
                 "set data.root to where it is, or check the network",
             ) from error
     raise RecipeValueError("data.root", f"{name} is not in '{root}' ({one_line(missing)}); {mend}") from missing
+
+
+def _voc_files(part: Any) -> MaskFiles:
+    return MaskFiles([(Path(image), Path(mask)) for image, mask in zip(part.images, part.masks, strict=True)])
 
 
 def _in_memory(dataset: Any) -> Stored | None:
@@ -193,14 +218,14 @@ def _from_entrypoint(section: DataSection, entrypoint: str) -> Source:
             "data.entrypoint", f"'{entrypoint}' must return (train, test), two datasets with a length and an index"
         )
     train, test = made
-    return Source(entrypoint, train, test, _classes_of(train, entrypoint))
+    return Source(entrypoint, train, test, _classes_of(train, entrypoint, section.ignore_index))
 
 
 def _is_dataset(candidate: Any) -> bool:
     return hasattr(candidate, "__getitem__") and hasattr(candidate, "__len__")
 
 
-def _classes_of(dataset: Any, entrypoint: str) -> tuple[str, ...]:
+def _classes_of(dataset: Any, entrypoint: str, ignore_index: int) -> tuple[str, ...]:
     """Return the class names that a dataset of the user's own tells, or numbers for them."""
     while hasattr(dataset, "dataset") and not hasattr(dataset, "classes"):  # torch.utils.data.Subset
         dataset = dataset.dataset
@@ -216,7 +241,10 @@ def _classes_of(dataset: Any, entrypoint: str) -> tuple[str, ...]:
             "data.entrypoint",
             f"the training dataset of '{entrypoint}' does not tell its classes; give it classes or targets",
         )
-    return _numbered(int(torch.as_tensor(labels).max()) + 1)
+    numbers = torch.as_tensor(labels)
+    if numbers.ndim > 1:  # masks
+        numbers = numbers[numbers != ignore_index]
+    return _numbered(int(numbers.max()) + 1)
 
 
 def _class_names(classes: Sequence[Any]) -> tuple[str, ...]:

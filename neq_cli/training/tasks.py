@@ -1,22 +1,19 @@
-"""What is learnt: the loss, and the metrics kept on the device; classification only."""
+"""What is learnt: the loss, and the metrics kept on the device; classification, segmentation or a callable's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from neq_cli.training.entrypoints import accepted_arguments, load_entrypoint
+from neq_cli.training.outputs import auxiliary_outputs, main_output
 from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.segmentation import Segmentation
 
-# Weights of auxiliary classifiers: Szegedy et al. 2015 for GoogLeNet; 0.4 is what PyTorch's Inception v3 fine-tuning
-# tutorial uses; 0.5 is torchvision's segmentation training.
-_GOOGLENET_AUXILIARY = 0.3
-_INCEPTION_AUXILIARY = 0.4
-_DICT_AUXILIARY = 0.5
+__all__ = ["Classification", "Segmentation", "Task", "auxiliary_outputs", "build_task", "find_task", "main_output"]
 
 
 @runtime_checkable
@@ -39,7 +36,10 @@ class Task(Protocol):
 
 
 class Classification:
-    """Cross-entropy and top-1 accuracy in percent, over logits [batch, classes] and targets [batch]."""
+    """Cross-entropy and top-1 accuracy in percent, over logits [batch, classes] and targets [batch].
+
+    Targets of mixed images are shares [batch, classes]: right is then the class with the largest.
+    """
 
     metric = "test_top1"
 
@@ -63,7 +63,8 @@ class Classification:
     def update(self, totals: Tensor, outputs: Any, targets: Tensor, loss: Tensor) -> None:
         """Add a batch; nothing is read back from the device."""
         with torch.no_grad():
-            right = (main_output(outputs).argmax(1) == targets).sum()
+            largest = targets.argmax(1) if targets.ndim > 1 else targets
+            right = (main_output(outputs).argmax(1) == largest).sum()
             totals[0] += loss.detach() * len(targets)
             totals[1] += right
             totals[2] += len(targets)
@@ -76,40 +77,16 @@ class Classification:
         return {"loss": loss / images, "top1": 100 * right / images}
 
 
-def main_output(outputs: Any) -> Tensor:
-    """Return the tensor that predictions are read from: of a tensor, of torchvision's tuples, of a mapping."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        for key in ("logits", "out"):
-            if key in outputs:
-                return cast(Tensor, outputs[key])
-        raise TypeError(f"the model returned a mapping without 'logits' or 'out': {', '.join(map(str, outputs))}")
-    if hasattr(outputs, "logits"):
-        return cast(Tensor, outputs.logits)
-    raise TypeError(f"the model returned a {type(outputs).__name__}; a tensor or a mapping with 'logits' is needed")
+def build_task(name: str, label_smoothing: float = 0.0, classes: int | None = None) -> Task:
+    """Return the task that a recipe names: ``classification``, ``segmentation``, or what ``pkg.mod:callable`` returns.
 
-
-def auxiliary_outputs(outputs: Any) -> list[tuple[float, Tensor]]:
-    """Return (weight, logits) of the auxiliary classifiers that ``outputs`` hold, none in eval mode."""
-    if isinstance(outputs, Tensor):
-        return []
-    if isinstance(outputs, Mapping):
-        found = [(_DICT_AUXILIARY, outputs.get("aux"))]
-    elif hasattr(outputs, "aux_logits1"):
-        found = [(_GOOGLENET_AUXILIARY, outputs.aux_logits1), (_GOOGLENET_AUXILIARY, outputs.aux_logits2)]
-    else:
-        found = [(_INCEPTION_AUXILIARY, getattr(outputs, "aux_logits", None))]
-    return [(weight, logits) for weight, logits in found if logits is not None]
-
-
-def build_task(name: str, label_smoothing: float = 0.0) -> Task:
-    """Return the task that a recipe names: ``classification``, or what ``pkg.mod:callable`` returns.
-
-    The callable gets ``label_smoothing`` where it takes it, and must return something with the methods of ``Task``.
+    The callable gets ``label_smoothing``, and the number of ``classes`` of the data, where it takes them, and must
+    return something with the methods of ``Task``.
     """
     if name == "classification":
         return Classification(label_smoothing)
+    if name == "segmentation" and classes is not None:
+        return Segmentation(classes, label_smoothing)
     make = find_task(name)
     accepted, others = accepted_arguments(make)
     takes_smoothing = others or "label_smoothing" in accepted
@@ -117,8 +94,11 @@ def build_task(name: str, label_smoothing: float = 0.0) -> Task:
         raise RecipeValueError(
             "label_smoothing", f"{label_smoothing}, but the task '{name}' does not take it; remove it"
         )
+    arguments: dict[str, Any] = {"label_smoothing": label_smoothing} if takes_smoothing else {}
+    if "classes" in accepted and classes is not None:
+        arguments["classes"] = classes
     try:
-        task = make(label_smoothing=label_smoothing) if takes_smoothing else make()
+        task = make(**arguments)
     except Exception as error:
         raise RecipeValueError("task", f"'{name}' cannot be made: {one_line(error)}") from error
     if not isinstance(task, Task):
@@ -129,8 +109,9 @@ def build_task(name: str, label_smoothing: float = 0.0) -> Task:
 
 def find_task(name: str) -> Any:
     """Return the callable behind ``name``; RecipeValueError where there is none."""
-    if name == "classification":
-        return Classification
+    known = {"classification": Classification, "segmentation": Segmentation}
+    if name in known:
+        return known[name]
     if ":" not in name:
-        raise RecipeValueError("task", f"'{name}' is neither classification nor pkg.mod:callable")
+        raise RecipeValueError("task", f"'{name}' is neither classification, segmentation nor pkg.mod:callable")
     return load_entrypoint(name, "task")

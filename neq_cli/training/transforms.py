@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -12,8 +13,34 @@ from torch.nn import functional
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as images_functional
 
+from neq_cli.recipe.keys import Augment
+
 _IMAGENET_SIZE = 224
 _IMAGENET_RESIZE = 256 / 224  # torchvision's ImageNet tests scale the shorter side to 256 and cut 224 from the middle
+
+
+# Draws of one image for several purposes start from different numbers.
+_ERASING = 0x2545F4914F6CDD1D
+_MIXING = 0x5851F42D4C957F2D
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """MixUp and CutMix with these alphas, 0 for none, of images of so many classes."""
+
+    mixup: float
+    cutmix: float
+    classes: int
+
+    def mixed(self, images: Tensor, labels: Tensor, draw: int) -> tuple[Tensor, Tensor]:
+        """Mix each image of a batch with its neighbour by MixUp or, with even chance where both are on, CutMix."""
+        ways = [v2.MixUp(alpha=self.mixup, num_classes=self.classes)] if self.mixup else []
+        if self.cutmix:
+            ways.append(v2.CutMix(alpha=self.cutmix, num_classes=self.classes))
+        with drawn_from(draw ^ _MIXING):
+            way = ways[int(torch.randint(len(ways), ()))]
+            mixed, shares = way(images, labels)
+        return mixed, shares
 
 
 @dataclass(frozen=True)
@@ -21,19 +48,37 @@ class Preparation:
     """How images are prepared. ``mean`` and ``std`` are per channel, of pixels in [0, 1]; None: not normalised."""
 
     image_size: int | None = None
-    augment: Literal["none", "crop", "cifar", "imagenet"] = "none"
+    augment: Augment = "none"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    erasing: float = 0.0  # share of images of which a random part becomes noise
+    mixing: Mixing | None = None
 
     @property
     def size(self) -> int | None:
         """Pixels of a side of what the network sees; None is the images' own size."""
-        return _IMAGENET_SIZE if self.image_size is None and self.augment == "imagenet" else self.image_size
+        return _IMAGENET_SIZE if self.image_size is None and self.cuts_from_larger else self.image_size
+
+    @property
+    def cuts_from_larger(self) -> bool:
+        """Whether images are prepared as ImageNet's are: cut from larger ones, at random to train and to test."""
+        return self.augment in ("imagenet", "randaugment")
 
     @property
     def scales_at_random(self) -> bool:
         """Whether augmentation cuts images before they are scaled, so that they may come in any size."""
-        return self.augment == "imagenet"
+        return self.cuts_from_larger
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is any chance in how training images are prepared."""
+        return self.augment != "none" or self.completes
+
+    @property
+    def completes(self) -> bool:
+        """Whether there is something to do after normalisation."""
+        return self.erasing > 0 or self.mixing is not None
 
     def test(self, images: Tensor) -> Tensor:
         """Prepare uint8 or float images [batch, channels, height, width] without any chance in it."""
@@ -52,7 +97,9 @@ class Preparation:
     def varied(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return images augmented; ``draws`` are on their device."""
         if self.scales_at_random:
-            return resized_crop_and_mirror(images, draws, int(self.size or _IMAGENET_SIZE))
+            return resized_crop_and_mirror(
+                images, draws, int(self.size or _IMAGENET_SIZE), self.interpolation, vary=self.augment == "randaugment"
+            )
         if self.augment == "crop":
             return crop_and_mirror(images, draws, padding=images.shape[-1] // 8, mirror=False)
         if self.augment == "cifar":
@@ -68,12 +115,24 @@ class Preparation:
         centred = scaled.sub(mean) if scaled is images else scaled.sub_(mean)  # in place only what is new
         return centred.div_(std)
 
+    def completed(self, images: Tensor, labels: Tensor, draws: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return finished images [batch, ...] erased in part and mixed with each other, and what they then are.
+
+        Labels become shares of classes, float [batch, classes], where images are mixed; then one draw decides for all.
+        """
+        if self.erasing:
+            images = erased(images, draws, self.erasing)
+        if self.mixing is None:
+            return images, labels
+        return self.mixing.mixed(images, labels, draws[0])
+
     def _resized(self, images: Tensor) -> Tensor:
         size = self.size
-        if size is None or (tuple(images.shape[-2:]) == (size, size) and self.augment != "imagenet"):
+        if size is None or (tuple(images.shape[-2:]) == (size, size) and not self.cuts_from_larger):
             return images
-        shorter = round(size * _IMAGENET_RESIZE) if self.augment == "imagenet" else size
-        resized = images_functional.resize(images, [shorter], antialias=True)
+        shorter = round(size * _IMAGENET_RESIZE) if self.cuts_from_larger else size
+        mode = v2.InterpolationMode(self.interpolation)
+        resized = images_functional.resize(images, [shorter], interpolation=mode, antialias=True)
         cut: Tensor = images_functional.center_crop(resized, [size, size])
         return cut
 
@@ -128,14 +187,33 @@ def _gathered(images: Tensor, rows: Tensor, columns: Tensor, mirrored: Tensor, p
     return padded.flatten(2).gather(2, pixels).view(images.shape)
 
 
-def resized_crop_and_mirror(images: Tensor, draws: Tensor, size: int) -> Tensor:
-    """Cut a random part of each image and scale it to ``size``, mirror every other one (torchvision's defaults)."""
-    augment = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+def resized_crop_and_mirror(
+    images: Tensor, draws: Tensor, size: int, interpolation: str = "bilinear", *, vary: bool = False
+) -> Tensor:
+    """Cut a random part of each image and scale it to ``size``, mirror every other one (torchvision's defaults).
+
+    ``vary`` adds RandAugment: two operations at nine tenths of their strength.
+    """
+    mode = v2.InterpolationMode(interpolation)
+    steps = [v2.RandomResizedCrop(size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
+    if vary:
+        steps.append(v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=11))
+    augment = v2.Compose(steps)
     augmented = []
     for image, draw in zip(images, draws.tolist(), strict=True):
         with drawn_from(draw):
             augmented.append(augment(image))
     return torch.stack(augmented)
+
+
+def erased(images: Tensor, draws: Sequence[int], share: float) -> Tensor:
+    """Return finished images of which ``share`` have a random rectangle of noise in them, as the draws decide."""
+    erase = v2.RandomErasing(share, value="random")
+    changed = []
+    for image, draw in zip(images, draws, strict=True):
+        with drawn_from(draw ^ _ERASING):
+            changed.append(erase(image))
+    return torch.stack(changed)
 
 
 class drawn_from:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +20,7 @@ from neq_cli.errors import did_you_mean
 from neq_cli.recipe import ModelSection
 from neq_cli.training.models import find_builder
 from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.swin_names import as_torchvision
 
 _NESTED = ("model", "state_dict")
 _SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -32,7 +35,9 @@ def load_weights(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
     if section.weights is not None:
         return _load_torchvision(model, section)
     if section.checkpoint is not None:
-        _load_checkpoint(model, section.checkpoint)
+        return _load_checkpoint(model, section)
+    if section.weights_backbone is not None:
+        _load_backbone(model, section)
     return ()
 
 
@@ -54,26 +59,42 @@ def find_weights(section: ModelSection) -> Any:
     return known[name]
 
 
-def find_checkpoint(checkpoint: str) -> Path:
-    """Return the checkpoint's path, ~ and $VARIABLES expanded; RecipeValueError where there is no such file."""
+def find_backbone_weights(section: ModelSection) -> Any:
+    """Return torchvision's entry that ``section.weights_backbone`` names; RecipeValueError where there is none."""
+    builder = find_builder(section)
+    default = None
+    if builder.torchvision:
+        default = inspect.signature(builder.make).parameters.get("weights_backbone")
+    if default is None:
+        raise RecipeValueError("model.weights_backbone", f"{builder.name} has no backbone of its own; remove it")
+    known = type(default.default)
+    name = str(section.weights_backbone).removeprefix(f"{known.__name__}.")
+    if name not in known.__members__:
+        hint = did_you_mean(name.upper(), known.__members__) or f"; {', '.join(known.__members__)}"
+        raise RecipeValueError(
+            "model.weights_backbone", f"{builder.name}'s backbone has no weights '{section.weights_backbone}'{hint}"
+        )
+    return known[name]
+
+
+def checkpoint_path(checkpoint: str) -> Path:
+    """Return the path with ~ and $VARIABLES expanded; RecipeValueError where it is of no kind that can be read."""
     path = Path(os.path.expandvars(checkpoint)).expanduser()
     if path.suffix not in _SUFFIXES:
         raise RecipeValueError("model.checkpoint", f"'{path}' is none of {', '.join(_SUFFIXES)}")
+    return path
+
+
+def find_checkpoint(checkpoint: str) -> Path:
+    """Return the checkpoint's path; RecipeValueError where there is no such file."""
+    path = checkpoint_path(checkpoint)
     if not path.is_file():
         raise RecipeValueError("model.checkpoint", f"no file '{path}'; give the path of one that is there")
     return path
 
 
 def _load_torchvision(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
-    entry = find_weights(section)
-    try:
-        loaded = entry.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:
-        raise RecipeValueError(
-            "model.weights",
-            f"'{section.weights}' of {section.name} could not be fetched ({one_line(error)}); check the network, "
-            "or give a file as model.checkpoint",
-        ) from error
+    loaded = _fetched(find_weights(section), section, "weights")
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in loaded.items() if name in own and own[name].shape == tensor.shape}
     if not fitting:
@@ -86,10 +107,42 @@ def _load_torchvision(model: nn.Module, section: ModelSection) -> tuple[str, ...
     return (f"model.weights: {len(fresh)} of {len(own)} tensors start from scratch: {_listed(fresh)}",)
 
 
-def _load_checkpoint(model: nn.Module, checkpoint: str) -> None:
-    path = find_checkpoint(checkpoint)
-    loaded = _read(path)
+def _load_backbone(model: nn.Module, section: ModelSection) -> None:
+    """Load a classifier's weights into the layers of the backbone that were taken from it; its head is left out."""
+    loaded = _fetched(find_backbone_weights(section), section, "weights_backbone")
+    backbone = model.get_submodule("backbone")
+    own = backbone.state_dict()
+    # MobileNet's backbone is its `features` alone, ResNet's the whole of it.
+    fitting = {name: loaded[key] for name in own for key in (name, f"features.{name}") if key in loaded}
+    missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise RecipeValueError("model.weights_backbone", f"the backbone's {_listed(missing)} are not in it; remove it")
+    backbone.load_state_dict(fitting, strict=False)
+
+
+def _fetched(entry: Any, section: ModelSection, key: str) -> dict[str, Tensor]:
+    try:
+        loaded: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:
+        raise RecipeValueError(
+            f"model.{key}",
+            f"'{getattr(section, key)}' of {section.name} could not be fetched ({one_line(error)}); check the network, "
+            "or give a file as model.checkpoint",
+        ) from error
+    return loaded
+
+
+def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
+    path = find_checkpoint(str(section.checkpoint))
     own = model.state_dict()
+    loaded = as_torchvision(_read(path), own)
+    for glob in section.fresh:
+        if not any(fnmatchcase(name, glob) for name in own):
+            hint = did_you_mean(glob, own) or f"; names are such as '{next(iter(own), '')}'"
+            raise RecipeValueError("model.fresh", f"no tensor of the model matches '{glob}'{hint}")
+    fresh = [name for name in own if _matches(name, section.fresh)]
+    loaded = {name: tensor for name, tensor in loaded.items() if not _matches(name, section.fresh)}
+    own = {name: tensor for name, tensor in own.items() if name not in fresh}
     missing = [name for name in own if name not in loaded]
     unexpected = [name for name in loaded if name not in own]
     mismatched = [
@@ -101,7 +154,12 @@ def _load_checkpoint(model: nn.Module, checkpoint: str) -> None:
     problems = [f"{len(names)} {what} ({_listed(names)})" for what, names in parts if names]
     if problems:
         raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: tensors {'; '.join(problems)}")
-    model.load_state_dict(dict(loaded))
+    model.load_state_dict(dict(loaded), strict=not fresh)
+    return (f"model.fresh: {len(fresh)} tensors start from scratch: {_listed(fresh)}",) if fresh else ()
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -86,7 +86,7 @@ def reference_problem(reference: str) -> str:
 
 def test_a_reference_that_is_nothing() -> None:
     line = reference_problem("dgits")
-    assert line.startswith("dgits: no such file, nor a recipe of that name; known: cifar10-folder, digits, ")
+    assert line.startswith("dgits: no such file, nor a recipe of that name; known: cifar10-folder, deeplabv3_")
     assert line.endswith("; did you mean 'digits'?")
     assert reference_problem("recipes/digits.yaml").endswith("; did you mean 'digits'?")
     assert reference_problem("").startswith("no recipe given")
@@ -160,11 +160,12 @@ zzz: 1
         "cifar10.yaml:1: modle: unknown key; did you mean 'model'?",
         "cifar10.yaml:2: model: 'resnet18' is not a section; write {name: resnet18}",
         "cifar10.yaml:4: data.entrypoint: 'nets.make' is not pkg.mod:callable, or null",
-        "cifar10.yaml:5: data.augment: 'imagnet' is not one of none, crop, cifar, imagenet; did you mean 'imagenet'?",
+        "cifar10.yaml:5: data.augment: 'imagnet' is not one of none, crop, cifar, imagenet, randaugment, segmentation; "
+        "did you mean 'imagenet'?",
         "cifar10.yaml:6: data.workers: -1 is not a whole number of at least 0; write one such as 2",
         "cifar10.yaml:7: data.std.1: 0 is not a number above 0",
         "cifar10.yaml:7: data.std.2: 'a' is not a number above 0",
-        "cifar10.yaml:8: task: 'clasification' is not classification or pkg.mod:callable; "
+        "cifar10.yaml:8: task: 'clasification' is not classification, segmentation or pkg.mod:callable; "
         "did you mean 'classification'?",
         "cifar10.yaml:9: epochs: 'ten' is not a whole number above 0; write one such as 250",
         "cifar10.yaml:10: epochs: given twice, first in line 9; remove one",

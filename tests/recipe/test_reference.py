@@ -12,7 +12,7 @@ from neq_cli.recipe.reference import recipe_reference
         "| key | type | default | meaning |",
         "| `epochs` | whole number above 0 | required | passes over the training data |",
         "| `model.name` | text, or null | `null` |",
-        "| `data.augment` | one of none, crop, cifar, imagenet | `none` |",
+        "| `data.augment` | one of none, crop, cifar, imagenet, randaugment, segmentation | `none` |",
         "| `data.std` | list of one or more numbers above 0, or null | `null` |",
         "| `optimizer.groups.N.weight_decay` | number of at least 0, or null | `null` |",
         "| `policy.kind` | one of baseline, neq, stochastic, entrypoint | `neq` |",

@@ -14,12 +14,16 @@ from neq_cli.recipe.shipped import copy_recipe, list_recipes
 
 NAMES = [
     "cifar10-folder",
+    "deeplabv3_resnet50-coco",
     "digits",
     "digits-baseline",
     "digits-stochastic",
     "entrypoint",
+    "resnet18-imagenet",
     "resnet32-cifar10",
     "resnet32-cifar10-adam",
+    "segmentation-folder",
+    "swin_b-imagenet",
 ]
 
 

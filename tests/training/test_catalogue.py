@@ -12,7 +12,7 @@ from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
 from neq_cli.training.catalogue import CATALOGUE, class_count, find_name, kwargs_problems, sample_shape, statistics
 
-OWN = ("digits", "image_folder", "FakeData")
+OWN = ("digits", "image_folder", "segmentation_folder", "COCO", "FakeData")
 
 
 def section(name: str, **values: Any) -> DataSection:
@@ -67,6 +67,9 @@ def test_unknown_names(name: str, says: str) -> None:
         ("FakeData", {"sise": 1}, [("sise", "unknown argument 'sise' of FakeData; did you mean 'size'?")]),
         ("digits", {"size": 1}, [("size", "digits takes no arguments; remove it")]),
         ("image_folder", {"allow_empty": True}, []),
+        ("segmentation_folder", {"num_classes": 3}, []),
+        ("COCO", {"year": 1}, [("year", "COCO takes no arguments; remove it")]),
+        ("VOCSegmentation", {"year": "2007"}, []),
     ],
 )
 def test_arguments(name: str, kwargs: dict[str, Any], problems: list[tuple[str, str]]) -> None:
@@ -85,6 +88,8 @@ def test_arguments(name: str, kwargs: dict[str, Any], problems: list[tuple[str, 
         (section("image_folder", image_size=64), (3, 64, 64), None),
         (section("FakeData"), (3, 224, 224), 10),
         (section("FakeData", kwargs={"image_size": [1, 4, 5], "num_classes": 3}), (1, 4, 5), 3),
+        (section("coco", image_size=480), (3, 480, 480), 21),
+        (section("segmentation_folder", kwargs={"num_classes": 11}), None, 11),
         (DataSection(entrypoint="a:b"), None, None),
     ],
 )

@@ -51,6 +51,10 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         DataSection(name="image_folder", root="/nowhere", mean=[0.1]),
         OptimizerSection(name="adamw", lr=0.1, betas=[0.8, 0.9]),
         SchedulerSection(name="multistep", milestones=[100, 150], warmup_epochs=5),
+        DataSection(name="COCO", augment="segmentation", image_size=480, base_size=520),
+        ModelSection(name="fcn_resnet50", weights_backbone="IMAGENET1K_V1", kwargs={"aux_loss": True}),
+        ModelSection(name="resnet18", checkpoint="not-there-yet.pt", fresh=["fc.*"]),
+        recipe(data={"name": "VOCSegmentation"}, task="segmentation", model={"name": "fcn_resnet50"}),
         SchedulerSection(),
         NEqPolicy(),
         recipe(),
@@ -81,7 +85,6 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
         "model.kwargs.num_clases: unknown argument 'num_clases' of resnet18; did you mean 'num_classes'?",
         "model.kwargs.progress: 'progress' of resnet18 is set by neq; remove it",
         "model.weights: resnet18 has no weights 'NONE'; IMAGENET1K_V1, DEFAULT",
-        f"model.checkpoint: no file '{tmp_path}/w.pt'; give the path of one that is there",
         "model.checkpoint: both weights and checkpoint are given; remove one of them",
     ]
 
@@ -89,6 +92,35 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "problem"),
     [
+        (
+            ModelSection(name="resnet18", weights_backbone="DEFAULT"),
+            "model.weights_backbone: resnet18 has no backbone of its own; remove it",
+        ),
+        (
+            ModelSection(name="fcn_resnet50", kwargs={"backbone": 3}),
+            "model.kwargs.backbone: unknown argument 'backbone' of fcn_resnet50",
+        ),
+        (
+            ModelSection(name="resnet18", fresh=["fc.*"]),
+            "model.fresh: is for a checkpoint, and none is given; remove it or give model.checkpoint",
+        ),
+        (
+            DataSection(name="COCO", augment="imagenet"),
+            "data.augment: imagenet would move images without their masks; use segmentation",
+        ),
+        (
+            DataSection(name="CIFAR10", augment="segmentation"),
+            "data.augment: segmentation is for data with masks; use imagenet or cifar",
+        ),
+        (DataSection(name="CIFAR10", base_size=40), "data.base_size: is for data with masks; remove it"),
+        (
+            recipe(data={"name": "COCO"}, model={"name": "fcn_resnet50"}),
+            "task: classification, but COCO has masks; use task=segmentation",
+        ),
+        (
+            recipe(task="segmentation"),
+            "task: segmentation, but digits has no masks; use segmentation_folder, VOCSegmentation or COCO",
+        ),
         (ModelSection(name="resnet81"), "model.name: no torchvision model 'resnet81'; did you mean 'resnet8'?"),
         (
             ModelSection(entrypoint="no_such_module:f"),

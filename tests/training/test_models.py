@@ -149,7 +149,8 @@ def test_entrypoints_that_fail(module: str, name: str, kwargs: dict[str, Any], m
 
 
 def data(channels: int = 3, size: int = 8, classes: int = 4) -> Any:
-    return SimpleNamespace(name="pictures", probe=[(torch.zeros(channels, size, size), 0)], num_classes=classes)
+    probe = [(torch.zeros(channels, size, size), 0)]
+    return SimpleNamespace(name="pictures", probe=probe, num_classes=classes, masked=False)
 
 
 def test_a_model_that_fits_is_left_as_it_was() -> None:

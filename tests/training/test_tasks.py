@@ -166,7 +166,7 @@ def test_tasks_by_name(module: str) -> None:
 @pytest.mark.parametrize(
     ("name", "smoothing", "message"),
     [
-        ("clasification", 0, "task: 'clasification' is neither classification nor pkg.mod:callable"),
+        ("clasification", 0, "task: 'clasification' is neither classification, segmentation nor pkg.mod:callable"),
         ("{m}:plain", 0.1, "label_smoothing: 0.1, but the task '{m}:plain' does not take it; remove it"),
         ("{m}:half", 0, "task: '{m}:half' returned a Half without new_totals, update, results"),
         ("{m}:fails", 0, "task: '{m}:fails' cannot be made: ValueError: no"),

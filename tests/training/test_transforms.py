@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from neq_cli.recipe.keys import Augment
 from neq_cli.training import transforms
-from neq_cli.training.transforms import Preparation, crop_and_mirror, drawn_from
+from neq_cli.training.transforms import Mixing, Preparation, crop_and_mirror, drawn_from, erased
 
 
 def pictures(batch: int = 6, channels: int = 3, height: int = 8, width: int = 8) -> Tensor:
@@ -186,3 +187,57 @@ def test_a_draw_does_not_touch_the_global_generator() -> None:
     with drawn_from(5):
         assert torch.equal(first, torch.rand(3))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "randaugment"])
+def test_what_scales_at_random_follows_from_the_draw(augment: Augment) -> None:
+    images = torch.randint(0, 256, (4, 3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    preparation = Preparation(24, augment, interpolation="bicubic")
+    decided = torch.tensor([3, 2**40 + 1, 7, 7])
+    first = preparation.train(images, decided)
+    torch.manual_seed(99)
+    assert first.shape == (4, 3, 24, 24)
+    assert torch.equal(first, preparation.train(images, decided))
+    assert torch.equal(first[1], preparation.train(images[1:2], decided[1:2])[0])
+    assert preparation.test(images).shape == (4, 3, 24, 24)
+
+
+def test_randaugment_changes_more_than_the_cut() -> None:
+    images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    names: tuple[Augment, ...] = ("imagenet", "randaugment")
+    plain, varied = (Preparation(24, name).train(images, torch.arange(30)) for name in names)
+    changed = (plain != varied).flatten(1).any(1).float().mean()
+    assert 0.7 < changed <= 1  # of 14 operations one is none, and some change nothing here
+
+
+def test_an_erased_part_is_noise_in_a_share_of_the_images() -> None:
+    images, decided = torch.zeros(400, 3, 16, 16), list(range(400))
+    changed = erased(images, decided, 0.25)
+    touched = changed.flatten(1).any(1)
+    assert 0.18 < touched.float().mean() < 0.32
+    values = changed[touched]
+    values = values[values != 0]
+    assert abs(float(values.mean())) < 0.05
+    assert abs(float(values.std()) - 1) < 0.05
+    assert torch.equal(changed, erased(images, decided, 0.25))
+    assert not erased(images, decided, 0.0).any()
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixed_labels_are_the_shares_of_mixed_images(mixup: float, cutmix: float) -> None:
+    """Image k is filled with k: the mean of a mixed one tells how much of which it is made of."""
+    labels = torch.tensor([0, 1, 2, 3])
+    images = labels.float().view(4, 1, 1, 1).expand(4, 1, 16, 16)
+    ways = set()
+    for draw in range(30):
+        mixed, shares = Mixing(mixup, cutmix, 5).mixed(images, labels, draw)
+        assert shares.shape == (4, 5)
+        torch.testing.assert_close(shares.sum(1), torch.ones(4))
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(5.0), rtol=1e-4, atol=1e-4)
+        if len(mixed[1].unique()) > 1:
+            ways.add("cut")
+        if (mixed[1] % 1).any():
+            ways.add("blend")
+        again, _ = Mixing(mixup, cutmix, 5).mixed(images, labels, draw)
+        assert torch.equal(mixed, again)
+    assert ways == ({"cut"} if cutmix else set()) | ({"blend"} if mixup else set())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import ResNet18_Weights, WeightsEnum, resnet18
+from torchvision.models import ResNet18_Weights, WeightsEnum, mobilenet_v3_large, resnet18, resnet50
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import ModelSection
@@ -170,3 +170,50 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     section = ModelSection(name="resnet18", weights="DEFAULT")
     with pytest.raises(NeqError, match=r"'DEFAULT' of resnet18 could not be fetched \(URLError: .*unreachable"):
         load_weights(build_model(section), section)
+
+
+def test_tensors_named_fresh_keep_their_random_numbers(tmp_path: Path) -> None:
+    source, target, before = small(1), small(2), small(2)
+    state = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("fc")}
+    torch.save(state | {"fc.weight": torch.zeros(9, 8)}, tmp_path / "w.pt")
+    section = ModelSection(name="resnet8", checkpoint=str(tmp_path / "w.pt"), fresh=["fc.*"])
+    assert load_weights(target, section) == ("model.fresh: 2 tensors start from scratch: fc.weight, fc.bias",)
+    for name, tensor in target.state_dict().items():
+        expected = before if name.startswith("fc") else source
+        assert torch.equal(tensor, expected.state_dict()[name])
+
+
+def test_a_glob_that_matches_nothing_is_told(tmp_path: Path) -> None:
+    torch.save(small(1).state_dict(), tmp_path / "w.pt")
+    section = ModelSection(name="resnet8", checkpoint=str(tmp_path / "w.pt"), fresh=["haed.*"])
+    with pytest.raises(NeqError, match=r"^model.fresh: no tensor of the model matches 'haed\.\*'"):
+        load_weights(small(2), section)
+
+
+@pytest.mark.parametrize(
+    ("name", "builder"), [("fcn_resnet50", resnet50), ("lraspp_mobilenet_v3_large", mobilenet_v3_large)]
+)
+def test_a_backbone_has_a_classifiers_weights(monkeypatch: pytest.MonkeyPatch, name: str, builder: Any) -> None:
+    torch.manual_seed(3)
+    classifier = builder(weights=None).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: classifier)
+    section = ModelSection(name=name, weights_backbone="DEFAULT")
+    model = build_model(section, 5)
+    head = {key: tensor.clone() for key, tensor in model.state_dict().items() if not key.startswith("backbone.")}
+    assert load_weights(model, section) == ()
+    for key, tensor in model.state_dict().items():
+        stem = key.removeprefix("backbone.")
+        expected = head[key] if key in head else classifier.get(stem, classifier.get(f"features.{stem}"))
+        assert torch.equal(tensor, expected), key
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "says"),
+    [
+        ("resnet18", "DEFAULT", "resnet18 has no backbone of its own; remove it"),
+        ("fcn_resnet50", "IMAGENET1K_V3", "fcn_resnet50's backbone has no weights 'IMAGENET1K_V3'; did you mean"),
+    ],
+)
+def test_backbone_weights_that_cannot_be(name: str, weights: str, says: str) -> None:
+    with pytest.raises(NeqError, match=says):
+        load_weights(nn.Identity(), ModelSection(name=name, weights_backbone=weights))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.recipe import Recipe
-from neq_cli.training.catalogue import class_count, find_name, sample_shape
+from neq_cli.training.catalogue import class_count, find_name, has_masks, sample_shape
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.device import seed_everything
 from neq_cli.training.images import StoredImages
@@ -147,9 +147,10 @@ def find_data(recipe: Recipe) -> tuple[Data, bool]:
         return load_data(recipe.data, recipe.seed), False
     generator = torch.Generator().manual_seed(recipe.seed)
     images = torch.randint(0, 256, (recipe.batch_size, *shape), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(classes, (recipe.batch_size,), generator=generator)
+    masked = bool(has_masks(recipe.data))
+    labels = torch.randint(classes, (recipe.batch_size, *(shape[1:] if masked else ())), generator=generator)
     # Mean and deviation of uniform noise.
     preparation = Preparation(mean=(0.5,) * shape[0], std=(12**-0.5,) * shape[0])
     part = StoredImages(images, labels, torch.arange(recipe.batch_size), preparation, augmented=False)
     name = find_name(recipe.data.name)
-    return Data(name, part, part, part, classes, (), shape, images[0].nbytes, own=False), True
+    return Data(name, part, part, part, classes, (), shape, images[0].nbytes, own=False, masked=masked), True

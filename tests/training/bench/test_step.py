@@ -135,3 +135,11 @@ def test_the_stopwatch_adds_up_laps(monkeypatch: pytest.MonkeyPatch) -> None:
         watch.lap(part)
     assert watch.read() == {"forward": 1, "backward": 2, "optimizer": 4 + 16, "row_keeping": 8}
     assert set(watch.read()) == set(PARTS)
+
+
+def test_masks_are_noise_too() -> None:
+    data = {"name": "COCO", "image_size": 32}
+    model = {"name": "lraspp_mobilenet_v3_large", "kwargs": {"num_classes": 21}}
+    chosen = step(recipe(data=data, model=model, task="segmentation"))
+    assert chosen.targets.shape == (4, 32, 32)
+    assert 0 < chosen.loss().item() < 10
