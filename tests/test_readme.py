@@ -56,7 +56,7 @@ def test_the_file_tree_has_every_module_and_nothing_else() -> None:
     package = ROOT / "neq_cli"
     modules = {path.name for path in package.rglob("*.py") if path.name != "__init__.py"}
     folders = {f"{path.parent.name}/" for path in package.rglob("__init__.py")}
-    assert named == modules | folders | {"recipes/", "tests/", "digits.safetensors", "py.typed"}
+    assert named == modules | folders | {"recipes/", "tests/", "digits.safetensors", "page.css", "py.typed"}
 
 
 @pytest.mark.parametrize(
