@@ -39,6 +39,8 @@ COMMANDS = (
     ("inspect", "RUN"),
     ("inspect", "RUN", "--json"),
     ("inspect", "RUN", "--epoch", "2", "--layer", "*1"),
+    ("inspect", "RUN", "--plot"),
+    ("report", "RUN", "OTHER", "-o", "PAGE", "--allow-differences"),
     ("compare", "RUN"),
     ("compare", "RUN", "OTHER", "THIRD", "--allow-differences"),
     ("compare", "RUN", "OTHER", "THIRD", "--baseline", "OTHER"),
@@ -76,6 +78,7 @@ def commands_end_well(runs: list[Path], commands: Sequence[tuple[str, ...]] = CO
     started, printed = time.perf_counter(), ""
     for command in commands:
         places = dict(zip(("RUN", "OTHER", "THIRD"), map(str, runs), strict=False))
+        places["PAGE"] = str(runs[0].parent / "page.html")
         code, out, err = output_of([places.get(word, word) for word in command])
         assert code in (0, 2)
         assert bool(err) == (code == 2)
@@ -84,7 +87,7 @@ def commands_end_well(runs: list[Path], commands: Sequence[tuple[str, ...]] = CO
             assert STYLE.sub("", line).isprintable(), (command, line)
         if code == 0 and "--json" in command:
             json.loads(out, parse_constant=pytest.fail)
-        if code == 2 and "compare" not in command:
+        if code == 2 and command[0] not in ("compare", "report"):
             assert err.count("\n") == 1
         printed += out + err
     assert time.perf_counter() - started < SECONDS
