@@ -20,6 +20,7 @@ from neq_cli.training.checkpoint import random_states, restore_formats, restore_
 from neq_cli.training.device import out_of_memory
 from neq_cli.training.distributed import Agreement, Processes
 from neq_cli.training.loaders import Loaders
+from neq_cli.training.so_far import PLAIN, Clock, EpochSoFar
 from neq_cli.training.step import TrainingStep
 from neq_cli.training.tasks import Task
 
@@ -28,20 +29,6 @@ PROGRESS_SECONDS = 0.25
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """What may be wished for between two steps; of several processes' wishes the largest counts."""
-
-
-@dataclass
-class EpochSoFar:
-    """What a half-trained epoch has come to, in this process and, where an epoch was interrupted, before it."""
-
-    epoch: int
-    totals: Tensor  # the task's, of this process
-    steps: int = 0
-    images: int = 0  # over all processes
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    bookkeeping_seconds: float = 0.0
-    bytes_sent: int = 0
 
 
 @dataclass
@@ -168,7 +155,7 @@ class Trainer:
         self.loaded = True
         yield StepProgress(epoch, so_far.steps, steps, "train", math.nan, math.nan)
         self.step.begin_epoch(so_far.totals)
-        clock = _Clock(so_far, self)
+        clock = Clock(so_far, self.step, self.freezer)
         # The first step whose loss was not finite, kept on the device: looking at every loss would wait every step.
         first_bad = torch.full((), steps + 1, device=self.device)
         shown = time.perf_counter()
@@ -249,7 +236,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "scaler": self.step.scaler.state_dict(),
             "freezer": self.freezer.state_dict(),
-            "so_far": None if so_far is None else {key: getattr(so_far, key) for key in _PLAIN},
+            "so_far": None if so_far is None else {key: getattr(so_far, key) for key in PLAIN},
             "processes": self.processes.gathered(own),
         }
 
@@ -285,26 +272,6 @@ class Trainer:
 
 
 _LOWER = "try a lower optimizer.lr, clip_grad_norm, or precision=fp32"
-_PLAIN = ("epoch", "steps", "images", "train_seconds", "seconds", "bookkeeping_seconds", "bytes_sent")
-
-
-class _Clock:
-    """Adds to an epoch what training took and sent since it was read last, pauses left out."""
-
-    def __init__(self, so_far: EpochSoFar, trainer: Trainer) -> None:
-        self.so_far, self.trainer = so_far, trainer
-        self.sent, self.kept = trainer.step.bytes_sent, trainer.freezer.bookkeeping_seconds
-        self.start()
-
-    def start(self) -> None:
-        self.started = time.perf_counter()
-
-    def read(self) -> None:
-        now, sent, kept = time.perf_counter(), self.trainer.step.bytes_sent, self.trainer.freezer.bookkeeping_seconds
-        self.so_far.train_seconds += now - self.started
-        self.so_far.bytes_sent += sent - self.sent
-        self.so_far.bookkeeping_seconds += kept - self.kept
-        self.started, self.sent, self.kept = now, sent, kept
 
 
 def _check_keys(state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
