@@ -538,6 +538,7 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_sync")
 def test_killed_at_every_write_of_a_fresh_run(tmp_path: Path, recipe: Any, records: Any) -> None:
     two = records(2, frozen={"conv1": [[0]]})
