@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # A terminal that knows no "±" gets a "?" rather than a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    ending = [number for number in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(number) is not signal.SIG_IGN]
+    ending = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+    ending = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, terminate) for number in ending}
     try:
         code = app(arguments, prog_name="neq", standalone_mode=False)

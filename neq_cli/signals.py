@@ -11,8 +11,9 @@ from typing import Any
 
 from neq_cli.errors import Terminated
 
-# SIGUSR1 is what SLURM is asked to send some time before it ends a job (sbatch --signal).
-_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+# SIGUSR1 is what SLURM is asked to send some time before it ends a job (sbatch --signal), SIGHUP what a terminal sends
+# that goes away.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class StopRequests:

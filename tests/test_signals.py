@@ -294,7 +294,10 @@ def catches(process: int, number: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.0, 2.5, 3.0])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)],
+)
 def test_a_signal_while_torch_is_imported_is_one_line(folder: Path, seconds: float, number: int, code: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "neq_cli", "train", "rich.yaml", "-o", "run", "epochs=1000"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -71,8 +72,11 @@ class PlainProgress:
         """Print a text, line by line."""
         lines = [printable(line) for line in text.splitlines()]
         # Not through rich: it would wrap a line at the width it guesses.
-        self._file.write("".join(f"{line}\n" for line in lines))
-        self._file.flush()
+        try:
+            self._file.write("".join(f"{line}\n" for line in lines))
+            self._file.flush()
+        except BrokenPipeError:  # whoever read along has gone; the training has not
+            self._file = io.StringIO()
 
 
 class Silent:

@@ -153,7 +153,7 @@ def _end_all() -> None:
     _end([worker for worker in _started if worker.is_alive()])
 
 
-_LEFT_TO_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LEFT_TO_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @contextmanager

@@ -165,3 +165,16 @@ def test_auto_is_plain_where_block_characters_cannot_be_written(terminal: Consol
     with os.fdopen(slave, "w", encoding="latin-1") as file:
         assert type(choose_progress("auto", Console(file=file))) is PlainProgress
     os.close(master)
+
+
+class Gone(io.StringIO):
+    """A pipe that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_has_gone_does_not_end_the_training() -> None:
+    progress = PlainProgress(Console(file=Gone()))
+    progress.message("one")
+    progress.message("two")
