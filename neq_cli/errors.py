@@ -45,6 +45,11 @@ class Terminated(BaseException):
         super().__init__(message)
 
 
+def described(error: BaseException) -> str:
+    """Return what a run's status and other processes are told of ``error``: its line, after its kind where not ours."""
+    return str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'closest'?"``, or an empty string where nothing known is close to ``word``."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neq_cli.errors import NeqError, Terminated, TrainingError
+from neq_cli.errors import Terminated, TrainingError, described
 from neq_cli.records import EpochRecord, Pause, StepProgress
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, writing
@@ -158,7 +158,7 @@ def status_of(writer: RunWriter | None) -> Iterator[None]:
     except BaseException as error:
         # A full disk fails this too; the first error is the one to show.
         with suppress(TrainingError):
-            writer.failed(str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}")
+            writer.failed(described(error))
         raise
     else:
         writer.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,19 @@ from neq_cli.errors import RecipeError, RunDirectoryError
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.file import LoadedRecipe
 from neq_cli.runs.reading import damaged, read_json
-from neq_cli.runs.resuming import differences, merged, newest_unfinished, stored_recipe
+from neq_cli.runs.resuming import ANEW, differences, merged, newest_unfinished, stored_recipe
 from neq_cli.runs.run_dir import RunWriter
 
 
 @dataclass(frozen=True)
-class Resumption:
-    """A run to go on with, where it lies. ``state`` is None where nothing was saved yet: it starts in its place."""
+class Start:
+    """From where a run starts; by default from nothing. ``state`` is None where nothing was saved yet."""
 
-    writer: RunWriter
     recipe: Recipe
-    state: Mapping[str, Any] | None
-    choices: Mapping[str, Any]  # of kernels, made so far
-    finished: bool
-    messages: tuple[str, ...]
+    state: Mapping[str, Any] | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)  # of kernels, made so far
+    finished: bool = False
+    messages: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()  # checkpoints that must not become the one before last
 
 
@@ -43,37 +42,44 @@ def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, st
     return path, f"nothing to resume of {name}; beginning" if path is None else f"resuming {name}"
 
 
-def open_run(loaded: LoadedRecipe, path: Path, processes: int) -> Resumption:
-    """Take the run at ``path``, so that no other process does, and read what it goes on from.
+def open_run(loaded: LoadedRecipe, path: Path, processes: int) -> tuple[RunWriter, Start]:
+    """Take the run at ``path``, so that no other process does, and read what it goes on from, where it lies.
 
     ``processes``: how many will train it. Raises RecipeError where ``loaded`` differs in what must stay, and
     RunDirectoryError where the run is another process's, damaged, or no run.
     """
     writer = RunWriter.reopen(path)
     try:
-        return _read(loaded, writer, processes)
+        return writer, _read(loaded, writer, processes)
     except BaseException:
         writer.close()
         raise
 
 
-def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Resumption:
+def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     if writer.is_new:
-        return Resumption(writer, loaded.recipe, None, {}, False, ())
+        return Start(loaded.recipe)
     stored = stored_recipe(writer.path)
     problems = differences(stored, loaded.recipe, writer.path)
     recipe = merged(stored, loaded.recipe)
     state, messages, bad = read_checkpoint(writer)
     if state is not None:
-        problems += _problems_with_state(stored, recipe, state, processes)
-        before, now = stored.batch_size * _processes(state), recipe.batch_size * processes
+        trained = state["epoch"] + (state["so_far"] is not None)
+        if recipe.epochs < trained:
+            said = f"{recipe.epochs}, but epoch {trained} is trained; give at least that"
+            problems.append(Problem("epochs", said))
+        begun = len(state["processes"])
+        before, now = stored.batch_size * begun, recipe.batch_size * processes
         if before != now:
-            messages.append(f"{processes} processes, begun with {_processes(state)}: {now} images a step, not {before}")
+            messages.append(f"{processes} processes, begun with {begun}: {now} images a step, not {before}")
+        if before != now and recipe.batch_size != stored.batch_size:
+            said = f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run has {before}"
+            problems.append(Problem("batch_size", f"{said}; keep that number, {ANEW}"))
     if problems:
         raise RecipeError([loaded.problem(problem.key, problem.message) for problem in problems])
     status = read_json(writer.files.status) if writer.files.status.exists() else {}
     finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
-    return Resumption(writer, recipe, state, _kernel_choices(writer), finished, tuple(messages), bad)
+    return Start(recipe, state, _kernel_choices(writer), finished, tuple(messages), bad)
 
 
 def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str], tuple[Path, ...]]:
@@ -113,22 +119,6 @@ def _check(path: Path, state: object) -> None:
     assert isinstance(state, dict)
     if not (isinstance(so_far, dict | None) and isinstance(state.get("processes"), list) and state["processes"]):
         raise damaged(path, "not the state of a run")
-
-
-def _problems_with_state(stored: Recipe, recipe: Recipe, state: Mapping[str, Any], processes: int) -> list[Problem]:
-    problems = []
-    trained = state["epoch"] + (state["so_far"] is not None)
-    if recipe.epochs < trained:
-        problems.append(Problem("epochs", f"{recipe.epochs}, but epoch {trained} is trained; give at least that"))
-    before, now = stored.batch_size * _processes(state), recipe.batch_size * processes
-    if recipe.batch_size != stored.batch_size and before != now:
-        said = f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run has {before}"
-        problems.append(Problem("batch_size", f"{said}; keep that number, or train anew without --resume"))
-    return problems
-
-
-def _processes(state: Mapping[str, Any]) -> int:
-    return len(state["processes"])
 
 
 def _kernel_choices(writer: RunWriter) -> Mapping[str, Any]:

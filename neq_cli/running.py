@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
-from neq_cli.recipe import Recipe, StochasticPolicy
+from neq_cli.recipe import StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.recording import Recording, status_of
-from neq_cli.resuming import find_run, open_run
+from neq_cli.resuming import Start, find_run, open_run
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, default_run_directory, writing
@@ -31,18 +31,6 @@ if TYPE_CHECKING:
 _MATCH = "match:"
 
 
-@dataclass(frozen=True)
-class _Start:
-    """From where a run starts; by default from nothing."""
-
-    recipe: Recipe
-    state: Mapping[str, Any] | None = None
-    choices: Mapping[str, Any] = field(default_factory=dict)
-    finished: bool = False
-    messages: tuple[str, ...] = ()
-    damaged: tuple[Path, ...] = ()
-
-
 def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False) -> Path:
     """Train ``loaded`` into ``run_directory`` (None: one named after recipe, time and seed) and return that folder.
 
@@ -55,7 +43,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
     processes, resume = joined(), resume or restarted()
     with StopRequests() as requests, ExitStack() as stack:
         with in_company(processes), requests.at_once():
-            writer, start = None, _Start(loaded.recipe)
+            writer, start = None, Start(loaded.recipe)
             if resume and processes.first:
                 writer, start = _resumption(loaded, run_directory, processes.count)
             if writer is not None:
@@ -87,17 +75,16 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
     return path
 
 
-def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tuple[RunWriter | None, _Start]:
+def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tuple[RunWriter | None, Start]:
     path, said = find_run(loaded, chosen)
     if path is None:
-        return None, _Start(loaded.recipe, messages=(said,))
-    found = open_run(loaded, path, processes)
-    if found.state is not None:
-        so_far = found.state["so_far"]
+        return None, Start(loaded.recipe, messages=(said,))
+    writer, start = open_run(loaded, path, processes)
+    if start.state is not None:
+        so_far = start.state["so_far"]
         within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
-        said += f" after epoch {found.state['epoch']}{within}"
-    start = _Start(found.recipe, found.state, found.choices, found.finished, (said, *found.messages), found.damaged)
-    return found.writer, start
+        said += f" after epoch {start.state['epoch']}{within}"
+    return writer, replace(start, messages=(said, *start.messages))
 
 
 def _say_finished(writer: RunWriter | None, progress: Progress) -> Path | None:
@@ -107,7 +94,7 @@ def _say_finished(writer: RunWriter | None, progress: Progress) -> Path | None:
     return writer.path
 
 
-def _load(session: Session, start: _Start) -> None:
+def _load(session: Session, start: Start) -> None:
     """Put the state that was saved into the session. RunDirectoryError where it is another model's."""
     if start.state is None:
         return

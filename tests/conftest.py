@@ -242,6 +242,32 @@ def folder(tmp_path: Path, recipe_folder: Callable[[Path], Path]) -> Path:
     return recipe_folder(tmp_path)
 
 
+AT_A_STEP = """
+import os, shutil, signal, time, torch
+from neq_cli.training.step import TrainingStep
+
+train, done = TrainingStep.train, 0
+
+
+def and_then(self, *arguments, **options):
+    global done
+    loss = train(self, *arguments, **options)
+    done += 1
+    if done == {step}:
+        {action}
+    return loss
+
+
+TrainingStep.train = and_then
+"""
+
+
+@pytest.fixture(scope="session")
+def at_step() -> Callable[[int, str], str]:
+    """Code for ``before`` that has a training process do something after so many of its steps."""
+    return lambda step, action: AT_A_STEP.format(step=step, action=action)
+
+
 @pytest.fixture(scope="session")
 def same_run() -> Callable[..., None]:
     """Return what asserts that two run directories hold the same."""

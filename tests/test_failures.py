@@ -18,32 +18,10 @@ import torch
 from neq_cli.training.checkpoint import load_state
 
 Start = Callable[..., Any]
+AtStep = Callable[[int, str], str]
 
 PLAIN = ("checkpoint_minutes=0.0001", "epochs=3")
 WORKERS = ("data.workers=2", "data.cache=none", "data.image_size=9")
-
-AT_A_STEP = """
-import os, shutil, signal, torch
-from neq_cli.training.step import TrainingStep
-
-train, done = TrainingStep.train, 0
-
-
-def and_then(self, *arguments, **options):
-    global done
-    loss = train(self, *arguments, **options)
-    done += 1
-    if done == {step}:
-        {action}
-    return loss
-
-
-TrainingStep.train = and_then
-"""
-
-
-def at_step(step: int, action: str) -> str:
-    return AT_A_STEP.format(step=step, action=action)
 
 
 def status(run: Path) -> tuple[str, str | None]:
@@ -146,7 +124,9 @@ def test_a_limit_on_file_sizes_is_one_line(neq: Start, folder: Path, straight: P
     same_run(straight, run)
 
 
-def test_a_folder_that_goes_in_mid_run(neq: Start, folder: Path, straight: Path, same_run: Start) -> None:
+def test_a_folder_that_goes_in_mid_run(
+    neq: Start, folder: Path, straight: Path, same_run: Start, at_step: AtStep
+) -> None:
     run, aside = folder / "run", folder / "aside"
     move = f"os.rename({str(run / 'checkpoints')!r}, {str(aside)!r})"
     assert_failed(start(neq, run, at_step(20, move)), run, "checkpoints/", "cannot be written: No such file")
@@ -163,7 +143,9 @@ ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="drops the rights of root as Linux has them")
-def test_a_folder_that_becomes_read_only(neq: Start, folder: Path, straight: Path, same_run: Start) -> None:
+def test_a_folder_that_becomes_read_only(
+    neq: Start, folder: Path, straight: Path, same_run: Start, at_step: AtStep
+) -> None:
     run = folder / "run"
     deny = f"os.chmod({str(run / 'checkpoints')!r}, 0o500)"
     process = start(neq, run, NO_RIGHTS_OF_ROOT + at_step(20, deny))
@@ -179,7 +161,7 @@ def test_a_folder_that_becomes_read_only(neq: Start, folder: Path, straight: Pat
     same_run(straight, run)
 
 
-def test_a_run_directory_that_is_deleted_in_mid_run(neq: Start, folder: Path) -> None:
+def test_a_run_directory_that_is_deleted_in_mid_run(neq: Start, folder: Path, at_step: AtStep) -> None:
     run = folder / "run"
     process = start(neq, run, at_step(20, f"shutil.rmtree({str(run)!r})"))
     assert process.wait() == 1, process.text
@@ -189,7 +171,9 @@ def test_a_run_directory_that_is_deleted_in_mid_run(neq: Start, folder: Path) ->
 
 
 @pytest.mark.parametrize("step", [20, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_worker_that_is_killed_ends_the_run(neq: Start, folder: Path, same_run: Start, step: int) -> None:
+def test_a_worker_that_is_killed_ends_the_run(
+    neq: Start, folder: Path, same_run: Start, step: int, at_step: AtStep
+) -> None:
     run = folder / "run"
     action = "import multiprocessing; os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)"
     process = start(neq, run, at_step(step, action), *WORKERS)
@@ -200,7 +184,9 @@ def test_a_worker_that_is_killed_ends_the_run(neq: Start, folder: Path, same_run
     same_run(folder / "straight", run)
 
 
-def test_memory_that_is_full_is_one_line(neq: Start, folder: Path, straight: Path, same_run: Start) -> None:
+def test_memory_that_is_full_is_one_line(
+    neq: Start, folder: Path, straight: Path, same_run: Start, at_step: AtStep
+) -> None:
     run = folder / "run"
     process = start(neq, run, at_step(20, "torch.empty(2**50)"))
     assert_failed(process, run, "epoch 2: cpu is out of memory; lower batch_size")
@@ -228,7 +214,7 @@ def test_a_loss_that_is_no_number_fails_again_when_resumed(neq: Start, folder: P
 
 
 @pytest.mark.parametrize("step", [4, 15, 45])
-def test_no_checkpoint_has_weights_that_are_no_numbers(neq: Start, folder: Path, step: int) -> None:
+def test_no_checkpoint_has_weights_that_are_no_numbers(neq: Start, folder: Path, step: int, at_step: AtStep) -> None:
     run = folder / "run"
     spoil = "next(self.model.parameters()).data.fill_(float('nan'))"
     process = start(neq, run, at_step(step, spoil), "ema=null")
@@ -283,7 +269,9 @@ def test_a_policy_of_ones_own_that_fails_can_be_mended_and_gone_on_with(
     same_run(folder / "straight", run)
 
 
-def test_a_model_of_ones_own_that_fails_in_mid_run(neq: Start, folder: Path, straight: Path, same_run: Start) -> None:
+def test_a_model_of_ones_own_that_fails_in_mid_run(
+    neq: Start, folder: Path, straight: Path, same_run: Start, at_step: AtStep
+) -> None:
     run = folder / "run"
     fail = "raise KeyError('of the model')"
     process = start(neq, run, at_step(20, fail), *WORKERS)

@@ -17,28 +17,10 @@ import pytest
 from neq_cli.training.checkpoint import load_state
 
 Start = Callable[..., Any]
+AtStep = Callable[[int, str], str]
 
 # The run as it is when nobody interrupts it: 2 epochs of 15 steps, an update every second step and after the last.
 PLAIN = ("checkpoint_minutes=15", "epochs=2")
-
-AT_A_STEP = """
-import os, signal, time
-from neq_cli.training.step import TrainingStep
-
-train, done = TrainingStep.train, 0
-
-
-def and_then(self, *arguments, **options):
-    global done
-    loss = train(self, *arguments, **options)
-    done += 1
-    if done == {step}:
-        {action}
-    return loss
-
-
-TrainingStep.train = and_then
-"""
 
 IN_THE_PROBE = """
 import os, signal
@@ -76,10 +58,6 @@ def interrupted(state, path):
 
 checkpoint.save_state = interrupted
 """
-
-
-def at_step(step: int, action: str) -> str:
-    return AT_A_STEP.format(step=step, action=action)
 
 
 def send(number: int) -> str:
@@ -131,7 +109,7 @@ def resume(neq: Start, *more: str) -> Any:
     ],
 )
 def test_a_signal_saves_the_very_update(
-    neq: Start, folder: Path, straight: Path, same_run: Start, number: int, code: int, last_line: str
+    neq: Start, folder: Path, straight: Path, same_run: Start, number: int, code: int, last_line: str, at_step: AtStep
 ) -> None:
     process = start(neq, at_step(5, send(number)))
     assert process.wait() == code
@@ -146,7 +124,9 @@ def test_a_signal_saves_the_very_update(
 
 
 @pytest.mark.parametrize("step", [15, 16, 30, *slow(14, 29)])
-def test_at_the_edges_of_an_epoch_too(neq: Start, folder: Path, straight: Path, same_run: Start, step: int) -> None:
+def test_at_the_edges_of_an_epoch_too(
+    neq: Start, folder: Path, straight: Path, same_run: Start, step: int, at_step: AtStep
+) -> None:
     process = start(neq, at_step(step, send(signal.SIGTERM)))
     code = process.wait()
     expected = {14: (0, 14), 15: (0, 15), 16: (1, 2), 29: (1, 14), 30: (1, 15)}[step]
@@ -192,7 +172,9 @@ def test_a_second_interrupt_within_a_checkpoint_leaves_the_one_before(
     same_run(straight, folder / "run", process.text)
 
 
-def test_a_second_interrupt_leaves_at_once(neq: Start, folder: Path, straight: Path, same_run: Start) -> None:
+def test_a_second_interrupt_leaves_at_once(
+    neq: Start, folder: Path, straight: Path, same_run: Start, at_step: AtStep
+) -> None:
     process = start(neq, at_step(20, "open('asleep', 'w').close(); time.sleep(600)"))
     process.until(lambda: (folder / "asleep").exists())
     process.kill(signal.SIGINT)
@@ -235,7 +217,9 @@ def test_ctrl_c_while_workers_start_is_one_line(neq: Start, folder: Path, second
     process.until_alone()
 
 
-def test_a_signal_that_nohup_ignores_stays_ignored(neq: Start, folder: Path, straight: Path, same_run: Start) -> None:
+def test_a_signal_that_nohup_ignores_stays_ignored(
+    neq: Start, folder: Path, straight: Path, same_run: Start, at_step: AtStep
+) -> None:
     ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     process = start(neq, ignored + at_step(5, send(signal.SIGINT)))
     assert process.wait() == 0, process.text
@@ -268,7 +252,7 @@ def interrupted(*arguments, **options):
     ],
 )
 def test_a_signal_before_the_first_step_is_one_line_and_no_damage(
-    neq: Start, folder: Path, module: str, owner: str, name: str, number: int, code: int
+    neq: Start, folder: Path, module: str, owner: str, name: str, number: int, code: int, at_step: AtStep
 ) -> None:
     before = WHILE_IT_BEGINS.format(module=module, owner=owner, name=name, number=int(number))
     process = start(neq, before)

@@ -33,12 +33,13 @@ def inspect(
     """List a run's frozen neurons by layer, and what it saved."""
     from neq_cli.runs.inspection import inspect_run, to_json
     from neq_cli.runs.inspection_view import render
-    from neq_cli.runs.plot import render_plot
     from neq_cli.runs.run_reader import read_run
 
     if plot:
         if as_json or epoch is not None or layer is not None:
             raise NeqError("neq inspect: --plot draws the whole run; leave out --json, --epoch and --layer")
+        from neq_cli.runs.plot import render_plot
+
         show(render_plot(read_run(run_directory)))
         return
     inspection = inspect_run(read_run(run_directory), epoch, layer)

@@ -49,7 +49,7 @@ def train(
     from neq_cli.runs.run_dir import check_available, default_run_directory
 
     changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    alone = not _one_of_several()
     if output is not None and alone and not resume:
         check_available(output)  # before torch is imported, which takes seconds
     first = True if alone else _join()
@@ -93,7 +93,7 @@ def sweep(
     from neq_cli.training.checks import check_section
     from neq_cli.training.entrypoints import add_import_folder
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _one_of_several():
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
     add_import_folder(find_recipe(recipe).parent)
     changes = [*(axes or ()), *([f"device={device}"] if device else ())]
@@ -145,6 +145,11 @@ def bench(
         show_json(result)
     else:
         show(render_bench(result, options.layers))
+
+
+def _one_of_several() -> bool:
+    """Whether torchrun started this, asked before torch is imported."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _join() -> bool:

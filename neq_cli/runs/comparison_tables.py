@@ -39,7 +39,7 @@ _CSV_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """What a cell says: its value, the spread over runs, and how it relates to the baseline."""
 
     value: str
@@ -62,19 +62,19 @@ class _Cell:
 def render(comparison: Comparison) -> RenderableType:
     """Return the terminal table with its legend and notes; it fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), leading=1)
-    name, *numbers = _header(comparison)
+    name, *numbers = header(comparison)
     table.add_column(name, overflow="fold")
     for number in numbers:
         table.add_column(Text(number.replace(" ", "\n")), justify="right", no_wrap=True)
     for row in comparison.rows:
-        approach, n, paper, executed, final, best, seconds = _cells(row)
-        cells = [
+        approach, n, paper, executed, final, best, seconds = cells(row)
+        stacked = [
             *(approach.stacked, n.stacked, paper.stacked, executed.stacked),
             # Wide enough for both on one line, unlike FLOPs and seconds.
             *("\n".join([cell.with_spread, *cell.details]) for cell in (final, best)),
             seconds.stacked,
         ]
-        table.add_row(*map(Text, cells), style="bold" if row.is_baseline else "")
+        table.add_row(*map(Text, stacked), style="bold" if row.is_baseline else "")
     notes = [Text(f"note: {printable(note)}", style="yellow") for note in comparison.notes]
     return Group(table, Text(LEGEND, style="dim"), *notes)
 
@@ -90,22 +90,22 @@ def to_csv(comparison: Comparison) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Return a GitHub table, with legend and notes below."""
-    header = _header(comparison)
-    lines = [[_markdown(name) for name in header], ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[_markdown(cell.on_one_line) for cell in _cells(row)] for row in comparison.rows]
+    names = header(comparison)
+    lines = [[_markdown(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
+    lines += [[_markdown(cell.on_one_line) for cell in cells(row)] for row in comparison.rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{LEGEND}.\n" + "".join(f"\n- {_markdown(note)}" for note in comparison.notes) + "\n"
 
 
 def to_latex(comparison: Comparison) -> str:
     """Return a ``tabular`` that needs no package, with legend and notes as comments."""
-    header = _header(comparison)
-    rows = [[_latex(cell.on_one_line) for cell in _cells(row)] for row in comparison.rows]
+    names = header(comparison)
+    rows = [[_latex(cell.on_one_line) for cell in cells(row)] for row in comparison.rows]
     lines = [
         *(f"% {printable(line)}" for line in (LEGEND, *comparison.notes)),
-        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
         r"\hline",
-        " & ".join(map(_latex, header)) + r" \\",
+        " & ".join(map(_latex, names)) + r" \\",
         r"\hline",
         # After the line before, LaTeX takes a star or a bracket for an argument of its \\.
         *(("{}" if row[0].startswith(("[", "*")) else "") + " & ".join(row) + r" \\" for row in rows),
@@ -115,41 +115,43 @@ def to_latex(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _header(comparison: Comparison) -> list[str]:
+def header(comparison: Comparison) -> list[str]:
+    """Return the names of the columns that ``cells`` has."""
     metrics = {row.metric for row in comparison.rows}
     metric = printable(metrics.pop(), 40) if len(metrics) == 1 else "metric"
     return ["approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds"]
 
 
-def _cells(row: Row) -> list[_Cell]:
+def cells(row: Row) -> list[Cell]:
+    """Return what a configuration's row says, in words."""
     unfinished = tuple(f"unfinished {progress}" for progress in row.unfinished)
     return [
-        _Cell(printable(row.approach), details=unfinished),
-        _Cell(str(len(row.runs))),
+        Cell(printable(row.approach), details=unfinished),
+        Cell(str(len(row.runs))),
         _flops(row.flops_paper, row.flops_paper_percent),
         _flops(row.flops_executed, row.flops_executed_percent),
         _metric(row.final, row.final_difference, row.metric),
         _metric(row.best, row.best_difference, row.metric),
-        _Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
+        Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
     ]
 
 
-def _flops(summary: Summary, percent: float | None) -> _Cell:
+def _flops(summary: Summary, percent: float | None) -> Cell:
     details = () if percent is None else (format_percent(percent),)
     # Runs that freeze nothing do not scatter; a row of zeros would only be in the way.
     spread = _spread(summary, lambda std: format_flops(std, summary.mean)) if summary.std else ""
-    return _Cell(format_flops(summary.mean), spread, details)
+    return Cell(format_flops(summary.mean), spread, details)
 
 
-def _metric(summary: Summary, found: Difference | None, metric: str) -> _Cell:
+def _metric(summary: Summary, found: Difference | None, metric: str) -> Cell:
     def written(value: float) -> str:
         return format_metric(value, metric)
 
     if found is None:
-        return _Cell(written(summary.mean), _spread(summary, written))
+        return Cell(written(summary.mean), _spread(summary, written))
     sign = "+" if found.mean >= 0 else "−"
     p_value = found.why_no_p if found.p_value is None else f"p={format_p_value(found.p_value)}"
-    return _Cell(written(summary.mean), _spread(summary, written), (sign + written(abs(found.mean)), p_value))
+    return Cell(written(summary.mean), _spread(summary, written), (sign + written(abs(found.mean)), p_value))
 
 
 def _seconds(value: float) -> str:

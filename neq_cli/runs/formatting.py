@@ -87,3 +87,8 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: "1 epoch", "3 epochs"."""
+    return f"{number} {what}" + ("s" if number != 1 else "")

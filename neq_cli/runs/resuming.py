@@ -37,7 +37,7 @@ MAY_CHANGE = (
 _NAMES_IN_ANY_CASE = ("optimizer.name", "scheduler.name")
 _NAMES_OF_ARGUMENTS = ("policy.kind", "scheduler.name")
 _ABSENT = object()
-_ANEW = "or train anew without --resume"
+ANEW = "or train anew without --resume"
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,11 @@ def stored_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def differences(stored: Recipe, wanted: Recipe, run: Path | None = None) -> list[Problem]:
+def differences(stored: Recipe, wanted: Recipe, run: Path | None = None, otherwise: str = ANEW) -> list[Problem]:
     """Return what keeps ``wanted`` from going on with the run that ``stored`` is the recipe of; [] where nothing does.
 
-    ``run`` is the run directory, to be named. Not judged: ``epochs`` below what is trained, and ``batch_size``.
+    ``run`` is the run directory, to be named; ``otherwise`` is what may be done instead. Not judged: ``epochs`` below
+    what is trained, and ``batch_size``.
     """
     wanted = merged(stored, wanted)
     before, now = _values(stored), _values(wanted)
@@ -120,9 +121,9 @@ def differences(stored: Recipe, wanted: Recipe, run: Path | None = None) -> list
     problems = []
     for key in dict.fromkeys([*now, *before]):
         if key not in MAY_CHANGE and not _is_same(key, before, now):
-            problems.append(
-                _epochs_problem(stored, wanted, key, begun) or Problem(key, _sentence(key, before, now, begun))
-            )
+            sentence = Problem(key, _sentence(key, before, now, begun))
+            problem = _epochs_problem(stored, wanted, key, begun) or sentence
+            problems.append(Problem(problem.key, f"{problem.message}, {otherwise}"))
     return problems
 
 
@@ -167,8 +168,8 @@ def _is_same(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> boo
 def _sentence(key: str, before: Mapping[str, Any], now: Mapping[str, Any], begun: str) -> str:
     begun = f"{begun} with {printable(shown(before[key]))}" if key in before else f"{begun} without it"
     if key not in now:
-        return f"left out, but {begun}; write it again, {_ANEW}"
-    return f"{printable(shown(now[key]))}, but {begun}; leave it, {_ANEW}"
+        return f"left out, but {begun}; write it again"
+    return f"{printable(shown(now[key]))}, but {begun}; leave it"
 
 
 def _epochs_problem(stored: Recipe, wanted: Recipe, key: str, begun: str) -> Problem | None:
@@ -179,4 +180,4 @@ def _epochs_problem(stored: Recipe, wanted: Recipe, key: str, begun: str) -> Pro
     length = _values(stored)[key]
     schedule = f"the schedule {printable(shown(stored.scheduler.name))} is laid out for {printable(shown(length))}"
     said = f"{wanted.epochs}, but {begun} with {stored.epochs}, and {schedule}"
-    return Problem("epochs", f"{said}; give {key}={printable(shown(length))}, {_ANEW}")
+    return Problem("epochs", f"{said}; give {key}={printable(shown(length))}")

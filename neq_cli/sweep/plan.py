@@ -119,7 +119,7 @@ def _take_stock(planned: PlannedRun) -> list[str]:
         if not RunFiles(run.path).recipe.exists():
             return []
         stored = stored_recipe(run.path)
-        problems = differences(stored, loaded.recipe, run.path)
+        problems = differences(stored, loaded.recipe, run.path, _ANEW)
         finished = is_finished(run.path)
     except (RunDirectoryError, OSError) as error:
         return [str(error)]
@@ -132,10 +132,9 @@ def _take_stock(planned: PlannedRun) -> list[str]:
         problems.append(Problem("epochs", said))
     if finished and run.epochs_done == run.epochs:
         run.state = FINISHED
-    return [loaded.problem(problem.key, problem.message.replace(_ANEW_ALONE, _ANEW)) for problem in problems]
+    return [loaded.problem(problem.key, problem.message) for problem in problems]
 
 
-_ANEW_ALONE = "or train anew without --resume"  # as it is told where one run is resumed
 _ANEW = "or give another folder with -o"
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, distributed
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from neq_cli.errors import NeqError, Terminated, TrainingError
+from neq_cli.errors import Terminated, TrainingError, described
+from neq_cli.freezing.agreement import overwrite_from_first
 from neq_cli.freezing.dispatch import Choice, read_choice
 
 _FAILURE = "failure"
@@ -80,13 +81,8 @@ class Processes:
 
     def copy_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite ``tensors`` with the first process's."""
-        if self.count > 1:
-            with torch.no_grad():
-                for tensor in tensors:
-                    plain = tensor.contiguous()
-                    distributed.broadcast(plain, src=0)
-                    if plain is not tensor:
-                        tensor.copy_(plain)
+        if self.group is not None:
+            overwrite_from_first(tensors, self.group)
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -241,7 +237,7 @@ def in_company(processes: Processes) -> Iterator[None]:
             lost = TrainingError("lost another process, which was killed or whose machine is gone; --resume goes on")
             processes.tell_failure(str(lost))
             raise lost from error
-        processes.tell_failure(str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}")
+        processes.tell_failure(described(error))
         raise
 
 
@@ -272,14 +268,6 @@ def _met(store: Store, rank: int, count: int) -> str:
             seen = key
         time.sleep(0.02)
     raise TrainingError(f"{count} processes were to come, and some did not; start all of them with torchrun")
-
-
-def leave() -> None:
-    """Leave the group, so that the process can end without waiting for others."""
-    global _joined
-    if _joined is not None:
-        _joined = None
-        distributed.destroy_process_group()
 
 
 def _write_error_file(message: str) -> None:

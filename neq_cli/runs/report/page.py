@@ -11,7 +11,7 @@ from neq_cli import __version__
 from neq_cli.errors import NeqError
 from neq_cli.runs.configurations import model_and_data
 from neq_cli.runs.disk import atomic_write
-from neq_cli.runs.formatting import printable
+from neq_cli.runs.formatting import counted, printable
 from neq_cli.runs.report.drawing import MARK, PAGE, drawn, require_matplotlib
 from neq_cli.runs.report.figures import check_replaceable
 from neq_cli.runs.report.inline_svg import inline
@@ -121,13 +121,9 @@ def _subtitle(the_study: Study) -> str:
     subjects = list(dict.fromkeys(model_and_data(run) for run in the_study.runs))
     what = ", ".join(subjects[:3]) + (f" and {len(subjects) - 3} more" if len(subjects) > 3 else "")
     runs, configurations = len(the_study.runs), len(the_study.configurations)
-    counts = f"{_count(runs, 'run')} of {_count(configurations, 'configuration')}"
+    counts = f"{counted(runs, 'run')} of {counted(configurations, 'configuration')}"
     epochs = max(configuration.epochs for configuration in the_study.configurations)
-    return text(f"{what}; {counts}, {_count(epochs, 'epoch')}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")
+    return text(f"{what}; {counts}, {counted(epochs, 'epoch')}")
 
 
 def _short(the_study: Study) -> str:
@@ -199,7 +195,7 @@ def _layers(report: Report) -> str:
         return element("p", "No run ever froze a neuron.")
     still = len(report.study.configurations) - len(of_all)
     remarks = (
-        [f"{_count(still, 'configuration')} that froze nothing {'is' if still == 1 else 'are'} not drawn."]
+        [f"{counted(still, 'configuration')} that froze nothing {'is' if still == 1 else 'are'} not drawn."]
         if still
         else []
     )

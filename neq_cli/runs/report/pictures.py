@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from neq_cli.runs.formatting import format_metric, format_percent, printable
+from neq_cli.runs.formatting import counted, format_metric, format_percent, printable
 from neq_cli.runs.report.charts import Axis, Line, draw_curves, draw_density, draw_layers, draw_points
 from neq_cli.runs.report.densities import Density, densities
 from neq_cli.runs.report.drawing import SERIES, Style
@@ -190,8 +190,8 @@ def _layers(configuration: Configuration) -> Iterator[Picture]:
     if len(configuration.runs) > 1:
         caption += f" Mean of {len(configuration.runs)} runs."
     if found.layers_per_row > 1 or found.epochs_per_column > 1:
-        caption += f" A cell takes together {_count(found.layers_per_row, 'layer')} and "
-        caption += f"{_count(found.epochs_per_column, 'epoch')}; a row is named after its first layer."
+        caption += f" A cell takes together {counted(found.layers_per_row, 'layer')} and "
+        caption += f"{counted(found.epochs_per_column, 'epoch')}; a row is named after its first layer."
     yield Picture(
         name=f"frozen-by-layer-{_slug(configuration)}",
         section="layers",
@@ -277,7 +277,3 @@ def _unit(values: Sequence[float]) -> tuple[float, str]:
 
 def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")

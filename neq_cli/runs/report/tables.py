@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from neq_cli.runs.comparison_tables import LEGEND
+import numpy as np
+
+from neq_cli.runs.comparison_tables import LEGEND, Cell, cells, header
 from neq_cli.runs.configurations import UNSET, differing_keys, settings, written
-from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_p_value, format_percent, printable
+from neq_cli.runs.formatting import MISSING, format_metric, printable
 from neq_cli.runs.report.markup import bullets, details, element, swatch, table, text
 from neq_cli.runs.report.pictures import line
 from neq_cli.runs.report.study import Configuration, Study
 from neq_cli.runs.run_reader import Run
-from neq_cli.runs.statistics import Difference, Summary
 
 _MOST_KEYS = 200
 _MOST_RUNS = 500
@@ -24,12 +24,10 @@ _SAID_ELSEWHERE = ("notes",)  # of environment.json
 
 def comparison_table(the_study: Study) -> str:
     """Return what `neq compare` prints, with the numbers and colours of the figures."""
-    metrics = {configuration.row.metric for configuration in the_study.configurations}
-    metric = text(metrics.pop(), 40) if len(metrics) == 1 else "metric"
-    header = ["", "approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds"]
+    names = ["", *map(text, header(the_study.comparison))]
     rows = [_comparison_row(the_study, configuration) for configuration in the_study.configurations]
     legend = element("p", element("small", text(f"{LEGEND}.", 400)))
-    return table("Every configuration, the baseline first", header, rows, "comparison") + legend
+    return table("Every configuration, the baseline first", names, rows, "comparison") + legend
 
 
 def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]:
@@ -40,12 +38,7 @@ def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]
     return [
         f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}",
         (element("strong", name) if row.is_baseline else name) + matched + unfinished,
-        str(len(row.runs)),
-        _flops(row.flops_paper, row.flops_paper_percent),
-        _flops(row.flops_executed, row.flops_executed_percent),
-        _metric(row.final, row.final_difference, row.metric),
-        _metric(row.best, row.best_difference, row.metric),
-        _with_spread(row.seconds, lambda value: f"{value:.1f}" if math.isfinite(value) else MISSING),
+        *map(_cell, cells(row)[1:]),
     ]
 
 
@@ -53,25 +46,8 @@ def _small(words: str) -> str:
     return " " + element("small", text(words))
 
 
-def _with_spread(summary: Summary, form: Callable[[float], str]) -> str:
-    mean = text(form(summary.mean))
-    return mean if math.isnan(summary.std) else f"{mean} ± {text(form(summary.std))}"
-
-
-def _flops(summary: Summary, percent: float | None) -> str:
-    # Runs that freeze nothing do not scatter; zeros would only be in the way.
-    known = summary if summary.std else Summary(summary.mean, math.nan, summary.n)
-    cell = _with_spread(known, lambda value: format_flops(value, summary.mean))
-    return cell if percent is None else cell + _small(format_percent(percent))
-
-
-def _metric(summary: Summary, found: Difference | None, metric: str) -> str:
-    cell = _with_spread(summary, lambda value: format_metric(value, metric))
-    if found is None:
-        return cell
-    sign = "+" if found.mean >= 0 else "−"
-    chance = found.why_no_p if found.p_value is None else f"p={format_p_value(found.p_value)}"
-    return cell + _small(f"{sign}{format_metric(abs(found.mean), metric)}, {chance}")
+def _cell(cell: Cell) -> str:
+    return text(cell.with_spread) + (_small(", ".join(cell.details)) if cell.details else "")
 
 
 def recipe_tables(the_study: Study) -> str:
@@ -118,19 +94,15 @@ def runs_table(the_study: Study) -> str:
     for configuration in the_study.configurations:
         for run in configuration.runs:
             known = run.column(run.metric)
-            known = known[~_isnan(known)]
+            known = known[~np.isnan(known)]
             final = format_metric(float(known[-1]), run.metric) if len(known) else MISSING
             seed = run.setting("seed")
-            cells = [str(configuration.number), run.path, "?" if seed is None else seed, run.status.state]
-            cells += [f"{run.epochs} of {run.epochs_planned}", final, run.environment.get("device") or MISSING]
-            rows.append([text(cell) for cell in cells])
+            told = [str(configuration.number), run.path, "?" if seed is None else seed, run.status.state]
+            told += [f"{run.epochs} of {run.epochs_planned}", final, run.environment.get("device") or MISSING]
+            rows.append([text(one) for one in told])
     caption = "Every run" if len(rows) <= _MOST_RUNS else f"The first {_MOST_RUNS} of {len(rows)} runs"
-    header = ["configuration", "folder", "seed", "state", "epochs", "final", "device"]
-    return table(caption, header, rows[:_MOST_RUNS])
-
-
-def _isnan(values: Any) -> Any:
-    return values != values
+    names = ["configuration", "folder", "seed", "state", "epochs", "final", "device"]
+    return table(caption, names, rows[:_MOST_RUNS])
 
 
 def _run_name(run: Run) -> str:
