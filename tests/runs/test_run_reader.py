@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -39,7 +40,7 @@ FILES = (
 def look_at_everything(path: Path) -> None:
     """Do what `neq inspect` and `neq compare` do with a run directory."""
     run = read_run(path)
-    console = Console(file=open(os.devnull, "w"), width=80)  # noqa: PTH123, SIM115
+    console = Console(file=io.StringIO(), width=80)
     inspection = inspect_run(run)
     json.dumps(to_json(inspection), allow_nan=False)
     console.print(render(inspection))
