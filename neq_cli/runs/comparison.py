@@ -15,6 +15,7 @@ from neq_cli.runs.configurations import (
     UNSET,
     disagreements,
     labels,
+    matched_to_seeds,
     matched_values,
     roots_of_unknown_content,
     settings,
@@ -216,7 +217,7 @@ def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:
         if row.final.n < len(row.runs):
             yield f"{row.approach}: {len(row.runs) - row.final.n} of {len(row.runs)} runs never measured {row.metric}"
         matched = matched_values(group.runs)
-        if matched and max(matched) - min(matched) > _MATCHED_P_SPREAD:
+        if matched and max(matched) - min(matched) > _MATCHED_P_SPREAD and not matched_to_seeds(group.runs):
             span = f"{min(matched):.3g} to {max(matched):.3g}"
             yield f"{row.approach}: matched p goes from {span}: matched to different runs? compare those apart"
         if row.final_difference is not None:

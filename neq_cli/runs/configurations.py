@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -149,6 +150,11 @@ def matched_values(runs: Sequence[Run]) -> list[float]:
     """Return the resolved ``policy.matched_p`` of those runs that have one."""
     values = (run.setting("policy.matched_p") for run in runs)
     return [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+
+
+def matched_to_seeds(runs: Sequence[Run]) -> bool:
+    """Whether the runs that ``p: match:RUN_DIR`` names differ in the seed alone, as the names in a sweep tell."""
+    return len({re.sub(r"(?<=seed=)-?[0-9]+$", "", str(run.setting("policy.p"))) for run in runs}) == 1
 
 
 def _is_matched(run: Run) -> bool:

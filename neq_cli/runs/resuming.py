@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.recipe.keys import Problem, Recipe
+from neq_cli.recipe.keys import Problem, Recipe, StochasticPolicy
 from neq_cli.recipe.problems import validate
 from neq_cli.recipe.wording import shown
 from neq_cli.runs.formatting import printable
@@ -132,10 +132,18 @@ def merged(stored: Recipe, wanted: Recipe) -> Recipe:
     changes: dict[str, Any] = {}
     if wanted.channels_last == "auto":
         changes["channels_last"] = stored.channels_last
-    matched = getattr(stored.policy, "matched_p", None)
-    if matched is not None and getattr(wanted.policy, "matched_p", _ABSENT) is None:
-        changes["policy"] = wanted.policy.model_copy(update={"matched_p": matched})
+    policy, before = wanted.policy, stored.policy
+    if isinstance(policy, StochasticPolicy) and isinstance(before, StochasticPolicy) and policy.matched_p is None:
+        # The run that was matched keeps its name wherever it is moved; its path may be relative, too.
+        is_same_run = _name_of_matched(policy) == _name_of_matched(before)
+        changes["policy"] = policy.model_copy(
+            update={"matched_p": before.matched_p, "p": before.p if is_same_run else policy.p}
+        )
     return wanted.model_copy(update=changes)
+
+
+def _name_of_matched(policy: StochasticPolicy) -> str | float:
+    return policy.p if isinstance(policy.p, float) else PurePath(policy.p).name
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from neq_cli.errors import RecipeError, RunDirectoryError
 from neq_cli.recipe import Problem
 from neq_cli.recipe.file import Check, LoadedRecipe, load_recipe
 from neq_cli.recipe.keys import warnings
+from neq_cli.recipe.source import find_recipe
 from neq_cli.runs.resuming import differences, stored_recipe
 from neq_cli.runs.run_files import RunFiles, check_resumable
 from neq_cli.runs.sweep_files import SweepFiles, check_sweep, default_sweep_directory
 from neq_cli.runs.sweep_state import FINISHED, SweptRun, is_finished
 from neq_cli.sweep.folding import folded
 from neq_cli.sweep.grid import Grid, Point, parse_grid
+from neq_cli.sweep.matching import Matches, find_matches, with_match
 
 _KINDS = "policy.kind: kinds with keys of their own are swept as policy='{kind: baseline},{kind: stochastic, p: 0.5}'"
 
@@ -28,6 +30,7 @@ class PlannedRun:
     point: Point
     loaded: LoadedRecipe
     run: SweptRun
+    after: SweptRun | None = None  # which must have finished before this one can begin
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,18 @@ def plan_sweep(
     Raises RecipeError with the problems of all points at once, and RunDirectoryError where the folder is taken.
     """
     grid = parse_grid(arguments)
-    loaded = _loaded(reference, grid, [_remembered(check) for check in checks], check_loaded)
-    name = loaded[0].name
+    name = find_recipe(reference).stem
     files = SweepFiles(folder if folder is not None else default_sweep_directory(name, grid.folder_name))
+    matches = find_matches(grid.points)
+    grid = replace(grid, points=tuple(with_match(point, matches.found.get(point.name), files) for point in grid.points))
+    loaded = _loaded(reference, grid, [_remembered(check) for check in checks], check_loaded, matches)
     check_sweep(files.root, name)
+    swept = {
+        point.name: SweptRun(point.name, point.labels, files.run(point.name), one.recipe.epochs)
+        for point, one in zip(grid.points, loaded, strict=True)
+    }
     runs = tuple(
-        PlannedRun(point, one, SweptRun(point.name, point.labels, files.run(point.name), one.recipe.epochs))
+        PlannedRun(point, one, swept[point.name], swept.get(matches.found.get(point.name, "")))
         for point, one in zip(grid.points, loaded, strict=True)
     )
     _raise_folded([(run.point, _take_stock(run)) for run in runs], len(runs))
@@ -69,14 +78,22 @@ def plan_sweep(
 
 
 def _loaded(
-    reference: str, grid: Grid, checks: Sequence[Check], check_loaded: Callable[[LoadedRecipe], object] | None
+    reference: str,
+    grid: Grid,
+    checks: Sequence[Check],
+    check_loaded: Callable[[LoadedRecipe], object] | None,
+    matches: Matches,
 ) -> list[LoadedRecipe]:
+    """Return the recipes of all points; what a match names is yet to be trained, and not looked for."""
     loaded: list[LoadedRecipe] = []
     problems: list[tuple[Point, Sequence[str]]] = []
     for point in grid.points:
+        if point.name in matches.problems:
+            problems.append((point, [matches.problems[point.name]]))
+            continue
         try:
             one = load_recipe(reference, point.overrides, checks)
-            if check_loaded is not None:
+            if check_loaded is not None and point.name not in matches.found:
                 check_loaded(one)
             loaded.append(one)
         except RecipeError as error:

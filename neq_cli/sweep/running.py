@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -64,7 +63,7 @@ class _Sweep:
         self.view = view
         self.requests = requests
         self.command = command
-        self.queue = deque(run for run in plan.runs if run.run.state != FINISHED)
+        self.queue = [run for run in plan.runs if run.run.state != FINISHED]
         self.running: list[Job] = []
         self.told = False  # the processes, to stop
         on_cuda = any(run.loaded.recipe.device in ("auto", "cuda") for run in self.queue)
@@ -74,8 +73,7 @@ class _Sweep:
         """Return when all have ended; see ``run_sweep``."""
         try:
             while self._goes_on():
-                while self.queue and len(self.running) < self.state.jobs and not self.requests.received:
-                    self._start(self.queue.popleft())
+                self._start_what_can()
                 self._end_those_that_have()
                 for job in self.running:
                     job.run.look(time.monotonic())
@@ -109,6 +107,19 @@ class _Sweep:
             if self.running:
                 self.view.message(f"{self.requests.received}: {len(self.running)} running, which save and end")
         return bool(self.running or (self.queue and not self.requests.received))
+
+    def _start_what_can(self) -> None:
+        for planned in list(self.queue):
+            if len(self.running) == self.state.jobs or self.requests.received:
+                return
+            before = planned.after
+            if before is None or before.state == FINISHED:
+                self.queue.remove(planned)
+                self._start(planned)
+            elif before.state == FAILED:
+                self.queue.remove(planned)
+                planned.run.end(FAILED, f"not trained: {before.name}, which it matches, failed", time.monotonic())
+                self.view.changed(planned.run, time.monotonic())
 
     def _start(self, planned: PlannedRun) -> None:
         run, jobs = planned.run, self.state.jobs

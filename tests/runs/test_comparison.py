@@ -191,6 +191,9 @@ def test_matched_runs_are_one_row(seeded: Callable[..., Run]) -> None:
     assert (row.matched_p.mean, row.matched_p.n) == (pytest.approx(0.38), 2)
     assert row.approach == "Stochastic* p=0.38 ± 0.014"
     assert not any("matched to different runs" in note for note in comparison.notes)
+    swept = [{**each, "p": f"match:runs/a,seed={seed}", "matched_p": seed / 4} for seed, each in enumerate(matched, 1)]
+    notes = compare_runs([seeded(policy, seed, 90.0) for seed, policy in enumerate(swept)]).notes
+    assert not any("matched to different runs" in note for note in notes)
     far = seeded({"kind": "stochastic", "p": "match:runs/far", "matched_p": 0.8}, 5, 90.0)
     assert any("0.37 to 0.8" in note for note in compare_runs([*[read_run(Path(p)) for p in row.runs], far]).notes)
 

@@ -109,6 +109,10 @@ def test_what_was_decided_stays_decided() -> None:
     stored = changed(channels_last=True, policy={**match, "matched_p": 0.4})
     assert lines(stored, changed(policy=match)) == []
     assert merged(stored, changed(policy=match, epochs=300)) == stored.model_copy(update={"epochs": 300})
+    assert lines(stored, changed(policy={**match, "p": "match:/moved/y"})) == []
+    assert [problem.key for problem in differences(stored, changed(policy={**match, "p": "match:runs/z"}))] == [
+        "policy.p"
+    ]
     assert lines(stored, changed(policy={**match, "matched_p": 0.5})) == [
         "policy.matched_p: 0.5, but runs/x was begun with 0.4; leave it, or train anew without --resume"
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from neq_cli.errors import RecipeError, RunDirectoryError
 from neq_cli.recipe import Problem
-from neq_cli.recipe.file import load_recipe
+from neq_cli.recipe.file import LoadedRecipe, load_recipe
 from neq_cli.runs.sweep_state import FINISHED, PENDING
 from neq_cli.sweep.folding import folded
 from neq_cli.sweep.plan import plan_sweep
@@ -41,6 +42,44 @@ def test_kinds_of_policy_may_vary_though_keys_depend_on_them(folder: Path) -> No
         {"kind": "baseline"},
         {"kind": "neq", "epsilon": 0.001, "mu": 0.5, "definition": "paper"},
         {"kind": "stochastic", "p": 0.4, "matched_p": None},
+    ]
+
+
+def test_a_stochastic_run_matches_the_neq_run_that_differs_in_the_policy_alone(folder: Path) -> None:
+    def matched_flops(loaded: LoadedRecipe) -> None:
+        assert loaded.recipe.policy.kind != "stochastic"  # what it matches is yet to be trained
+
+    policies = "policy={kind: stochastic, p: match},{epsilon: 0.01},{kind: baseline}"
+    axes = ["backward=exact,dense", policies, "seed=1,2"]
+    plan = plan_sweep(str(folder / "small.yaml"), axes, folder / "it's #1: here", [check_section], matched_flops)
+    runs = {
+        (run.loaded.recipe.backward, run.loaded.recipe.policy.kind, run.loaded.recipe.seed): run for run in plan.runs
+    }
+    assert len(runs) == 12
+    for (backward, kind, seed), run in runs.items():
+        other = runs[backward, "neq", seed].run
+        assert run.after is (other if kind == "stochastic" else None)
+        if kind == "stochastic":
+            assert run.loaded.recipe.policy.p == f"match:{other.path}"
+            assert run.run.labels == (backward, "kind=stochastic p=match", str(seed))
+    # A name does not depend on where the sweep lies.
+    elsewhere = plan_sweep(str(folder / "small.yaml"), axes)
+    assert [run.point.name for run in elsewhere.runs] == [run.point.name for run in plan.runs]
+
+
+def test_a_match_with_no_or_several_runs_to_match_is_refused(folder: Path) -> None:
+    lines = problems(folder, "policy={kind: stochastic, p: match},{kind: baseline}", "seed=1,2")
+    assert tuple(re.sub("-[0-9a-f]{8},", "-HASH,", line) for line in lines) == (
+        "policy=kind-stochastic-p-match-HASH,seed=1 and 1 more: policy.p: match: no NEq run in this sweep to match; "
+        "add {kind: neq} to policy=, or give match:RUN_DIR",
+    )
+    (line,) = problems(folder, "policy={kind: stochastic, p: match},{kind: neq},{kind: neq, epsilon: 0.1}")
+    assert line.endswith("policy.p: match: 2 NEq runs to match; sweep them one by one, or give match:RUN_DIR")
+    lines = problems(folder, "policy={kind: stochastic, p: match},{kind: baseline, epsilom: 1}", "backward=exat")
+    assert [sum(what in line for line in lines) for what in ("no NEq run in", "'exat' is not", "unknown key")] == [
+        1,
+        1,
+        1,
     ]
 
 

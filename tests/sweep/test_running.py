@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from neq_cli.sweep.grid import parse_grid
+
 Start = Callable[..., Any]
 
 # In a run, once its third step is done; `parent` is the sweep.
@@ -107,6 +109,25 @@ def test_one_that_fails_does_not_stop_the_others(sweep: Start, folder: Path) -> 
     assert state == "failed"
     assert f"failed       optimizer.lr=1e+30: {reason}" in lines
     assert lines[-2:] == [f"optimizer.lr=1e+30: {reason}", "1 of 2 runs failed; logs in here/logs"]
+
+
+def test_a_run_that_matches_another_waits_for_it(sweep: Start, folder: Path) -> None:
+    axes = ("policy={kind: stochastic, p: match},{kind: neq, epsilon: 0.05}", "-o", "here", "--jobs", 2)
+    stochastic, neq = (point.name for point in parse_grid(axes[:1]).points)
+    lines = done(sweep(*axes, first="assert 'kind: neq' not in str(arguments), 'not today'"), code=1)
+    failed = f"{stochastic}: not trained: {neq}, which it matches, failed"
+    assert [line.split()[:2] for line in lines[1:3]] == [["started", neq], ["failed", f"{neq}:"]]
+    assert f"failed       {failed}" in lines
+    assert not (folder / "here" / "runs" / stochastic).exists()
+
+    lines = done(sweep(*axes))
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["started", neq], ["finished", neq], ["started", stochastic], ["finished", stochastic],
+    ]  # fmt: skip
+    recipe = (folder / "here" / "runs" / stochastic / "recipe.yaml").read_text()
+    assert f"p: match:here/runs/{neq}" in recipe
+    (folder / "here").rename(folder / "there")
+    assert "2 finished already" in done(sweep(*axes[:1], "-o", folder / "there"))[0]
 
 
 @pytest.mark.parametrize(
