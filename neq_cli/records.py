@@ -70,6 +70,13 @@ class EpochRecord:
 
 
 @dataclass(frozen=True)
+class RunResumed:
+    """Follows ``RunStarted`` where earlier calls have trained epochs; of their layers the last one's alone are kept."""
+
+    epochs: tuple[EpochRecord, ...]
+
+
+@dataclass(frozen=True)
 class Pause:
     """Between two updates, where all that the run depends on can be saved; told to what saves, not to displays."""
 
@@ -78,4 +85,4 @@ class Pause:
     stop: bool  # somebody asked the run to end here
 
 
-Record = RunStarted | StepProgress | EpochRecord
+Record = RunStarted | RunResumed | StepProgress | EpochRecord

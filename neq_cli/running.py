@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -15,8 +15,10 @@ from neq_cli.recipe import StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.recording import Recording, status_of
+from neq_cli.records import EpochRecord, RunResumed
 from neq_cli.resuming import Start, find_run, open_run
 from neq_cli.runs.formatting import printable
+from neq_cli.runs.past_epochs import past_epochs
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, default_run_directory, writing
 from neq_cli.runs.run_reader import read_run
@@ -69,7 +71,10 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
         if writer is not None:
             _write_beginning(writer, loaded, session)
         progress.show(session.started)
-        Recording(session, writer, progress, requests, _best(session, writer)).follow()
+        past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
+        if past:
+            progress.show(RunResumed(past))
+        Recording(session, writer, progress, requests, _best(session, past)).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path
@@ -121,11 +126,9 @@ def _write_beginning(writer: RunWriter, loaded: LoadedRecipe, session: Session) 
     writer.write_started(session.started)
 
 
-def _best(session: Session, writer: RunWriter | None) -> float | None:
-    """Return the best score of the epochs that are trained."""
-    if writer is None or session.trainer.epoch == 0:
-        return None
-    scores = [float(row[session.started.metric]) for row in read_run(writer.path).metrics]
+def _best(session: Session, past: Sequence[EpochRecord]) -> float | None:
+    """Return the best score of the epochs that are trained, None where none was measured."""
+    scores = [float(epoch.metrics[session.started.metric]) for epoch in past]
     return max((score for score in scores if score == score), default=None)
 
 

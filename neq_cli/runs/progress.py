@@ -63,7 +63,7 @@ class PlainProgress:
                 self.message(f"note: {note}")
         elif isinstance(record, StepProgress):
             self._pace.step(record, self._now())
-        elif self._started is not None:
+        elif isinstance(record, EpochRecord) and self._started is not None:
             self._pace.end_epoch(float(record.metrics["epoch_seconds"]), self._now())
             left = (self._started.epochs - record.epoch) * self._pace.epoch_total()
             self.message(epoch_line(record, self._started, left))

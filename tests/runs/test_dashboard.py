@@ -18,7 +18,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, LayerState, Record, RunStarted, StepProgress
+from neq_cli.records import EpochRecord, LayerState, Record, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard, render_frame
 from neq_cli.runs.screen.frame import Painter
 from neq_cli.runs.screen.frame_parts import text_of
@@ -272,11 +272,20 @@ def test_before_the_first_epoch_ended_time_left_goes_by_its_steps() -> None:
     assert " 0/390 " in line_with(frame, "all 20 layers")
 
 
-def test_a_resumed_run_does_not_claim_that_nothing_is_frozen() -> None:
-    run = [records(SMALL, 0)[0], StepProgress(51, 100, 500, "train", 1234.0, 0.4)]
-    frame = render_frame(80, 24, run, elapsed=4.0)
+def test_a_resumed_run_shows_what_one_without_a_break_would_but_its_pace() -> None:
+    started, *epochs, step = records(SMALL, 50)
+    straight = render_frame(80, 24, [started, *epochs, step], elapsed=4.0)
+    resumed = render_frame(80, 24, [started, RunResumed(tuple(epochs)), step], elapsed=4.0)
+    assert line_with(resumed, "epoch 51/250").endswith("0:04 gone  1:06:36 left")  # 16 s and 199 x 20 s
+    differ = [new for old, new in zip(straight.splitlines(), resumed.splitlines(), strict=True) if old != new]
+    assert differ == [line_with(resumed, "epoch 51/250")]
+
+
+def test_a_resumed_run_whose_files_are_damaged_does_not_claim_that_nothing_is_frozen() -> None:
+    started, *epochs, step = records(SMALL, 50)
+    past = RunResumed(tuple(replace(epoch, layers=()) for epoch in epochs))
+    frame = render_frame(80, 24, [started, past, step], elapsed=4.0)
     assert "–/390" in line_with(frame, "all 20 layers")
-    assert line_with(frame, "epoch 51/250").endswith("1:06:36 left")  # 16 s and 199 x 20 s
 
 
 def test_the_last_epoch_s_choice_is_labelled_as_such() -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, RunStarted, StepProgress
+from neq_cli.records import EpochRecord, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.progress import Mode, PlainProgress, Silent, choose_progress
 
@@ -61,7 +61,8 @@ def plain_lines(*records: RunStarted | StepProgress | EpochRecord) -> list[str]:
 
 def test_one_line_for_the_run_its_notes_and_one_per_epoch() -> None:
     step = StepProgress(12, 100, 490, "train", 1234.0, 0.5)
-    assert plain_lines(STARTED, step, epoch(), step) == [
+    past = RunResumed((epoch(epoch=11),))  # which stand in the log already
+    assert plain_lines(STARTED, past, step, epoch(), step) == [
         "resnet32-cifar10: resnet32 on CIFAR10, neq epsilon=0.001 mu=0.5, cpu (2 threads), 250 epochs of 490 steps, "
         "2320 neurons in 2 layers",
         "note: always trained: class_token",

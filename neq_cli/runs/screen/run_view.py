@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neq_cli.records import EpochRecord, LayerState, RunStarted, StepProgress
+from neq_cli.records import EpochRecord, LayerState, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.screen.pace import Pace
 
@@ -42,7 +42,7 @@ class RunView:
         self.position: StepProgress | None = None  # of the running epoch
         self.columns: dict[str, list[float]] = {}  # metrics.csv so far
         self.layers = tuple(LayerCounts(printable(name), n, 0, 0, 0.0) for name, n in started.layers.items())
-        self.frozen_known = True  # false in a resumed run until its first epoch ends
+        self.frozen_known = True  # false in a resumed run whose files cannot be read, until its first epoch ends
         self.froze = 0
         self.thawed = 0
         self.epsilon = epsilon_of(started.policy)
@@ -53,29 +53,37 @@ class RunView:
         self.ended: float | None = None  # when the last frame was due
         self.pace = Pace(now)
 
-    def show(self, record: StepProgress | EpochRecord, now: float) -> None:
+    def show(self, record: RunResumed | StepProgress | EpochRecord, now: float) -> None:
         """Take in the next record."""
         if isinstance(record, StepProgress):
             self.position = record
-            self.frozen_known = record.epoch == self.epochs_done + 1
             self.pace.step(record, now)
+        elif isinstance(record, RunResumed):
+            for epoch in record.epochs:
+                self._take_columns(epoch)
+            self._take_layers(record.epochs[-1])
         else:
-            self._end_epoch(record, now)
+            self._take_columns(record)
+            self._take_layers(record)
+            self.position = None
+            self.pace.end_epoch(self.last("epoch_seconds"), now)
 
-    def _end_epoch(self, record: EpochRecord, now: float) -> None:
+    def _take_columns(self, record: EpochRecord) -> None:
         for key, value in record.metrics.items():
             self.columns.setdefault(key, []).append(float(value))
+
+    def _take_layers(self, record: EpochRecord) -> None:
+        self.frozen_known = bool(record.layers)
+        if not record.layers:
+            return
         velocities = [observed_velocity(layer) for layer in record.layers]
         self.layers = tuple(map(_counts, record.layers, velocities))
-        self.frozen_known = True
         self.froze = sum(int((layer.trained & ~layer.trainable).sum()) for layer in record.layers)
         self.thawed = sum(int((~layer.trained & layer.trainable).sum()) for layer in record.layers)
         everything = np.concatenate(velocities) if velocities else np.zeros(0, dtype=np.float32)
         self.velocity_bins = velocity_bins(everything)
         if self.epsilon is not None and len(everything):
             self.below_epsilon = float((everything < self.epsilon).mean())
-        self.position = None
-        self.pace.end_epoch(self.last("epoch_seconds"), now)
 
     @property
     def epochs_done(self) -> int:
