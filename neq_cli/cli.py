@@ -69,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader has gone, as in `neq inspect ... | head`.
         sys.stderr.close()
         code = 0
-    except Exception as error:
-        # Code of the user's own, such as a policy or a model, or a mistake of ours.
+    except (Exception, SystemExit) as error:
+        # Code of the user's own, such as a policy or a model, or a mistake of ours. An exit that was asked for there
+        # is no end of the command's: a job that trained nothing must not count as done.
         if os.environ.get("NEQ_TRACEBACK"):
             raise
         complain(_unexpected_line(error))
@@ -97,7 +98,7 @@ def _usage_line(error: Any) -> str:
     return f"{command}: {message}; see `{command} --help`"
 
 
-def _unexpected_line(error: Exception) -> str:
+def _unexpected_line(error: BaseException) -> str:
     """Say what was raised, and in which line of the user's own code where some of it took part."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))

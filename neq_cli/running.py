@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -166,9 +167,13 @@ def measured_steps(
 
 @contextmanager
 def _located(loaded: LoadedRecipe) -> Iterator[None]:
-    """Tell what only data and model show to be wrong with its place in the recipe or on the command line."""
+    """Tell what only data and model show to be wrong with its place in the recipe or on the command line.
+
+    What users' own code prints meanwhile goes to stderr: stdout is for results.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except RecipeValueError as error:
         raise RecipeError([loaded.problem(error.key, error.reason)]) from error
 

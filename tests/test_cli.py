@@ -391,6 +391,15 @@ def test_an_error_in_code_of_the_users_own_is_one_line_with_its_place(
     (line,) = err.splitlines()
     assert line.startswith(f"{tmp_path}/odd_policy.py:4: KeyError: 'no such layer'; ")
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    # Nor is a job that such code ends done.
+    code = FAILING_POLICY.replace('return observations["no such layer"]', "raise SystemExit(0)")
+    (tmp_path / "leaving_policy.py").write_text(f"{code}\nprint('no result')\n")
+    leaving = "policy={kind: entrypoint, entrypoint: 'leaving_policy:Odd'}"
+    assert call("train", "digits", *SHORT, leaving, "-o", "left", "--progress", "off") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"no result\n{tmp_path}/leaving_policy.py:4: SystemExit: 0; ")
+    assert json.loads((tmp_path / "left" / "status.json").read_text())["reason"] == "SystemExit: 0"
     monkeypatch.setenv("NEQ_TRACEBACK", "1")
     with pytest.raises(KeyError, match="no such layer"):
         main(["train", "digits", *SHORT, policy, "-o", "again", "--progress", "off"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,8 @@ def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) 
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
-    loaded = load_recipe(reference, overrides or (), checks=[check_section])
+    with redirect_stdout(sys.stderr):  # what users' own code prints is no result
+        loaded = load_recipe(reference, overrides or (), checks=[check_section])
     for warning in warnings(loaded.recipe) if warn else ():
         complain(f"warning: {warning}")
     return loaded

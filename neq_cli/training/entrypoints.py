@@ -50,7 +50,8 @@ def _import(module_name: str, key: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise RecipeValueError(
-                key, f"no module '{error.name}'; it is looked for in the working directory and on PYTHONPATH"
+                key,
+                f"no module '{error.name}'; it is looked for beside the recipe, here and on PYTHONPATH",
             ) from error
         raise RecipeValueError(key, _import_failure(module_name, error)) from error
     except (Exception, SystemExit) as error:

@@ -148,7 +148,7 @@ def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]
             model = builder.make(**kwargs)
     except NeqError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
         if twice and section.entrypoint is None:
             raise RecipeValueError(f"model.kwargs.{twice[1]}", f"{builder.name} sets it itself; remove it") from error
@@ -160,6 +160,8 @@ def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]
         raise RecipeValueError(
             "model.entrypoint", f"'{builder.name}' returned a {type(model).__name__}, not a torch.nn.Module"
         )
+    if next(model.parameters(), None) is None:
+        raise RecipeValueError("model", f"{builder.name} has no parameters; there is nothing to train")
     return model
 
 

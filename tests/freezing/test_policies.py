@@ -56,7 +56,7 @@ def test_neq_checks_its_arguments() -> None:
     with pytest.warns(UserWarning, match=r"mu=0\.9"):
         assert NEq(mu=0.9).mu == 0.9
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         NEq(mu=0.5)
 
 

@@ -144,7 +144,8 @@ def test_a_lock_that_is_no_file_is_refused_and_not_written_through(run: Path, tm
     elif kind == "folder":
         (run / ".lock").mkdir()
     else:
-        socket.socket(socket.AF_UNIX).bind(os.path.relpath(run / ".lock"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.path.relpath(run / ".lock"))
     with pytest.raises(RunDirectoryError, match=r"\.lock: .*remove it") as caught:
         acquire(run / ".lock", run / "status.json")
     assert "\n" not in str(caught.value)

@@ -119,7 +119,7 @@ def test_epochs_without_a_measure_are_bridged(course: Callable[..., Run]) -> Non
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e99, -1e99, 0.0, 1e-99])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of garbage of other tests
 def test_odd_numbers(make_run: Callable[..., Run], value: float) -> None:
     columns = ("neurons", "frozen", "flops_paper", "flops_paper_dense", "flops_executed", "test_top1", "lr")
     text = printed(make_run("run", metrics=[dict.fromkeys(columns, value)] * 3), 80)

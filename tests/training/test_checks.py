@@ -124,7 +124,7 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
         (ModelSection(name="resnet81"), "model.name: no torchvision model 'resnet81'; did you mean 'resnet8'?"),
         (
             ModelSection(entrypoint="no_such_module:f"),
-            "model.entrypoint: no module 'no_such_module'; it is looked for in the working directory and on PYTHONPATH",
+            "model.entrypoint: no module 'no_such_module'; it is looked for beside the recipe, here and on PYTHONPATH",
         ),
         (
             ModelSection(name="resnet18", kwargs={"layers": 1}),

@@ -38,7 +38,10 @@ def test_a_module_beside_the_recipe_is_found(in_folder: Path) -> None:
         ("epbad", "'epbad' is not of the form pkg.mod:callable"),
         (":make", "':make' is not of the form pkg.mod:callable"),
         ("epbad:", "'epbad:' is not of the form pkg.mod:callable"),
-        ("epnowhere.nets:make", "no module 'epnowhere'; it is looked for in the working directory and on PYTHONPATH"),
+        (
+            "epnowhere.nets:make",
+            "no module 'epnowhere'; it is looked for beside the recipe, here and on PYTHONPATH",
+        ),
         ("epgood:mak", "module 'epgood' has no 'mak'; did you mean 'make'?"),
         ("epgood:number", "'epgood:number' is a int, not a callable"),
     ],

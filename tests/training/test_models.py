@@ -38,6 +38,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def open_ended(**kwargs): return nn.Linear(1, kwargs.get('outputs', 1))\n"
         "def wrong(): return 'a string'\n"
         "def fails(): raise ZeroDivisionError('by zero')\n"
+        "def leaves(): raise SystemExit(0)\n"
+        "def empty(): return nn.Flatten()\n"
     )
     return "modelsmodule"
 
@@ -139,6 +141,8 @@ def test_entrypoints_are_called_with_what_they_take(module: str) -> None:
         ("make", {"widht": 1}, "model.kwargs.widht: unknown argument 'widht' of {m}:make; did you mean 'width'?"),
         ("wrong", {}, "model.entrypoint: '{m}:wrong' returned a str, not a torch.nn.Module"),
         ("fails", {}, "model.entrypoint: {m}:fails cannot be built: ZeroDivisionError: by zero ("),
+        ("leaves", {}, "model.entrypoint: {m}:leaves cannot be built: SystemExit: 0 ("),
+        ("empty", {}, "model: {m}:empty has no parameters; there is nothing to train"),
     ],
 )
 def test_entrypoints_that_fail(module: str, name: str, kwargs: dict[str, Any], message: str) -> None:

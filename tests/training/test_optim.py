@@ -142,7 +142,7 @@ def rates(epochs: int, base: float = 0.1, **values: Any) -> list[float]:
     """The learning rate each epoch starts with; a warning of torch's is an error."""
     torch_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         scheduler = build_scheduler(SchedulerSection(**values), torch_optimizer, epochs)
         seen = []
         for _ in range(epochs):

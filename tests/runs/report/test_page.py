@@ -225,7 +225,7 @@ ODD = (math.nan, math.inf, pytest.param(0.0, marks=pytest.mark.slow), 1e99, -1e-
 
 
 @pytest.mark.parametrize("value", ODD)
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of garbage of other tests
 def test_odd_numbers(make_run: Callable[..., Run], recipe: Any, value: float) -> None:
     columns = (
         "test_top1",
