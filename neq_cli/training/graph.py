@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -74,7 +75,7 @@ def _aside(step: Step, inputs: Tensor, targets: Tensor) -> Tensor:
     """Run ``step`` on another stream than the default one, as CUDA wants it before a capture."""
     if inputs.device.type != "cuda":
         return step(inputs, targets)
-    current, side = torch.cuda.current_stream(inputs.device), torch.cuda.Stream(inputs.device)  # type: ignore[no-untyped-call]
+    current, side = torch.cuda.current_stream(inputs.device), _side_stream(inputs.device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         loss = step(inputs, targets)
@@ -82,8 +83,15 @@ def _aside(step: Step, inputs: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one for all steps and epochs: every stream keeps memory of its own, such as cuBLAS's workspaces."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _capture(step: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Only this thread is watched: another may be pinning the next batches' memory meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         loss = step()
     return graph, loss

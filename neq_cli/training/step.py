@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class TrainingStep:
             if update:
                 self._update()
         if update and self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+            self._average(self.averaged)
         return loss
 
     def _whole(self, inputs: Tensor, targets: Any) -> Tensor:
@@ -94,6 +95,21 @@ class TrainingStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _average(self, averaged: AveragedModel) -> None:
+        """Do what ``averaged.update_parameters`` does; from the second time on that would wait for the device."""
+        if not averaged.n_averaged:  # it lies on the CPU
+            averaged.update_parameters(self.model)
+            return
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        olds, news = (chain(one.parameters(), one.buffers()) for one in (averaged.module, self.model))
+        for old, new in zip(olds, news, strict=True):
+            pairs = by_type.setdefault(old.dtype, ([], []))
+            pairs[0].append(old.detach())
+            pairs[1].append(new.detach())
+        for pairs in by_type.values():
+            cast(Any, averaged.multi_avg_fn)(*pairs, averaged.n_averaged)
+        averaged.n_averaged += 1
 
     @property
     def tested_model(self) -> nn.Module:

