@@ -51,6 +51,9 @@ class MaskFiles:
                 raise RecipeValueError("data.root", f"{path}: cannot be used ({one_line(error)})") from error
             kept = values[values != ignore_index]
             largest = max(largest, int(kept.max()) if kept.numel() else -1)
+            if largest >= MOST_CLASSES:
+                said = f"{path}: {largest} is no class, a number from 0 to {MOST_CLASSES - 1}; correct the mask"
+                raise RecipeValueError("data.root", said)
         return largest
 
 
@@ -82,10 +85,8 @@ def _classes(root: Path, parts: Sequence[MaskFiles], given: Any, ignore_index: i
             raise RecipeValueError("data.root", f"{names}: {len(found)} lines; write one class name in each, 1 to 255")
         return found, ""
     count = 1 + max(part.largest_class(ignore_index) for part in parts)
-    if not 1 <= count <= MOST_CLASSES:
-        raise RecipeValueError(
-            "data.root", f"the masks under '{root}' hold no class number below 255; give data.kwargs.num_classes"
-        )
+    if not count:
+        raise RecipeValueError("data.root", f"the masks under '{root}' hold no class; give data.kwargs.num_classes")
     return tuple(map(str, range(count))), f"data: {count} classes, as {count - 1} is the largest number in the masks"
 
 

@@ -143,6 +143,21 @@ def test_another_number_can_be_ignored(folder: Path) -> None:
     assert torch.equal(plain, changed.train[3][1])
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (300, "data.root: {}/train/masks/2.png: 300 is no class, a number from 0 to 254; correct the mask"),
+        (255, "data.root: the masks under '{}' hold no class; give data.kwargs.num_classes"),
+    ],
+)
+def test_masks_that_do_not_tell_the_number_of_classes(folder: Path, value: int, says: str) -> None:
+    for mask in folder.glob("*/masks/*" if value == 255 else "train/masks/2.png"):
+        Image.fromarray(np.full((18, 18), value, dtype=np.uint16)).save(mask)
+    with pytest.raises(NeqError) as raised:
+        load_data(section(folder, kwargs={}, image_size=12), 1)
+    assert str(raised.value) == says.format(folder)
+
+
 def damage(folder: Path, what: str) -> Path:
     """Break the mask of the first training image."""
     mask = folder / "train" / "masks" / "0.png"
