@@ -321,6 +321,21 @@ def test_a_run_is_inspected_compared_and_exported(
     assert "nolayer" in complaint(capsys, "inspect", run, "--layer", "nolayer")
 
 
+@pytest.mark.parametrize("verb", ["compare", "inspect"])
+def test_a_narrow_window_loses_no_column_of_a_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: tuple[Path, str, str], verb: str
+) -> None:
+    printed = []
+    for columns in ("30", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert call(verb, str(trained[0])) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    monkeypatch.setenv("COLUMNS", "30")
+    assert call("inspect", str(trained[0]), "--plot") == 0  # which any width will do for
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 30
+
+
 def test_a_failure_while_training_is_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert call("train", "digits", *SHORT, "optimizer.lr=1e+30", "-o", "run", "--progress", "off") == 1
     err = capsys.readouterr().err

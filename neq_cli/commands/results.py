@@ -40,7 +40,7 @@ def inspect(
             raise NeqError("neq inspect: --plot draws the whole run; leave out --json, --epoch and --layer")
         from neq_cli.runs.plot import render_plot
 
-        show(render_plot(read_run(run_directory)))
+        show(render_plot(read_run(run_directory)), narrowest=1)
         return
     inspection = inspect_run(read_run(run_directory), epoch, layer)
     if as_json:

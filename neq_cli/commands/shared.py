@@ -76,11 +76,13 @@ def joined_processes() -> Any:
     return sys.modules.get("neq_cli.training.distributed")
 
 
-def show(content: RenderableType) -> None:
-    """Print what rich lays out."""
+def show(content: RenderableType, narrowest: int = 80) -> None:
+    """Print what rich lays out, ``narrowest`` columns wide at least: in fewer a table would lose columns and digits."""
     from rich.console import Console
 
-    Console().print(content)
+    console = Console()
+    console.width = max(console.width, narrowest)
+    console.print(content)
 
 
 def show_json(content: Any) -> None:
