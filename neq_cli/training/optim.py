@@ -95,7 +95,7 @@ def build_optimizer(section: OptimizerSection, model: nn.Module, *, capturable: 
     A parameter belongs to the first group with a glob that matches its name. Torch's fused kernels are used where they
     fit and the recipe says neither ``fused`` nor ``foreach``; so build it once the model is where it trains.
     ``capturable``: its steps are to be captured in a CUDA graph. Raises RecipeValueError for unknown names and
-    arguments, for a glob that matches no parameter, and where there is nothing to train.
+    arguments, for what a graph would lose, for a glob that matches no parameter, and where there is nothing to train.
     """
     kind = find_optimizer(section.name)
     for key, problem in _argument_problems(kind, section):
@@ -110,6 +110,9 @@ def build_optimizer(section: OptimizerSection, model: nn.Module, *, capturable: 
     if capturable and "capturable" in accepted_arguments(kind)[0] and "capturable" not in section.kwargs:
         chosen["capturable"] = True
     optimizer = _make(kind, section, groups, **chosen)
+    if capturable and "capturable" not in optimizer.defaults and optimizer.defaults.get("lr_decay"):
+        # Adagrad counts its steps on the CPU: every replay would decay as the captured step did.
+        raise RecipeValueError("optimizer.lr_decay", "is lost in a CUDA graph; leave it out, or set cuda_graph: false")
     if optimizer.defaults.get("fused"):
         fused.complete(optimizer)
     return optimizer

@@ -138,6 +138,13 @@ def test_only_what_requires_gradients_is_optimised() -> None:
         optimizer(model=model)
 
 
+def test_a_decay_that_counts_steps_on_the_cpu_is_refused_in_a_graph() -> None:
+    decaying = OptimizerSection(name="adagrad", lr=0.1, lr_decay=0.1)
+    assert build_optimizer(decaying, nn.Linear(2, 2)).defaults["lr_decay"] == 0.1
+    with pytest.raises(NeqError, match=r"^optimizer.lr_decay: is lost in a CUDA graph"):
+        build_optimizer(decaying, nn.Linear(2, 2), capturable=True)
+
+
 def rates(epochs: int, base: float = 0.1, **values: Any) -> list[float]:
     """The learning rate each epoch starts with; a warning of torch's is an error."""
     torch_optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=base)
