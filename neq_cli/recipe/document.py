@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from neq_cli.recipe.keys import POLICIES, SchedulerSection
@@ -42,6 +43,10 @@ class Document:
     def override(self, texts: Iterable[str]) -> None:
         """Put the values of ``KEY=VALUE`` texts in place, in their order: the last of several for one key counts."""
         overrides = [override for order, text in enumerate(texts) if (override := self._read(text, order)) is not None]
+        for earlier, later in combinations(overrides, 2):
+            if earlier.path != later.path and earlier.path[: len(later.path)] == later.path:
+                key = ".".join(map(str, later.path))
+                self.problems.append((earlier, earlier.path, f"is replaced by the {key}=... after it; write it last"))
         for override in {override.path: override for override in overrides}.values():
             self._make_room(override)
         for override in overrides:

@@ -381,6 +381,12 @@ def test_problems_of_overrides(override: str, line: str) -> None:
     assert problems(GOOD, override) == [f"command line: {shown}: {line}"]
 
 
+def test_an_override_that_a_later_one_would_undo_is_refused() -> None:
+    said = "is replaced by the policy=... after it; write it last"
+    assert problems(GOOD, "policy.epsilon=0.5", "policy={kind: neq}") == [f"command line: policy.epsilon=0.5: {said}"]
+    assert load(GOOD, "policy={kind: neq}", "policy.epsilon=0.5").policy.model_dump()["epsilon"] == 0.5
+
+
 def test_problems_of_the_file_come_first_then_the_command_lines_in_its_order() -> None:
     assert problems(GOOD.replace("1e-3", "x"), "seed=a", "oops=1 ", "epochs=b")[0].startswith("cifar10.yaml:10: ")
     lines = problems(GOOD, "seed=a", "oops", "epochs=b")
