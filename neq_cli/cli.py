@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Exception, SystemExit) as error:
         # Code of the user's own, such as a policy or a model, or a mistake of ours. An exit that was asked for there
         # is no end of the command's: a job that trained nothing must not count as done.
-        if os.environ.get("NEQ_TRACEBACK"):
+        if os.environ.get("NEQ_TRACEBACK") or _is_typers_exit(error):
             raise
         complain(_unexpected_line(error))
         code = 1
@@ -96,6 +96,13 @@ def _usage_line(error: Any) -> str:
         value = repr(error.__cause__.errors()[0]["input"])
         message += f", not {value}" if value not in message else ""
     return f"{command}: {message}; see `{command} --help`"
+
+
+def _is_typers_exit(error: BaseException) -> bool:
+    """Whether ``error`` ends a shell's completion: no command had begun."""
+    commands = str(Path(training.__file__).parent)
+    begun = any(frame.filename.startswith(commands) for frame in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, SystemExit) and not begun
 
 
 def _unexpected_line(error: BaseException) -> str:

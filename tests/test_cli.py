@@ -97,6 +97,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"neq {__version__}\n"
 
 
+def test_a_shell_is_given_words_and_no_complaint(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_NEQ_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "neq tr")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert call() == 0
+    out, err = capsys.readouterr()
+    assert (out.split(), err) == (["train"], "")
+
+
 def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call() == 0
     alone = capsys.readouterr()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,8 +49,7 @@ def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) 
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
-    with redirect_stdout(sys.stderr):  # what users' own code prints is no result
-        loaded = load_recipe(reference, overrides or (), checks=[check_section])
+    loaded = load_recipe(reference, overrides or (), checks=[check_section])
     for warning in warnings(loaded.recipe) if warn else ():
         complain(f"warning: {warning}")
     return loaded

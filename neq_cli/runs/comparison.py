@@ -25,7 +25,9 @@ from neq_cli.runs.formatting import plain_json, printable, ratio_percent
 from neq_cli.runs.run_reader import Run
 from neq_cli.runs.statistics import Difference, Summary, difference, mean_known, summarise
 
-_MATCHED_P_SPREAD = 0.05  # wider than seeds make it: runs folded into one `match` row were matched to different ones
+_MATCHED_P_SPREAD = (
+    0.05  # wider than seeds mostly make it: runs folded into one `match` row were matched to different ones
+)
 _CUSTOMARY_LEVEL = 0.05  # below which people call a difference significant
 
 

@@ -26,21 +26,20 @@ class Matches:
 
 def find_matches(points: Sequence[Point]) -> Matches:
     """Match every such point with the NEq run that differs from it in the policy alone; there must be one."""
+    policies = [(point, _policy(point)) for point in points]
     candidates: dict[tuple[str, ...], list[str]] = {}
-    for point in points:
-        if _is_neq(_policy(point)):
+    for point, policy in policies:
+        if _is_neq(policy):
             candidates.setdefault(_all_but_policy(point), []).append(point.name)
-    there = {point.name: candidates.get(_all_but_policy(point), []) for point in points if _asks(_policy(point))}
+    there = {point.name: candidates.get(_all_but_policy(point), []) for point, policy in policies if _asks(policy)}
     return Matches(
         {name: names[0] for name, names in there.items() if len(names) == 1},
         {name: _problem(len(names)) for name, names in there.items() if len(names) != 1},
     )
 
 
-def with_match(point: Point, other: str | None, files: SweepFiles) -> Point:
-    """Return ``point`` with the run directory of ``other`` in the place of ``match``; itself where that is None."""
-    if other is None:
-        return point
+def with_match(point: Point, other: str, files: SweepFiles) -> Point:
+    """Return ``point`` with the run directory of ``other`` in the place of ``match``."""
     written = json.dumps(f"{_MATCH}:{files.run(other)}", ensure_ascii=False)  # quoted, as a path may need
     return replace(point, overrides=(*point.overrides, f"policy.p={written}"))
 

@@ -61,7 +61,9 @@ def plan_sweep(
     name = find_recipe(reference).stem
     files = SweepFiles(folder if folder is not None else default_sweep_directory(name, grid.folder_name))
     matches = find_matches(grid.points)
-    grid = replace(grid, points=tuple(with_match(point, matches.found.get(point.name), files) for point in grid.points))
+    found = matches.found
+    points = (with_match(one, found[one.name], files) if one.name in found else one for one in grid.points)
+    grid = replace(grid, points=tuple(points))
     loaded = _loaded(reference, grid, [_remembered(check) for check in checks], check_loaded, matches)
     check_sweep(files.root, name)
     swept = {
@@ -69,7 +71,7 @@ def plan_sweep(
         for point, one in zip(grid.points, loaded, strict=True)
     }
     runs = tuple(
-        PlannedRun(point, one, swept[point.name], swept.get(matches.found.get(point.name, "")))
+        PlannedRun(point, one, swept[point.name], swept[found[point.name]] if point.name in found else None)
         for point, one in zip(grid.points, loaded, strict=True)
     )
     _raise_folded([(run.point, _take_stock(run)) for run in runs], len(runs))

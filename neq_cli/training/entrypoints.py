@@ -7,6 +7,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def _import(module_name: str, key: str) -> Any:
     if "" not in sys.path:
         add_import_folder(Path.cwd())
     try:
-        return importlib.import_module(module_name)
+        with redirect_stdout(sys.stderr):  # what it prints is no result of the command's
+            return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise RecipeValueError(
