@@ -115,7 +115,10 @@ def _series(run: Run) -> Iterator[Series]:
     values = _drawable(run.column(run.metric))
     known = values[np.isfinite(values)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    if high == low:
+        low, high = low - 0.5, high + 0.5
+        if run.metric in KNOWN_METRICS and 0 <= known.sum() <= 100 * known.size:  # percentages, which end there
+            low, high = max(low, 0.0), min(high, 100.0)
     final = format_metric(float(known[-1]), run.metric) if known.size else MISSING
     unit = ", %" if run.metric in KNOWN_METRICS else ""
     yield Series(f"{printable(run.metric, 40)}{unit}: {final} last", "green", values, low, high, _decimals(low, high))

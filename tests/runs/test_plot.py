@@ -56,6 +56,15 @@ def stars(text: str, title: str) -> list[tuple[int, int]]:
     )
 
 
+@pytest.mark.parametrize("value", [100.0, 0.0, 50.0])
+def test_an_axis_of_percentages_ends_where_they_do(course: Callable[..., Run], value: float) -> None:
+    lines = printed(course([0, 0], top1=[value, value]), 44, "ascii").splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("test_top1")) + 1
+    top, bottom = (float(lines[start + row].split("+")[0]) for row in (0, 6))
+    assert 0 <= bottom < top <= 100
+    assert bottom <= value <= top
+
+
 def test_a_straight_line_is_straight(course: Callable[..., Run]) -> None:
     text = printed(course([0, 25, 50, 75, 100]), 44, "ascii")
     points = stars(text, "frozen")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.runs.formatting import printable
+from neq_cli.runs.report.axes import Axis, above, far_ticks, keep_within, new_axes, span, whole_numbers
 from neq_cli.runs.report.densities import Density
 from neq_cli.runs.report.drawing import Style
 from neq_cli.runs.report.layer_map import LayerMap
@@ -35,15 +36,6 @@ class Line:
     number: int
 
 
-@dataclass(frozen=True)
-class Axis:
-    """What stands beside an axis: its words with the unit, what values are divided by, and whether it begins at 0."""
-
-    label: str
-    unit: float = 1.0
-    from_zero: bool = False
-
-
 def draw_curves(
     figure: Figure,
     style: Style,
@@ -52,7 +44,7 @@ def draw_curves(
     steps: Sequence[tuple[int, float]],
 ) -> None:
     """Draw means over runs with the span of the runs around them, and a mark at every step of the learning rate."""
-    axes = _axes(figure, "epoch", axis.label)
+    axes = new_axes(figure, "epoch", axis.label)
     epochs = max(len(curve.mean) for _, curve in lines)
     for line, curve in lines:
         at = np.arange(1, len(curve.mean) + 1)
@@ -62,12 +54,16 @@ def draw_curves(
         axes.plot(at[known], mean, color=colour, linestyle=style.dashes(line.place), **_dot(mean))
         if (high > low).any():
             axes.fill_between(at[known], low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set_xlim(*_span(epochs))
+    axes.set_xlim(*span(epochs))
     if axis.from_zero:
-        axes.set_ylim(0, _above([float(np.nanmax(curve.high, initial=0)) / axis.unit for _, curve in lines]))
+        axes.set_ylim(0, above([float(np.nanmax(curve.high, initial=0)) / axis.unit for _, curve in lines]))
+    if axis.whole:
+        whole_numbers(axes.yaxis)
+    if math.isfinite(axis.limits[1]):
+        keep_within(axes, axis, [value for _, curve in lines for value in (*curve.low, *curve.high)])
     axes.grid(axis="y")
     _mark_steps(axes, style, steps, style.ink)
-    _whole_epochs(axes)
+    whole_numbers(axes.xaxis)
     _legend(figure, axes, style, [line for line, _ in lines])
 
 
@@ -84,7 +80,7 @@ def draw_points(
     vertical: Axis,
 ) -> None:
     """Draw one point a configuration, (x, y) with the standard deviations of both; the baseline's is hollow."""
-    axes = _axes(figure, horizontal.label, vertical.label)
+    axes = new_axes(figure, horizontal.label, vertical.label)
     for line, (x, y), (spread_x, spread_y) in points:
         if not (math.isfinite(x) and math.isfinite(y)):
             continue
@@ -101,20 +97,23 @@ def draw_points(
         label.set_parse_math(False)
     axes.margins(0.12)
     axes.grid()
+    if math.isfinite(vertical.limits[1]):
+        ends = [(y, spread if spread > 0 else 0.0) for _, (_, y), (_, spread) in points]
+        keep_within(axes, vertical, [y + side * spread for y, spread in ends for side in (-1, 1)])
     if horizontal.from_zero:
         largest = [(x + (spread if spread > 0 else 0)) / horizontal.unit for _, (x, _), (spread, _) in points]
-        axes.set_xlim(0, _above(largest, 1.1))
+        axes.set_xlim(0, above(largest, 1.1))
     _legend(figure, axes, style, [line for line, _, _ in points], numbered=True)
 
 
 def draw_density(figure: Figure, style: Style, density: Density, label: str, threshold: float | None) -> None:
     """Draw each epoch's distribution as a column of shades, its mean as a line, the threshold's two sides dashed."""
-    axes = _axes(figure, "epoch", label)
+    axes = new_axes(figure, "epoch", label)
     places = density.scale.place(density.edges)
     low, high = float(places[0]), float(places[-1])
     top = float(density.shares.max(initial=0.0)) or 1.0
     # The square root lets what few neurons do be seen beside the many that stand still.
-    extent = (*_span(density.epochs_done), low, high)
+    extent = (*span(density.epochs_done), low, high)
     axes.imshow(
         _shades(np.sqrt(density.shares / top), style),
         origin="lower",
@@ -128,22 +127,22 @@ def draw_density(figure: Figure, style: Style, density: Density, label: str, thr
         for side in (-threshold, threshold):
             place = float(density.scale.place(np.array(side)))
             axes.axhline(place, color=style.ink, linewidth=0.7, linestyle=(0, (4, 3)))
-    axes.set_xlim(*_span(density.epochs_done))
+    axes.set_xlim(*span(density.epochs_done))
     axes.set_ylim(low, high)
-    _whole_epochs(axes)
+    whole_numbers(axes.xaxis)
     if density.scale.linear is not None:
-        ticks = _far_ticks(density.scale.linear, float(density.edges[-1]))
+        ticks = far_ticks(density.scale, float(density.edges[-1]))
         axes.set_yticks(density.scale.place(np.array(ticks)).tolist(), [_power(tick) for tick in ticks])
     _shade_key(figure, axes, style, "share of neurons per bin", [f"{100 * top * at**2:.3g}%" for at in (0, 0.5, 1)])
 
 
 def draw_layers(figure: Figure, style: Style, layers: LayerMap, steps: Sequence[tuple[int, float]]) -> None:
     """Draw a row for each layer or few of them, from the input at the top down to the output."""
-    axes = _axes(figure, "epoch", "")
+    axes = new_axes(figure, "epoch", "")
     rows, columns = layers.percent.shape
     extent = (0.5, columns * layers.epochs_per_column + 0.5, rows - 0.5, -0.5)
     axes.imshow(_shades(layers.percent / 100, style), aspect="auto", extent=extent, interpolation="none")
-    axes.set_xlim(*_span(layers.epochs))
+    axes.set_xlim(*span(layers.epochs))
     every = -(-rows // _MOST_LAYER_LABELS)
     ticks = range(0, rows, every)
     names = [layers.names[row * layers.layers_per_row] for row in ticks]
@@ -152,29 +151,8 @@ def draw_layers(figure: Figure, style: Style, layers: LayerMap, steps: Sequence[
         label.set_parse_math(False)
     axes.tick_params(axis="y", labelsize=style.font_size * 0.8, length=2)
     _mark_steps(axes, style, steps, style.mean)  # seen on light and dark shades alike
-    _whole_epochs(axes)
+    whole_numbers(axes.xaxis)
     _shade_key(figure, axes, style, "neurons not updated", ["0%", "50%", "100%"])
-
-
-def _axes(figure: Figure, horizontal: str, vertical: str) -> Axes:
-    axes = figure.add_subplot()
-    for label in (axes.set_xlabel(horizontal), axes.set_ylabel(vertical)):
-        label.set_parse_math(False)
-    return axes
-
-
-def _span(epochs: int) -> tuple[float, float]:
-    return 0.5, epochs + 0.5
-
-
-def _above(values: Sequence[float], factor: float = 1.05) -> float:
-    return max((value for value in values if math.isfinite(value)), default=0.0) * factor or 1.0
-
-
-def _whole_epochs(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
 
 
 def _mark_steps(axes: Axes, style: Style, steps: Sequence[tuple[int, float]], colour: str) -> None:
@@ -230,14 +208,6 @@ def _shade_key(figure: Figure, axes: Axes, style: Style, label: str, marks: Sequ
     key.set_ylabel(label, fontsize=style.font_size * 0.95)
     for side in ("top", "right"):
         key.spines[side].set_visible(True)
-
-
-def _far_ticks(linear: float, highest: float) -> list[float]:
-    """Return 0 and the powers of ten beyond the linear part, on both sides, five at most on each."""
-    first, last = math.ceil(math.log10(linear) - 1e-9), math.floor(math.log10(highest))
-    every = max(1, -(-(last - first + 1) // 5))
-    powers = [10.0**power for power in range(first, last + 1, every)]
-    return [*(-power for power in reversed(powers)), 0.0, *powers]
 
 
 def _power(value: float) -> str:

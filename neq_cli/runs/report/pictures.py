@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.runs.formatting import counted, format_metric, format_percent, printable
-from neq_cli.runs.report.charts import Axis, Line, draw_curves, draw_density, draw_layers, draw_points
+from neq_cli.runs.report.axes import Axis, unit_of
+from neq_cli.runs.report.charts import Line, draw_curves, draw_density, draw_layers, draw_points
 from neq_cli.runs.report.densities import Density, densities
 from neq_cli.runs.report.drawing import SERIES, Style
 from neq_cli.runs.report.layer_map import LayerMap, layer_map
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
 MOST_DENSITIES = 6  # configurations whose neurons are drawn
 MOST_MAPS = 12
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 _SYMBOLS = {"phi": "similarity φ", "delta_phi": "change of similarity Δφ", "velocity": "velocity v"}
 _UNITS = {"phi": "cosine", "delta_phi": "per epoch", "velocity": "per epoch"}
 
@@ -86,6 +87,12 @@ def metric_label(metric: str) -> str:
     return f"{printable(metric, 40)} (%)" if metric in KNOWN_METRICS else printable(metric, 40)
 
 
+def _limits(metric: str, values: Iterable[float]) -> tuple[float, float]:
+    """Return what a metric cannot pass; nothing is known of a task's own, whatever it is called."""
+    is_share = metric in KNOWN_METRICS and all(0 <= value <= 100 for value in values if math.isfinite(value))
+    return (0.0, 100.0) if is_share else (-math.inf, math.inf)
+
+
 def _points(the_study: Study) -> Iterator[Picture]:
     metrics = {configuration.row.metric for configuration in the_study.configurations}
     if len(metrics) > 1:
@@ -97,7 +104,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
             row = configuration.row
             x: Summary = getattr(row, f"flops_{accounting}")
             points.append((line(the_study, configuration), (x.mean, row.final.mean), (x.std, row.final.std)))
-        unit, prefix = _unit([x for _, (x, _), _ in points])
+        unit, prefix = unit_of([x for _, (x, _), _ in points])
         label = f"{accounting} FLOPs per iteration{prefix}"
         yield Picture(
             name=f"accuracy-against-{accounting}-flops",
@@ -115,7 +122,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
                 draw_points,
                 points=points,
                 horizontal=Axis(label, unit, True),
-                vertical=Axis(f"final {metric_label(metric)}"),
+                vertical=Axis(f"final {metric_label(metric)}", limits=_limits(metric, [y for _, (_, y), _ in points])),
             ),
         )
 
@@ -129,16 +136,18 @@ def _curves(the_study: Study, configurations: Sequence[Configuration], suffix: s
         ("flops-executed", "Executed FLOPs", "executed FLOPs per iteration", lambda run: run.column("flops_executed")),
         ("updated-neurons", "Updated neurons", "updated neurons", updated_neurons),
     ]
-    if len(metrics) == 1:
-        metric = metrics.pop()
+    metric = metrics.pop() if len(metrics) == 1 else ""
+    if metric:
         what = printable(metric, 40)
         quantities.append(("accuracy", what, metric_label(metric), lambda run: run.column(metric)))
     for name, title, label, values in quantities:
         found = [curve(configuration.runs, values) for configuration in configurations]
-        unit, prefix = (
-            (1.0, "") if name == "accuracy" else _unit([float(np.nanmax(each.high, initial=0)) for each in found])
-        )
-        axis = Axis(f"{label}{prefix}", unit, name != "accuracy")
+        unit, prefix = 1.0, ""
+        if name == "accuracy":
+            axis = Axis(label, limits=_limits(metric, [value for each in found for value in (*each.low, *each.high)]))
+        else:
+            unit, prefix = unit_of([float(np.nanmax(each.high, initial=0)) for each in found])
+            axis = Axis(f"{label}{prefix}", unit, from_zero=True, whole=name == "updated-neurons" and not prefix)
         yield Picture(
             name=f"{name}-by-epoch{suffix}",
             section="curves" + suffix,
@@ -265,14 +274,6 @@ def _density_in_words(density: Density, name: str, seed: object) -> str:
 def _slug(configuration: Configuration) -> str:
     name = re.sub(r"[^A-Za-z0-9.]+", "-", configuration.name).strip("-.").lower()[:60]
     return f"{configuration.number}-{name}".rstrip("-.")
-
-
-def _unit(values: Sequence[float]) -> tuple[float, str]:
-    """Return what to divide FLOPs or counts by, and its letter in brackets: 138942464 is in ``(M)``."""
-    largest = max((value for value in values if np.isfinite(value)), default=0.0)
-    if largest < 1e5:
-        return 1.0, ""
-    return next((size, f" ({letter})") for size, letter in _PREFIXES if largest >= size)
 
 
 def _capital(words: str) -> str:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import builtins
+import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 
 from neq_cli.errors import NeqError
+from neq_cli.runs.report.axes import far_ticks
+from neq_cli.runs.report.densities import Scale
 from neq_cli.runs.report.drawing import MARK, PRINT
 from neq_cli.runs.report.figures import write_figures, write_pictures
 from neq_cli.runs.report.page import build_report, render_report
-from neq_cli.runs.report.pictures import line, parts, pictures
+from neq_cli.runs.report.pictures import Picture, line, parts, pictures
 from neq_cli.runs.report.study import study
 from neq_cli.runs.run_reader import Run, read_run
 
@@ -147,7 +151,105 @@ def test_figures_show_the_runs_numbers(runs: list[Run]) -> None:
     points = [
         (float(bar.lines[0].get_xdata()[0]), float(bar.lines[0].get_ydata()[0])) for bar in figure.axes[0].containers
     ]
-    assert points == [(1000, 22), (1000, 22)]
+    assert points == [(1, 22), (1, 22)]  # thousands
+
+
+@dataclass(frozen=True)
+class Written:
+    """What stands beside the axes of a figure as it is saved."""
+
+    horizontal: str
+    vertical: str
+    across: list[str]
+    up: list[str]
+
+
+def written(picture: Picture) -> Written:
+    """Draw a picture as it is printed; return its labels, and the numbers within the axes."""
+    figure = pytest.importorskip("matplotlib.figure").Figure(
+        figsize=(PRINT.width, picture.height), layout="constrained"
+    )
+    picture.draw(figure, PRINT)
+    figure.savefig(io.BytesIO(), format="png")  # axes settle their numbers when they are drawn
+    axes = figure.axes[0]
+
+    def numbers(axis: Any) -> list[str]:
+        low, high = sorted(axis.get_view_interval())
+        ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        return [label.get_text().replace("−", "-") for place, label in ticks if low <= place <= high]
+
+    return Written(axes.get_xlabel(), axes.get_ylabel(), numbers(axes.xaxis), numbers(axes.yaxis))
+
+
+@pytest.mark.parametrize(
+    ("flops", "unit", "largest"),
+    [(900.0, "", 900), (5e3, " (K)", 5), (8e4, " (K)", 80), (3e6, " (M)", 3), (4e9, " (G)", 4), (7e12, " (T)", 7)],
+)
+def test_axes_say_the_unit_of_flops(
+    make_run: Callable[..., Run], recipe: Any, flops: float, unit: str, largest: float
+) -> None:
+    metrics = [{"flops_paper": flops, "flops_executed": flops, "test_top1": 90.0}] * 2
+    by_name = {
+        picture.name: picture for picture in pictures(study([make_run("run", recipe(epochs=2), metrics=metrics)]))
+    }
+    for accounting in ("paper", "executed"):
+        found = written(by_name[f"flops-{accounting}-by-epoch"])
+        assert found.vertical == f"{accounting} FLOPs per iteration{unit}"
+        # The numbers reach up to what was counted, in that unit, and are short enough to stand side by side.
+        assert 0.7 * largest < max(map(float, found.up)) <= 1.05 * largest
+        found = written(by_name[f"accuracy-against-{accounting}-flops"])
+        assert found.horizontal == f"{accounting} FLOPs per iteration{unit}"
+        assert 0.7 * largest < max(map(float, found.across)) <= 1.15 * largest
+        assert max(map(len, found.across)) <= 4
+
+
+@pytest.mark.parametrize("top1", [[100.0], [99.98, 100.0], [100.0, 100.0, 100.0], [0.0], [99.5, 99.9], [0.0, 100.0]])
+def test_no_accuracy_above_100_percent_or_below_0_is_written(
+    make_run: Callable[..., Run], recipe: Any, top1: list[float]
+) -> None:
+    metrics = [{"test_top1": value} for value in top1]
+    runs = [
+        make_run(
+            f"run{seed}",
+            recipe(epochs=len(top1), seed=seed),
+            metrics=[{"test_top1": max(v - 5 * seed, 0)} for v in top1],
+        )
+        for seed in (1, 2)
+    ]  # whose bars reach beyond both ends
+    alone = make_run("alone", recipe(epochs=len(top1), seed=3), metrics=metrics)
+    for some in ([alone], [*runs, alone]):
+        for picture in pictures(study(some)):
+            if picture.name.startswith("accuracy"):
+                numbers = [float(number) for number in written(picture).up]
+                assert len(numbers) >= 2
+                assert min(numbers) >= 0
+                assert max(numbers) <= 100
+
+
+def test_a_metric_of_the_users_own_has_no_limits(make_run: Callable[..., Run], recipe: Any) -> None:
+    run = make_run("run", recipe(epochs=2), metrics=[{"test_top1": 240.0}, {"test_top1": 310.0}])
+    by_name = {picture.name: picture for picture in pictures(study([run]))}
+    assert max(float(number) for number in written(by_name["accuracy-by-epoch"]).up) > 250
+
+
+def test_numbers_are_written_out_and_neurons_whole(make_run: Callable[..., Run], recipe: Any) -> None:
+    metrics = [{"test_top1": 99.99990 + epoch / 1e5} for epoch in range(2)]
+    run = make_run("run", recipe(epochs=2), metrics=metrics, sizes={"fc": 2})
+    by_name = {picture.name: picture for picture in pictures(study([run]))}
+    assert written(by_name["updated-neurons-by-epoch"]).up == ["0", "1", "2"]
+    # Nothing is to be added to the numbers from a corner of the figure.
+    assert all(number.startswith(("99.999", "100.0")) for number in written(by_name["accuracy-by-epoch"]).up)
+
+
+@pytest.mark.parametrize("linear", [1e-9, 1e-4, 1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("highest", [1.0, 20.0, 3e4])
+def test_numbers_of_a_wide_axis_leave_room_for_each_other(linear: float, highest: float) -> None:
+    scale = Scale(linear)
+    ticks = far_ticks(scale, highest)
+    places = scale.place(np.array(ticks)) / (2 * scale.place(np.array(highest)))
+    assert 0.0 in ticks
+    assert max(ticks) <= highest
+    assert (np.diff(places) > 0.069).all()  # a line of text beside an axis of 1.5 inches
 
 
 def test_more_configurations_than_colours(make_run: Callable[..., Run], recipe: Any) -> None:
