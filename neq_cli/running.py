@@ -118,7 +118,8 @@ def _environment(session: Session) -> dict[str, Any]:
 
     trainer = session.trainer
     about = {"data": dict(session.data_content), "processes": trainer.processes.count}
-    return {**environment(trainer.device), **about}
+    matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
+    return {**environment(trainer.device), **about, **matched}
 
 
 def _write_beginning(writer: RunWriter, loaded: LoadedRecipe, session: Session) -> None:
@@ -148,11 +149,12 @@ def prepared(
 
 
 def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
-    """Return the fields of ``FlopsEstimate`` for ``loaded``."""
+    """Return the fields of ``FlopsEstimate`` for ``loaded``; notes only where there are any."""
     from neq_cli.training.session import estimate_flops
 
     with _located(loaded):
-        return asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
+        estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
+    return {key: value for key, value in estimate.items() if key != "notes" or value}
 
 
 def measured_steps(

@@ -130,6 +130,9 @@ def test_a_matched_run_retrains_without_the_run_it_matched(finished: Path, tmp_p
     target = sum(float(row["flops_paper"]) for row in rows(finished / "metrics.csv")) / 3
     spent = sum(float(row["flops_paper"]) for row in rows(run / "metrics.csv")) / 3
     assert spent == pytest.approx(target, rel=0.1)
+    about = json.loads((run / "environment.json").read_text())
+    assert about["matched_flops"] == pytest.approx(target)
+    assert f"{100 * (spent / target - 1):+.2f}% beside" in "".join(about["notes"])
     resolved = (run / "recipe.yaml").read_text()
     gone = tmp_path / "again.yaml"
     gone.write_text(resolved.replace(str(finished), "/nowhere/at/all"))

@@ -13,6 +13,7 @@ import numpy as np
 from neq_cli.errors import NeqError
 from neq_cli.runs.configurations import (
     UNSET,
+    beside_matched,
     disagreements,
     labels,
     matched_to_seeds,
@@ -222,6 +223,9 @@ def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:
         if matched and max(matched) - min(matched) > _MATCHED_P_SPREAD and not matched_to_seeds(group.runs):
             span = f"{min(matched):.3g} to {max(matched):.3g}"
             yield f"{row.approach}: matched p goes from {span}: matched to different runs? compare those apart"
+        if beside := beside_matched(group.runs):
+            span = f"{min(beside):+.2f}%" + (f" to {max(beside):+.2f}%" if len(beside) > 1 else "")
+            yield f"{row.approach}: paper FLOPs {span} beside those that p was matched to"
         if row.final_difference is not None:
             yield from _test_notes(row, row.final_difference)
     runs = [run for group in groups for run in group.runs]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.run_reader import Run
-from neq_cli.runs.statistics import summarise
+from neq_cli.runs.statistics import mean_known, summarise
 
 # Not part of a configuration: the seed, what resolves from other keys, and what changes no result.
 SEED_AND_SURROUNDINGS = frozenset(
@@ -150,6 +151,18 @@ def matched_values(runs: Sequence[Run]) -> list[float]:
     """Return the resolved ``policy.matched_p`` of those runs that have one."""
     values = (run.setting("policy.matched_p") for run in runs)
     return [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+
+
+def beside_matched(runs: Sequence[Run]) -> list[float]:
+    """Return by how many percent the mean paper FLOPs of whole runs differ from those that p was matched to."""
+    found = []
+    for run in runs:
+        target = run.environment.get("matched_flops")
+        if isinstance(target, (int, float)) and not isinstance(target, bool) and target > 0:
+            reached = mean_known(run.column("flops_paper"))
+            if run.epochs >= run.epochs_planned and math.isfinite(reached):
+                found.append(100 * (reached / target - 1))
+    return found
 
 
 def matched_to_seeds(runs: Sequence[Run]) -> bool:

@@ -28,4 +28,5 @@ def render_flops(name: str, estimate: Mapping[str, Any]) -> RenderableType:
         paper, executed = format_flops(row["flops_paper"]), format_flops(row["flops_executed"])
         layers.add_row(Text(printable(layer)), Text(row["kind"]), str(row["neurons"]), paper, executed)
     unit = Text("one sample's back-propagation, one multiply-add each; per layer with nothing frozen", style="dim")
-    return Group(sums, Text(), layers, unit)
+    notes = [Text(f"note: {printable(note)}", style="yellow") for note in estimate.get("notes", ())]
+    return Group(sums, Text(), layers, unit, *notes)

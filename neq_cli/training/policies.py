@@ -87,3 +87,16 @@ def matching_p(anatomy: Anatomy, paper_flops: float, epochs: int) -> float:
         (middles[low], middles[high]),
         key=lambda p: abs(mean_stochastic_flops(anatomy, p, epochs)[0] - paper_flops),
     )
+
+
+def matching_note(policy: StochasticPolicy, anatomy: Anatomy, paper_flops: float, epochs: int) -> str:
+    """Return how far the FLOPs of a matched p lie from ``paper_flops``, which it was to have.
+
+    p acts on whole neurons, so that in narrow layers even the nearest may lie some percent beside.
+    """
+    reached = mean_stochastic_flops(anatomy, chosen_share(policy), epochs)[0]
+    return (
+        f"{policy.p}: p={chosen_share(policy):.4g} comes to {reached:.6g} mean paper FLOPs, "
+        f"{100 * (reached / paper_flops - 1):+.2f}% beside the {paper_flops:.6g} to be matched; no p comes nearer, "
+        "for neurons are whole"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,13 @@ from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
 from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
-from neq_cli.training.policies import build_policy, chosen_share, matching_p, mean_stochastic_flops
+from neq_cli.training.policies import (
+    build_policy,
+    chosen_share,
+    matching_note,
+    matching_p,
+    mean_stochastic_flops,
+)
 from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.sampling import Share
 from neq_cli.training.step import AUTOCAST
@@ -43,6 +49,7 @@ class Session:
     trainer: Trainer
     started: RunStarted
     data_content: Mapping[str, Any]  # what the data holds, wherever it lies: for the run directory
+    matched_flops: float | None = None  # what the p was matched to, where that was found here
 
 
 def prepare(
@@ -97,7 +104,8 @@ def prepare(
     if recipe.sync_batchnorm and processes.count > 1:
         model = synchronised(model, device)  # from here on, a forward pass in training is all processes'
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
-    recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
+    recipe, said = match(recipe, model, (1, *data.image_shape), matched_flops)
+    notes += said
     dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel)
     try:
         dispatch.load_state_dict(choices or {})
@@ -141,7 +149,7 @@ def prepare(
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
         notes=(*notes, *freezing_notes(freezer.anatomy, recipe.backward)),
     )
-    return Session(recipe, trainer, started, _content(data))
+    return Session(recipe, trainer, started, _content(data), matched_flops)
 
 
 def _check_device(recipe: Recipe, device: torch.device, processes: Processes) -> None:
@@ -165,14 +173,16 @@ def _load_data(recipe: Recipe, processes: Processes) -> Data:
     return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed)
 
 
-def match(recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None) -> Recipe:
-    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to; the same recipe where it does not ask.
+def match(
+    recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None
+) -> tuple[Recipe, list[str]]:
+    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask.
 
     ``shape`` is that of one sample, batch dimension first.
     """
     policy = recipe.policy
     if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
-        return recipe
+        return recipe, []
     if matched_flops is None:
         raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")
     anatomy = study(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
@@ -184,7 +194,8 @@ def match(recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flop
             "match a run of the same model",
         )
     matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs)})
-    return recipe.model_copy(update={"policy": matched})
+    note = matching_note(matched, anatomy, matched_flops, recipe.epochs)
+    return recipe.model_copy(update={"policy": matched}), [note]
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ class FlopsEstimate:
     flops_paper_dense: float
     flops_executed_dense: float
     layers: Mapping[str, Mapping[str, Any]]
+    notes: Sequence[str] = ()  # how near a matched p comes
 
 
 def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsEstimate:
@@ -218,7 +230,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     sample = torch.zeros((1, *shape), device=next(model.parameters()).device)
     anatomy = study(model, sample, exclude=recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
-    recipe = match(recipe, model, (1, *shape), matched_flops)
+    recipe, notes = match(recipe, model, (1, *shape), matched_flops)
     paper, executed = dense.paper, dense.executed
     if isinstance(recipe.policy, StochasticPolicy):
         paper, executed = mean_stochastic_flops(anatomy, chosen_share(recipe.policy), recipe.epochs, recipe.backward)
@@ -231,7 +243,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
         }
         for name, layer in anatomy.neurons.layers.items()
     }
-    return FlopsEstimate(paper, executed, dense.paper, dense.executed, layers)
+    return FlopsEstimate(paper, executed, dense.paper, dense.executed, layers, notes)
 
 
 def freezing_notes(anatomy: Anatomy, mode: Mode) -> list[str]:

@@ -198,6 +198,26 @@ def test_matched_runs_are_one_row(seeded: Callable[..., Run]) -> None:
     assert any("0.37 to 0.8" in note for note in compare_runs([*[read_run(Path(p)) for p in row.runs], far]).notes)
 
 
+def test_how_far_matched_runs_are_from_their_target_is_said(make_run: Callable[..., Run], recipe: Any) -> None:
+    policy = {"kind": "stochastic", "p": "match:runs/a", "matched_p": 0.4}
+
+    def run(seed: int, target: object, planned: int = 2) -> Run:
+        metrics = [{"flops_paper": 2000.0}, {"flops_paper": 1030.0}]
+        environment = {"matched_flops": target}
+        whole = recipe(policy=policy, seed=seed, epochs=planned)
+        return make_run(f"{seed}", whole, metrics=metrics, environment=environment)
+
+    def said(*runs: Run) -> list[str]:
+        return [note for note in compare_runs(runs).notes if "matched to" in note]
+
+    beside = "paper FLOPs {} beside those that p was matched to"
+    assert said(run(1, 1500)) == ["Stochastic* p=0.4: " + beside.format("+1.00%")]
+    assert said(run(2, 1500), run(3, 1530)) == ["Stochastic* p=0.4 ± 0: " + beside.format("-0.98% to +1.00%")]
+    # Of a run that is not whole, or was never told, nothing is known.
+    assert not any(said(run(seed, target)) for seed, target in enumerate((None, "much", 0, True), 4))
+    assert not said(run(8, 1500, planned=3))
+
+
 def test_different_devices_are_said(seeded: Callable[..., Run]) -> None:
     runs = [seeded(BASELINE, 1, 90.0), seeded(NEQ, 1, 90.0)]
     assert not any("device" in note for note in compare_runs(runs).notes)

@@ -95,6 +95,15 @@ def test_matching_is_written_into_the_recipe_and_holds_without_the_other_run() -
     assert again.started.policy == matched.started.policy
     assert estimate_flops(matched.recipe).flops_paper == pytest.approx(0.7 * dense, rel=0.05)
     assert "matched_p: " in dump_recipe(matched.recipe)
+    # The counts of two narrow layers move in steps, and how far beside the target they end is said.
+    (note,) = [note for note in matched.started.notes if note.startswith("match:a")]
+    reached = estimate_flops(matched.recipe).flops_paper
+    beside = 100 * (reached / (0.7 * dense) - 1)
+    assert f"p={section.matched_p:.4g} comes to {reached:.6g} mean paper FLOPs, {beside:+.2f}% beside the" in note
+    assert matched.matched_flops == 0.7 * dense
+    assert estimate_flops(make_recipe(policy=policy, epochs=10), 0.7 * dense).notes == [note]
+    assert again.matched_flops is None
+    assert not any(note.startswith("match:") for note in again.started.notes)
 
 
 @pytest.mark.parametrize("flops", [0.0, 1e12, float("nan")])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_LAYER_LABELS = 24
+MOST_LAYER_LABELS = 24
 _LONGEST_LABEL = 48
 _LONGEST_LAYER = 26
 
@@ -143,7 +143,7 @@ def draw_layers(figure: Figure, style: Style, layers: LayerMap, steps: Sequence[
     extent = (0.5, columns * layers.epochs_per_column + 0.5, rows - 0.5, -0.5)
     axes.imshow(_shades(layers.percent / 100, style), aspect="auto", extent=extent, interpolation="none")
     axes.set_xlim(*span(layers.epochs))
-    every = -(-rows // _MOST_LAYER_LABELS)
+    every = -(-rows // MOST_LAYER_LABELS)
     ticks = range(0, rows, every)
     names = [layers.names[row * layers.layers_per_row] for row in ticks]
     axes.set_yticks(list(ticks), [shorten(printable(name) or "(the model itself)", _LONGEST_LAYER) for name in names])

@@ -135,7 +135,9 @@ def _short(the_study: Study) -> str:
         if baseline is not None and others
         else "There is no baseline to compare with, so these are absolute numbers:"
     )
-    more = f"{len(others) - len(shown)} more configurations are in the table below." if len(others) > len(shown) else ""
+    left = len(others) - len(shown)
+    are = "is" if left == 1 else "are"
+    more = f"{counted(left, 'more configuration')} {are} in the table below." if left > 0 else ""
     cards = "".join(_card(the_study, configuration) for configuration in shown)
     return (
         element("p", lead)

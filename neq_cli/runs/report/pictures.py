@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from neq_cli.runs.formatting import counted, format_metric, format_percent, printable
 from neq_cli.runs.report.axes import Axis, unit_of
-from neq_cli.runs.report.charts import Line, draw_curves, draw_density, draw_layers, draw_points
+from neq_cli.runs.report.charts import MOST_LAYER_LABELS, Line, draw_curves, draw_density, draw_layers, draw_points
 from neq_cli.runs.report.densities import Density, densities
 from neq_cli.runs.report.drawing import SERIES, Style
 from neq_cli.runs.report.layer_map import LayerMap, layer_map
@@ -194,8 +194,8 @@ def _layers(configuration: Configuration) -> Iterator[Picture]:
     if not found.names:
         return
     steps, _ = _steps([configuration])
-    caption = "Each cell: neurons not updated during the epoch, of those of the layer; input at the top, output below; "
-    caption += "not every layer is named."
+    caption = "Each cell: neurons not updated during the epoch, of those of the layer; input at the top, output below"
+    caption += "; not every layer is named." if len(found.percent) > MOST_LAYER_LABELS else "."
     if len(configuration.runs) > 1:
         caption += f" Mean of {len(configuration.runs)} runs."
     if found.layers_per_row > 1 or found.epochs_per_column > 1:
