@@ -63,11 +63,15 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     problems = differences(stored, loaded.recipe, writer.path)
     recipe = merged(stored, loaded.recipe)
     state, messages, bad = read_checkpoint(writer)
+    status = read_json(writer.files.status) if writer.files.status.exists() else {}
+    # A run that was extended has more than its first command line asks for, and is as finished.
+    finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
     if state is not None:
         trained = state["epoch"] + (state["so_far"] is not None)
-        if recipe.epochs < trained:
-            said = f"{recipe.epochs}, but epoch {trained} is trained; give at least that"
-            problems.append(Problem("epochs", said))
+        if recipe.epochs < trained and not finished:
+            said = f"{recipe.epochs}, but epoch {trained} is trained, on the way to {stored.epochs}"
+            ending = f", or {trained} to end there" if trained < stored.epochs else ""
+            problems.append(Problem("epochs", f"{said}; give {stored.epochs} to go on{ending}"))
         begun = len(state["processes"])
         before, now = stored.batch_size * begun, recipe.batch_size * processes
         if before != now:
@@ -77,8 +81,6 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
             problems.append(Problem("batch_size", f"{said}; keep that number, {ANEW}"))
     if problems:
         raise RecipeError([loaded.problem(problem.key, problem.message) for problem in problems])
-    status = read_json(writer.files.status) if writer.files.status.exists() else {}
-    finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
     return Start(recipe, state, _kernel_choices(writer), finished, tuple(messages), bad)
 
 

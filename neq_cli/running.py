@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ from neq_cli.recipe.shipped import python_files
 from neq_cli.recording import Recording, status_of
 from neq_cli.records import EpochRecord, RunResumed
 from neq_cli.resuming import Start, find_run, open_run
-from neq_cli.runs.formatting import printable
+from neq_cli.runs.formatting import counted, format_metric, printable
 from neq_cli.runs.past_epochs import past_epochs
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, default_run_directory, writing
-from neq_cli.runs.run_reader import read_run
+from neq_cli.runs.run_reader import Run, read_run
 from neq_cli.signals import StopRequests
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
@@ -53,7 +54,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
                 stack.enter_context(writer)
             start = processes.shared(start)
             if start.finished:
-                return Path(processes.shared(_say_finished(writer, progress)))
+                return Path(processes.shared(_say_finished(writer, start, progress)))
             loaded = replace(loaded, recipe=start.recipe)
             session = prepared(loaded, processes, resumed=start.state is not None, choices=start.choices)
             _load(session, start)
@@ -93,11 +94,23 @@ def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tu
     return writer, replace(start, messages=(said, *start.messages))
 
 
-def _say_finished(writer: RunWriter | None, progress: Progress) -> Path | None:
-    if writer is None:
+def _say_finished(writer: RunWriter | None, start: Start, progress: Progress) -> Path | None:
+    if writer is None or start.state is None:
         return None
-    progress.message(f"finished already: {writer.path}; more epochs=... would extend it")
+    run = read_run(writer.path)
+    reached = (
+        f"{counted(start.state['epoch'], 'epoch')}, {printable(run.metric)} {format_metric(_last(run), run.metric)}"
+    )
+    if start.state["epoch"] > start.recipe.epochs:
+        reached += f", the {start.recipe.epochs} asked for among them"
+    progress.message(f"finished already: {writer.path}: {reached}; more epochs=... would extend it")
     return writer.path
+
+
+def _last(run: Run) -> float:
+    """Return the last score that was measured, NaN where none was."""
+    scores = run.column(run.metric)
+    return float(next((score for score in scores[::-1] if score == score), math.nan))
 
 
 def _load(session: Session, start: Start) -> None:

@@ -347,8 +347,21 @@ def test_more_epochs_extend_a_finished_run_to_what_a_longer_one_is(
     assert environment["argv"] == json.loads((finished / "environment.json").read_text())["argv"]
     assert (status(run)["state"], status(run)["reason"]) == ("finished", None)
     before = contents(run)
-    assert_refused(neq("train", "rich.yaml", *PLAIN, "epochs=3", "-o", run, "--resume"), "epochs=3: 3, but epoch 4")
+    # The command that began it asks for what is there.
+    last = float(rows(run)[-1]["test_top1"])
+    for epochs in (2, 3):
+        process = train(neq, *PLAIN, f"epochs={epochs}", "-o", run, "--resume")
+        said = (
+            f"finished already: {run}: 4 epochs, test_top1 {last:.2f}, the {epochs} asked for among them; more epochs"
+        )
+        assert said in " ".join(process.lines)
+        assert process.result.strip() == str(run)
+    assert "among them" not in train(neq, *PLAIN, "epochs=4", "-o", run, "--resume").text
     assert contents(run) == before
+    # Where the longer one was stopped, either may be meant.
+    (run / "status.json").write_text(json.dumps({**status(run), "state": "interrupted"}))
+    process = neq("train", "rich.yaml", *PLAIN, "epochs=3", "-o", run, "--resume")
+    assert_refused(process, "epochs=3: 3, but epoch 4 is trained, on the way to 4; give 4 to go on")
 
 
 @pytest.mark.parametrize(

@@ -146,10 +146,11 @@ def _take_stock(planned: PlannedRun) -> list[str]:
     if loaded.recipe.batch_size != stored.batch_size:
         said = f"{loaded.recipe.batch_size}, but {run.path} was begun with {stored.batch_size}; leave it, {_ANEW}"
         problems.append(Problem("batch_size", said))
-    if run.epochs_done > run.epochs:
-        said = f"{run.epochs}, but epoch {run.epochs_done} of {run.path} is trained; give at least that, {_ANEW}"
-        problems.append(Problem("epochs", said))
-    if finished and run.epochs_done == run.epochs:
+    if run.epochs_done > run.epochs and not finished:
+        said = f"{run.epochs}, but epoch {run.epochs_done} of {run.path} is trained, on the way to {stored.epochs}"
+        problems.append(Problem("epochs", f"{said}; give at least {run.epochs_done}, {_ANEW}"))
+    if finished and run.epochs_done >= run.epochs:
+        run.epochs = run.epochs_done  # an earlier call may have asked for more
         run.state = FINISHED
     return [loaded.problem(problem.key, problem.message) for problem in problems]
 

@@ -219,7 +219,8 @@ def test_a_run_that_train_holds_fails_alone(sweep: Start, neq: Start, folder: Pa
     other.wait(20)
 
 
-def test_other_values_of_what_all_share_are_another_sweep_and_in_one_folder_refused(sweep: Start) -> None:
+def test_other_values_of_what_all_share_are_another_sweep_and_in_one_folder_refused(sweep: Start, folder: Path) -> None:
+    here = folder / "here"
     done(sweep("seed=1", "epochs=1", "-o", "here"))
     lines = done(sweep("seed=1,2", "epochs=1", "optimizer.lr=0.2", "-o", "here"), code=2)
     assert lines == [
@@ -227,10 +228,14 @@ def test_other_values_of_what_all_share_are_another_sweep_and_in_one_folder_refu
         "another folder with -o"
     ]
     assert "more epochs" not in "".join(done(sweep("seed=1", "epochs=2", "-o", "here")))
+    # The first command asks for what is there; a longer run that was stopped is neither.
+    assert "1 finished already" in done(sweep("seed=1", "epochs=1", "-o", "here"))[0]
+    path = here / "runs" / "seed=1" / "status.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "interrupted"}))
     lines = done(sweep("seed=1", "epochs=1", "-o", "here"), code=2)
     assert lines == [
-        "seed=1: command line: epochs=1: 1, but epoch 2 of here/runs/seed=1 is trained; give at least that, or give "
-        "another folder with -o"
+        "seed=1: command line: epochs=1: 1, but epoch 2 of here/runs/seed=1 is trained, on the way to 2; give at least "
+        "2, or give another folder with -o"
     ]
 
 
