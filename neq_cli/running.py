@@ -22,7 +22,7 @@ from neq_cli.resuming import Start, find_run, open_run
 from neq_cli.runs.formatting import counted, format_metric, printable
 from neq_cli.runs.past_epochs import past_epochs
 from neq_cli.runs.progress import Progress
-from neq_cli.runs.run_dir import RunWriter, default_run_directory, writing
+from neq_cli.runs.run_dir import ELSEWHERE, RunWriter, default_run_directory, writing
 from neq_cli.runs.run_reader import Run, read_run
 from neq_cli.signals import StopRequests
 from neq_cli.training.bench.options import BenchOptions
@@ -55,13 +55,15 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
             start = processes.shared(start)
             if start.finished:
                 return Path(processes.shared(_say_finished(writer, start, progress)))
+            if writer is not None:
+                writer.check_writable()
             loaded = replace(loaded, recipe=start.recipe)
             session = prepared(loaded, processes, resumed=start.state is not None, choices=start.choices)
             _load(session, start)
             if writer is not None:
                 writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), _environment(session))
                 for path in start.damaged:
-                    with writing(path):
+                    with writing(path, ELSEWHERE):
                         path.unlink()
             elif processes.first:
                 writer = stack.enter_context(_create_directory(run_directory, loaded.name, session))

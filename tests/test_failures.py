@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from neq_cli.runs.run_dir import ELSEWHERE
 from neq_cli.training.checkpoint import load_state
 
 Start = Callable[..., Any]
@@ -153,12 +154,57 @@ def test_a_folder_that_becomes_read_only(
     (run / "checkpoints").chmod(0o700)
     run.chmod(0o500)
     process = start(neq, run, NO_RIGHTS_OF_ROOT)
-    assert process.wait() in (1, 2), process.text
-    assert "Permission denied" in process.lines[-1]
-    assert "Traceback" not in process.text
+    assert process.wait() == 2, process.text
+    assert process.lines[-1] == f"{run}: cannot be written: Permission denied; {ELSEWHERE}"
     run.chmod(0o700)
     assert start(neq, run).wait() == 0
     same_run(straight, run)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="drops the rights of root as Linux has them")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train rich.yaml -o closed/new",
+        "train rich.yaml -o closed/new --resume",
+        "train rich.yaml epochs=4 -o closed/run --resume",
+        "train rich.yaml epochs=4 -o locked/run --resume",
+        "sweep rich.yaml seed=1,2 -o closed/sweep",
+        "sweep rich.yaml seed=1,2 -o closed/empty",
+        "sweep rich.yaml seed=1,2 -o locked/empty",
+        "export closed/run -o closed/weights.safetensors",
+        "export closed/run -o file/weights.safetensors",
+        "export closed/run -o missing/weights.safetensors",
+        "report closed/run -o closed/report.html",
+        "report closed/run --svg closed/empty",
+        "report closed/run --png closed/figures",
+        "init digits closed",
+        "init digits closed/new",
+    ],
+)
+def test_every_command_that_cannot_write_is_one_line_of_exit_code_2(
+    neq: Start, folder: Path, straight: Path, command: str
+) -> None:
+    if command.startswith("report"):
+        pytest.importorskip("matplotlib")
+    (folder / "file").write_text("")
+    for name in ("closed", "locked"):
+        shutil.copytree(straight, folder / name / "run")
+        (folder / name / "empty").mkdir()
+    # In "locked" the file of the lock may be written, but no other one put beside it.
+    (folder / "locked" / "empty" / ".lock").write_text("")
+    for part in ("neurons", "checkpoints", "."):
+        (folder / "locked" / "run" / part).chmod(0o500 if part == "neurons" else 0o700)
+    for path in (*folder.glob("closed/run"), *folder.glob("*/empty"), folder / "closed"):
+        path.chmod(0o500)
+    process = neq(*command.split(), before=NO_RIGHTS_OF_ROOT)
+    assert process.wait() == 2, process.text
+    assert len(process.lines) == 1, process.text
+    assert any(reason in process.text for reason in ("ermission denied", "Not a directory", "No such file"))
+    assert "; " in process.text  # the mend
+    assert "finished epochs" not in process.text
+    for path in folder.glob("**/"):
+        path.chmod(0o700)
 
 
 def test_a_run_directory_that_is_deleted_in_mid_run(neq: Start, folder: Path, at_step: AtStep) -> None:

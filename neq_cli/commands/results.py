@@ -134,6 +134,6 @@ def export(
     from neq_cli.training.checkpoint import read_weights, save_weights
 
     weights = read_weights(path)
-    with writing(output):
+    with writing(output, "choose another with -o"):
         atomic_write(output, lambda partial: save_weights(weights, partial, {"recipe": run.recipe_name}))
     print(output)

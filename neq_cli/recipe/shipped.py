@@ -48,7 +48,9 @@ def copy_recipe(name: str, destination_directory: Path | str) -> list[Path]:
             with copy.open("xb") as file:  # never over a file that came in between
                 file.write(source.read_bytes())
     except OSError as error:
-        raise NeqError(f"{destination}: cannot be written to: {(error.strerror or str(error)).lower()}") from None
+        raise NeqError(
+            f"{destination}: cannot be written to: {(error.strerror or str(error)).lower()}; choose another folder"
+        ) from None
     return copies
 
 

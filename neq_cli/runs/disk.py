@@ -69,14 +69,26 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure of the disk while ``path`` is written (full, read-only, gone) into a one-line TrainingError."""
+def writing(path: Path, mend: str | None = None) -> Iterator[None]:
+    """Turn a failure of the disk while ``path`` is written (full, read-only, gone) into one line.
+
+    That is a TrainingError, for a run that goes on no more; with a ``mend``, where nothing was begun that could fail,
+    a RunDirectoryError that says it.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        message = f"{printable(path)}: cannot be written: {printable(reason)}; finished epochs are kept"
-        raise TrainingError(message) from error
+        message = f"{printable(path)}: cannot be written: {printable(reason)}; {mend or 'finished epochs are kept'}"
+        raise (TrainingError if mend is None else RunDirectoryError)(message) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where files may not be put into ``folder``, before anything slow is begun."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
 
 
 def check_own(path: Path, *, folder: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from neq_cli.errors import RunDirectoryError
 from neq_cli.records import EpochRecord, RunStarted
 from neq_cli.runs.csv_files import Beginning, append_rows, beginning, cut
-from neq_cli.runs.disk import PARTIAL, check_own, sync_folder
+from neq_cli.runs.disk import PARTIAL, check_own, check_writable, sync_folder
 from neq_cli.runs.disk import atomic_write as atomic_write
 from neq_cli.runs.disk import writing as writing
 from neq_cli.runs.formatting import printable
@@ -27,6 +27,8 @@ from neq_cli.runs.run_files import cannot_be_made, check_resumable
 from neq_cli.runs.run_files import check_available as check_available
 from neq_cli.runs.run_files import default_run_directory as default_run_directory
 from neq_cli.runs.serialisation import LAYER_COLUMNS, cell, layer_row, neurons_file
+
+ELSEWHERE = "make it writable, or go on with a copy of it, by -o"
 
 
 class RunWriter:
@@ -116,6 +118,13 @@ class RunWriter:
         """Whether the run has yet to begin: it has no recipe."""
         return not self.files.recipe.exists()
 
+    def check_writable(self) -> None:
+        """Raise RunDirectoryError where the run cannot go on in its folders, before anything slow is begun."""
+        for folder in (self.files.root, *self.files.folders):
+            if folder.exists():
+                with writing(folder, ELSEWHERE):
+                    check_writable(folder)
+
     def rewind(self, epoch: int, recipe_yaml: str | None, environment: Mapping[str, Any]) -> None:
         """Go on after ``epoch`` finished epochs, 0 to start anew in place: what is of later epochs is removed.
 
@@ -126,7 +135,7 @@ class RunWriter:
         if self.is_new:
             if epoch or recipe_yaml is None:
                 raise ValueError(f"{self.path}: a run that has yet to begin has a recipe, and no epoch {epoch}")
-            with writing(self.path):
+            with writing(self.path, ELSEWHERE):
                 self._begin(recipe_yaml, environment)
             return
         metrics, layers = self._beginnings(epoch)
@@ -135,7 +144,7 @@ class RunWriter:
         old_environment = read_json(self.files.environment) if self.files.environment.exists() else environment
         self._status = resumed_status(old_status, {**_running(), "started": now})
         self._environment = resumed_environment(old_environment, environment, {"at": now, "epoch": epoch, "host": host})
-        with writing(self.path):
+        with writing(self.path, ELSEWHERE):
             self._write_beginning(recipe_yaml)
             # The row of metrics.csv makes the epoch: it goes first.
             cut(self.files.metrics, metrics.size)

@@ -112,7 +112,7 @@ def open_sweep(root: Path, record: SweepRecord) -> Lock:
         if len(runs) > MOST_RUNS:
             raise RunDirectoryError(f"{printable(root)}: more than {MOST_RUNS} runs; choose another folder with -o")
         content = {"schema": SCHEMA, "recipe": record.recipe, "axes": record.axes, "runs": runs}
-        with writing(files.record):
+        with writing(root, "choose another with -o"):
             atomic_write(files.record, (json.dumps(content, indent=2) + "\n").encode())
             for folder in (files.runs, files.logs):
                 folder.mkdir(exist_ok=True)
