@@ -279,7 +279,7 @@ def test_bench_prints_nothing_but_its_result(capsys: pytest.CaptureFixture[str])
     torch.use_deterministic_algorithms(False)
     out, err = capsys.readouterr()
     assert err == ""
-    assert out.startswith("recipe     digits ")
+    assert out.startswith("recipe     digits\n")
     assert "truncated, random, 0.5 frozen, layer by layer" in out
 
 
@@ -345,6 +345,29 @@ def test_a_narrow_window_loses_no_column_of_a_table(
     monkeypatch.setenv("COLUMNS", "30")
     assert call("inspect", str(trained[0]), "--plot") == 0  # which any width will do for
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 30
+
+
+def test_no_table_off_a_terminal_is_filled_up_with_blanks(
+    capsys: pytest.CaptureFixture[str], trained: tuple[Path, str, str]
+) -> None:
+    run = str(trained[0])
+    small = ("digits", *SHORT, "deterministic=true", "channels_last=false")
+    for command in (
+        ("inspect", run),
+        ("inspect", run, "--plot"),
+        ("compare", run),
+        ("flops", "digits"),
+        ("bench", *small, "--fractions", "0.5", "--orders", "random", "--modes", "exact", "--rounds", "1"),
+        ("recipes",),
+        ("sweep", *small, "seed=1,10", "--dry-run"),
+        ("train", *small, "--dry-run"),
+        ("validate", "digits"),
+    ):
+        assert call(*command) == 0
+        torch.use_deterministic_algorithms(False)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines
+        assert [line for line in lines if line != line.rstrip()] == [], command
 
 
 def test_a_failure_while_training_is_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -80,7 +80,13 @@ def show(content: RenderableType, narrowest: int = 80) -> None:
 
     console = Console()
     console.width = max(console.width, narrowest)
-    console.print(content)
+    if console.is_terminal:
+        console.print(content)
+        return
+    with console.capture() as captured:
+        console.print(content)
+    # Columns are filled up with blanks, which other programs and files are better off without.
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def show_json(content: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ LEGEND = (
     "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, mean of all epochs, "
     "% of the baseline; differences to the baseline in points, p exact and two-sided"
 )
+_NARROWEST_NAME = 12
+_WIDEST_SCORE = 12  # "92.85 ± 0.23": two such columns, and the widest of the others, fit into 80
 _CSV_COLUMNS = (
     *("approach", "is_baseline", "n", "seeds", "unfinished", "metric"),
     *("flops_paper_mean", "flops_paper_std", "flops_paper_percent"),
@@ -63,20 +66,32 @@ def render(comparison: Comparison) -> RenderableType:
     """Return the terminal table with its legend and notes; it fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), leading=1)
     name, *numbers = header(comparison)
-    table.add_column(name, overflow="fold")
+    table.add_column(name, overflow="fold", min_width=_NARROWEST_NAME)
     for number in numbers:
-        table.add_column(Text(number.replace(" ", "\n")), justify="right", no_wrap=True)
-    for row in comparison.rows:
-        approach, n, paper, executed, final, best, seconds = cells(row)
-        stacked = [
-            *(approach.stacked, n.stacked, paper.stacked, executed.stacked),
-            # Wide enough for both on one line, unlike FLOPs and seconds.
-            *("\n".join([cell.with_spread, *cell.details]) for cell in (final, best)),
-            seconds.stacked,
-        ]
+        table.add_column(Text("\n".join(_folded_name(number))), justify="right", no_wrap=True)
+    rows = [cells(row) for row in comparison.rows]
+    # FLOPs and seconds never leave room for both on one line, a percentage's digits do.
+    abreast = all(len(cell.with_spread) <= _WIDEST_SCORE for row in rows for cell in row[4:6])
+    for row, (approach, n, paper, executed, final, best, seconds) in zip(comparison.rows, rows, strict=True):
+        scores = ["\n".join([one.with_spread, *one.details]) if abreast else one.stacked for one in (final, best)]
+        stacked = [approach.stacked, n.stacked, paper.stacked, executed.stacked, *scores, seconds.stacked]
         table.add_row(*map(Text, stacked), style="bold" if row.is_baseline else "")
     notes = [Text(f"note: {printable(note)}", style="yellow") for note in comparison.notes]
     return Group(table, Text(LEGEND, style="dim"), *notes)
+
+
+def _folded_name(name: str) -> list[str]:
+    """Return a column's name in lines that are no wider than its numbers, broken where its words end if they do."""
+    lines: list[str] = []
+    for word in name.split(" "):
+        line = ""
+        for part in re.findall(rf"[^_]{{1,{_WIDEST_SCORE - 1}}}_?|_", word):
+            if len(line) + len(part) > _WIDEST_SCORE:
+                lines.append(line)
+                line = ""
+            line += part
+        lines.append(line)
+    return lines
 
 
 def to_csv(comparison: Comparison) -> str:

@@ -100,7 +100,7 @@ def _layers(inspection: Inspection) -> Table:
         **{**_TABLE_STYLE, "padding": (0, 1, 0, 0)},
     )
     table.add_column("layer", overflow="fold")
-    table.add_column("kind", overflow="ellipsis", no_wrap=True, max_width=16)
+    table.add_column("kind", overflow="fold")
     for name in ("frozen", "", "|velocity|", "phi", "since", "median"):
         table.add_column(name, justify="right", no_wrap=True)
     for layer in inspection.layers:

@@ -85,6 +85,43 @@ def test_terminal_table_says_everything_uncut(width: int) -> None:
     ]
 
 
+WIDE = replace(
+    NEQ,
+    approach="NEq eps=0.001 mu=0.5 reference, optimizer.weight_decay=0.00005",
+    flops_paper=Summary(305.06e9, 123.45e9, 10),
+    flops_executed=Summary(999.99e9, 100e9, 10),
+    runs=("run",) * 10,
+    final=Summary(100.0, 10.25, 10),
+    best=Summary(100.0, 12.33, 10),
+    final_difference=Difference(-12.34, 0.0000123, "paired", 10, ""),
+    best_difference=Difference(-12.34, 0.0000123, "paired", 10, ""),
+    seconds=Summary(1234567.8, 123456.7, 10),
+)
+OWN = replace(
+    WIDE,
+    metric="validation_mean_average_precision",
+    final=Summary(-1.234e-7, 1.2e-9, 3),
+    best=Summary(-5.678e-7, 3.4e-9, 3),
+)
+
+
+@pytest.mark.parametrize("row", [WIDE, OWN], ids=["wide numbers", "a metric of the user's own"])
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_column_is_cut_however_wide_its_numbers_and_names(row: Row, width: int) -> None:
+    text = printed(Comparison("Baseline", (replace(ROW, metric=row.metric), row), ()), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    final, best = ("-1.234e-07", "-5.678e-07") if row is OWN else ("100.00", "100.00")
+    numbers = (
+        *("305.06G", "± 123.45G", "999.99G", "± 100.00G", final, best, "−12.34", "p=1.2e-05", "1234567.8"),
+        *("± 123456.7", "approach", " n ", "seconds", "executed", " 10 "),
+        *(row.metric.split("_") if row is OWN else [row.metric]),
+    )
+    for number in numbers:
+        assert number in text, number
+    assert re.sub(r"\s", "", row.approach[:9]) in re.sub(r"\s", "", text)
+
+
 def test_terminal_table_takes_no_markup_from_files() -> None:
     text = printed(replace(TABLE, rows=(replace(ROW, approach="[red]x[/nope]\x1b[31m"),)), 120)
     assert "[red]x[/nope]" in text
