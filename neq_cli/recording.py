@@ -112,12 +112,13 @@ class Recording:
             if last.exists():
                 last.replace(previous)
 
-        if best:
-            path = self.writer.checkpoint_path("best")
-            with writing(path):
-                atomic_write(path, lambda partial: save_state(state, partial))
-        with writing(last):
-            atomic_write(last, write_and_move_on)
+        with self.trainer.processes.undisturbed():
+            if best:
+                path = self.writer.checkpoint_path("best")
+                with writing(path):
+                    atomic_write(path, lambda partial: save_state(state, partial))
+            with writing(last):
+                atomic_write(last, write_and_move_on)
 
 
 def _save_weights(session: Session, writer: RunWriter) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
 
     processes, resume = joined(), resume or restarted()
     with StopRequests() as requests, ExitStack() as stack:
+        stack.enter_context(processes.watched())
         with in_company(processes), requests.at_once():
             writer, start = None, Start(loaded.recipe)
             if resume and processes.first:
@@ -69,6 +71,8 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
                 writer = stack.enter_context(_create_directory(run_directory, loaded.name, session))
         stack.enter_context(status_of(writer))
         stack.enter_context(progress)
+        if writer is not None:
+            processes.last_words(partial(_give_up, writer, progress))
         stack.enter_context(in_company(processes))
         for message in (*start.messages, *([writer.note] if writer is not None and writer.note else [])):
             progress.message(message)
@@ -82,6 +86,14 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path
+
+
+def _give_up(writer: RunWriter, progress: Progress, reason: str) -> None:
+    """Leave things in order where the thread that trains waits for a process that is lost."""
+    try:
+        writer.failed(reason)
+    finally:
+        progress.__exit__(None, None, None)
 
 
 def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tuple[RunWriter | None, Start]:

@@ -35,6 +35,7 @@ device: cpu
 PARTS = '''
 import os
 import signal
+import time
 import torch
 from torch import nn
 from neq_cli import NEq
@@ -75,11 +76,17 @@ class Lossy:
         if self.calls == 30 and os.environ.get("RANK") == "1" and first_time:
             if self.what == "raise":
                 raise ValueError("no such luck")
-            if self.what == "kill":
+            if self.what in ("kill", "kill beside one asleep"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.what == "nan":
                 return self.inner.loss(outputs, targets) * float("nan")
+        if self.calls == 30 and self.what == "kill beside one asleep":
+            time.sleep(50)  # no message of gloo's is waited for
         return self.inner.loss(outputs, targets)
+
+
+def asleep():
+    return Lossy("kill beside one asleep")
 
 
 def raising():
@@ -137,7 +144,7 @@ for number, job in enumerate(json.load(open("jobs.json"))):
         if not pid:
             child(rank, job["processes"], port, job, folder)
         children.append(pid)
-    codes, deadline = {}, time.monotonic() + 60
+    codes, began, deadline = {}, time.monotonic(), time.monotonic() + 60
     while len(codes) < len(children):
         for rank, pid in enumerate(children):
             if rank not in codes:
@@ -148,7 +155,8 @@ for number, job in enumerate(json.load(open("jobs.json"))):
                     os.kill(pid, 9)
         time.sleep(0.02)
     said = [open(f"{folder}/{rank}.out").read() for rank in range(len(children))]
-    results.append({"codes": [codes[rank] for rank in range(len(children))], "said": said})
+    seconds = time.monotonic() - began
+    results.append({"codes": [codes[rank] for rank in range(len(children))], "said": said, "seconds": seconds})
 json.dump(results, open("results.json", "w"))
 """
 
@@ -169,6 +177,7 @@ JOBS: dict[str, tuple[int, str]] = {
     "few-probes": (3, "-o few data.probe_size=2 batch_size=20"),
     "raising": (2, "-o raising batch_size=30 task=parts:raising gradient_accumulation=1"),
     "killed": (2, "-o killed batch_size=30 task=parts:killed gradient_accumulation=1"),
+    "asleep": (2, "-o asleep batch_size=30 task=parts:asleep gradient_accumulation=1 data.workers=1 data.cache=none"),
     "infinite": (2, "-o infinite batch_size=30 task=parts:infinite gradient_accumulation=1"),
 }
 
@@ -303,7 +312,8 @@ def test_what_all_find_wrong_is_said_once(folder: Path) -> None:
     ("job", "reason"),
     [
         ("raising", "process 1: ValueError: no such luck"),
-        ("killed", "lost another process"),
+        ("killed", "lost process 1, which was killed"),
+        ("asleep", "lost process 1, which was killed"),
         ("infinite", "epoch 2, step"),  # of whichever process looks at its losses first: gradients carry it on
     ],
 )
@@ -316,6 +326,12 @@ def test_a_process_that_ends_ends_all_with_its_reason(folder: Path, job: str, re
     assert ended["state"] == "failed"
     assert reason in ended["reason"]
     assert len(rows(folder / job)) == 1  # what was trained before is there
+
+
+def test_a_killed_process_ends_one_that_waits_for_no_message(folder: Path) -> None:
+    found = json.loads((folder / "results.json").read_text())[list(JOBS).index("asleep")]
+    assert found["codes"] == [1, -9]
+    assert found["seconds"] < 40  # it would have slept on for longer than that
 
 
 @pytest.mark.slow

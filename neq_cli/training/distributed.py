@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,13 +16,13 @@ from torch import Tensor, distributed
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from neq_cli.errors import Terminated, TrainingError, described
+from neq_cli.errors import NeqError, Terminated, TrainingError, described
 from neq_cli.freezing.agreement import overwrite_from_first
 from neq_cli.freezing.dispatch import Choice, read_choice
+from neq_cli.training.lifeline import Lifeline, open_lifeline
+from neq_cli.training.meeting import met
 
 _FAILURE = "failure"
-_COMING = 600.0
-"""Seconds in which all processes must have started."""
 _PATIENCE = 1.0
 """Seconds in which the process that failed first gets to say why, after the others lost it."""
 
@@ -38,6 +36,7 @@ class Processes:
     local_rank: int = 0  # on this machine
     local_count: int = 1
     store: Store | None = None
+    lifeline: Lifeline | None = None
 
     @property
     def first(self) -> bool:
@@ -101,18 +100,44 @@ class Processes:
 
     def others_failure(self) -> str | None:
         """Return why another process ended before this one lost it: "process 3: ..."; None where none says so."""
-        if self.store is None or self.count == 1:
-            return None
         deadline = time.monotonic() + _PATIENCE
-        try:
-            while not self.store.check([_FAILURE]):
-                if time.monotonic() > deadline:
-                    return None
-                time.sleep(0.05)
-            rank, _, message = self.store.get(_FAILURE).decode().partition(" ")
-        except RuntimeError:
-            return None
-        return None if int(rank) == self.rank else f"process {rank}: {message}"
+        while self.count > 1 and time.monotonic() < deadline:
+            if self.lifeline is not None and self.lifeline.reason is not None:
+                return self.lifeline.reason
+            try:
+                if self.store is not None and self.store.check([_FAILURE]):
+                    rank, _, message = self.store.get(_FAILURE).decode().partition(" ")
+                    return None if int(rank) == self.rank else f"process {rank}: {message}"
+            except RuntimeError:  # the store has ended with the first process, of which the lifeline tells
+                pass
+            time.sleep(0.05)
+        return None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, a process that is lost ends this one within seconds, whatever either is doing."""
+        if self.lifeline is None:
+            yield
+            return
+        self.last_words(lambda reason: None)
+        with self.lifeline.watched():
+            yield
+
+    def last_words(self, say: Callable[[str], object]) -> None:
+        """Have ``say`` called with the reason where this process is ended because it lost another one."""
+        if self.lifeline is not None:
+
+            def words(reason: str) -> None:
+                _write_error_file(reason)
+                say(reason)
+
+            self.lifeline.last_words = words
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, a process that is lost does not end this one: what is being written is to be whole."""
+        with nullcontext() if self.lifeline is None else self.lifeline.saving:
+            yield
 
     def kernel(self, kind: str, timing: Callable[[], Choice]) -> Choice:
         """Return the kernel that the first process times for a kind of call; the others wait for it.
@@ -202,13 +227,17 @@ def join() -> Processes:
     cuda = torch.cuda.is_available()
     try:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(minutes=10)))
-        store = PrefixStore(_met(store, rank, count), store)
+        store = PrefixStore(met(store, rank, count), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
         own = PrefixStore("neq", store)
+        lifeline = open_lifeline(rank, own)
+        if cuda:
+            # NCCL, where it sees the loss too, ends the process itself, with a trace of its own.
+            lifeline.patience = 0.3
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-        _joined = Processes(rank, count, local_rank, local_count, own)
+        _joined = Processes(rank, count, local_rank, local_count, own, lifeline)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TrainingError(f"processes did not find each other: {reason}; start them with torchrun") from error
@@ -230,10 +259,10 @@ def in_company(processes: Processes) -> Iterator[None]:
         raise
     except BaseException as error:
         # A lost connection says nothing about why: the process at its other end may have.
-        reason = processes.others_failure() if _is_loss(error) else None
+        reason = processes.others_failure() if _is_loss(error, processes) else None
         if reason is not None:
             raise TrainingError(reason) from error
-        if _is_loss(error):
+        if _is_loss(error, processes):
             lost = TrainingError("lost another process, which was killed or whose machine is gone; --resume goes on")
             processes.tell_failure(str(lost))
             raise lost from error
@@ -241,33 +270,11 @@ def in_company(processes: Processes) -> Iterator[None]:
         raise
 
 
-def _is_loss(error: BaseException) -> bool:
+def _is_loss(error: BaseException, processes: Processes) -> bool:
+    if processes.lifeline is not None and processes.lifeline.reason is not None:
+        return not isinstance(error, NeqError)  # whatever it is that a broken group led to
     signs = ("gloo", "nccl", "connection", "socket", "timed out")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-
-
-def _met(store: Store, rank: int, count: int) -> str:
-    """Return a name that these processes and no others share; TrainingError where some do not come.
-
-    torchrun's store outlives a restart, and what the processes before left there, such as their addresses, must not be
-    taken for that of these. So each leaves a word of its own, the first one lists them, and the list that all find
-    their own word in is theirs.
-    """
-    own, deadline, seen = secrets.token_hex(8), time.monotonic() + _COMING, ""
-    words = [f"neq/here/{number}" for number in range(count)]
-    store.set(words[rank], own)
-    while time.monotonic() < deadline:
-        if rank == 0:
-            present = [store.get(word).decode() if store.check([word]) else "-" for word in words]
-            store.set("neq/all", " ".join(present))
-        listed = store.get("neq/all").decode() if store.check(["neq/all"]) else ""
-        if len(listed.split()) == count and listed.split()[rank] == own:
-            key = "neq/" + hashlib.sha256(listed.encode()).hexdigest()
-            if store.add(key, int(key != seen)) == count:
-                return key
-            seen = key
-        time.sleep(0.02)
-    raise TrainingError(f"{count} processes were to come, and some did not; start all of them with torchrun")
 
 
 def _write_error_file(message: str) -> None:

@@ -1,0 +1,216 @@
+"""Real processes that lose each other: killed, failed or ended, busy or not; each is told why within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from neq_cli.training.lifeline import open_lifeline
+
+PROCESS = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from neq_cli.training.lifeline import open_lifeline
+
+rank, act = int(sys.argv[1]), sys.argv[2]
+
+class Store:
+    def set(self, key, value):
+        Path(key + ".new").write_text(value)
+        os.rename(key + ".new", key)
+    def get(self, key):
+        while not os.path.exists(key):
+            time.sleep(0.01)
+        return Path(key).read_text()
+
+store = Store()
+lifeline = open_lifeline(rank, store)
+lifeline.patience = 0.3
+lifeline.last_words = lambda reason: Path(f"words-{rank}").write_text(reason)
+with lifeline.watched():
+    store.set(f"here-{rank}", "")
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    if act == "sleep":
+        time.sleep(30)
+    if act == "nap":
+        time.sleep(1)
+    if act == "notice":
+        while lifeline.reason is None:
+            time.sleep(0.01)
+        raise SystemExit(7)
+    if act == "save":
+        with lifeline.saving:
+            time.sleep(1.5)
+            Path("saved").write_text("")
+        time.sleep(30)
+    if act == "raise":
+        raise ValueError("no such luck")
+    if act == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if act == "leave a worker":
+        if not os.fork():
+            os.close(2)
+            time.sleep(20)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+Acts = Callable[..., list[tuple[int, str]]]
+
+
+class Store(dict[str, str]):
+    """A store within one process."""
+
+    set = dict.__setitem__
+    get = dict.__getitem__  # type: ignore[assignment]
+
+
+@pytest.fixture
+def acted(tmp_path: Path) -> Iterator[Acts]:
+    """``acted("sleep", "kill")``: exit code and stderr of each process, all of them within 6 seconds."""
+    started: list[subprocess.Popen[str]] = []
+
+    def act(*acts: str) -> list[tuple[int, str]]:
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": path}
+        for rank, what in enumerate(acts):
+            command = [sys.executable, "-c", PROCESS, str(rank), what]
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE))
+        until(lambda: all((tmp_path / f"here-{rank}").exists() for rank in range(len(acts))), 30)
+        time.sleep(0.3)  # in which they connect
+        (tmp_path / "go").write_text("")
+        return [(process.wait(6), process.stderr.read() if process.stderr else "") for process in started]
+
+    yield act
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lost(rank: int) -> str:
+    return f"lost process {rank}, which was killed, or whose machine is gone; --resume goes on\n"
+
+
+def test_a_killed_process_ends_all_others_whatever_they_do(acted: Acts, tmp_path: Path) -> None:
+    first, killed, other = acted("sleep", "kill", "sleep")
+    assert killed[0] == -signal.SIGKILL
+    assert first == (1, lost(1))
+    assert other == (1, "")  # one says it
+    assert [(tmp_path / f"words-{rank}").read_text() + "\n" for rank in (0, 2)] == [lost(1)] * 2
+
+
+def test_the_first_process_is_missed_by_all(acted: Acts) -> None:
+    assert acted("kill", "sleep", "sleep") == [(-signal.SIGKILL, ""), (1, lost(0)), (1, lost(0))]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_that_outlive_a_process_hide_nothing(acted: Acts, rank: int) -> None:
+    acts = ["sleep", "sleep"]
+    acts[rank] = "leave a worker"
+    assert acted(*acts)[1 - rank] == (1, lost(rank))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_failure_is_told_with_its_reason(acted: Acts, rank: int) -> None:
+    acts = ["sleep", "sleep"]
+    acts[rank] = "raise"
+    code, said = acted(*acts)[1 - rank]
+    assert code == 1
+    if rank == 1:
+        assert said == "process 1: ValueError: no such luck\n"
+
+
+def test_a_process_that_ends_well_is_not_missed(acted: Acts) -> None:
+    assert acted("nap", "end", "nap") == [(0, "")] * 3
+
+
+def test_the_first_process_may_end_well_before_the_others(acted: Acts) -> None:
+    assert acted("end", "nap") == [(0, "")] * 2
+
+
+def test_a_process_that_notices_by_itself_ends_its_own_way(acted: Acts, tmp_path: Path) -> None:
+    assert acted("notice", "kill")[0] == (7, "")
+    assert not (tmp_path / "words-0").exists()
+
+
+def test_what_is_being_written_is_finished(acted: Acts, tmp_path: Path) -> None:
+    assert acted("save", "kill")[0] == (1, lost(1))
+    assert (tmp_path / "saved").exists()
+
+
+def test_strangers_are_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store = Store()
+    first = open_lifeline(0, store)  # type: ignore[arg-type]
+    port, word = json.loads(store["lifeline"])
+    with first.watched():
+        for said in (b"", b"\x00\xff\n", b"lost everything\n", b"failed x\n", word.encode() + b" minus one\n"):
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.sendall(said)
+        with socket.create_connection(("127.0.0.1", port)) as endless:
+            for _ in range(40):
+                try:
+                    endless.sendall(b"x" * (1 << 16))
+                except OSError:
+                    break
+        time.sleep(0.2)
+        assert first.reason is None
+
+
+def test_connections_are_kept_alive_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that a machine which is gone is noticed after 5 + 3 * 2 seconds, though it closes nothing.
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store = Store()
+    first, other = (open_lifeline(rank, store) for rank in (0, 1))  # type: ignore[arg-type]
+    leave = threading.Event()
+
+    def follow() -> None:
+        with other.watched():
+            leave.wait(10)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    with first.watched():
+        until(lambda: bool(first._peers and other._peers and first._peers[0].rank == 1), 5)
+        for end in (first, other):
+            connection = end._peers[0].connection
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if sys.platform == "linux":
+                options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+                assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [5, 2, 3]
+        leave.set()
+        thread.join()
+    assert (first.reason, other.reason) == (None, None)
+
+
+def test_a_first_process_out_of_reach_is_said_and_no_loss(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    store = Store()
+    first = open_lifeline(0, store)  # type: ignore[arg-type]
+    with first.watched():
+        pass  # its door is closed
+    other = open_lifeline(1, store)  # type: ignore[arg-type]
+    with other.watched():
+        time.sleep(0.2)
+    assert other.reason is None
+    assert capsys.readouterr().err.startswith("warning: process 1 cannot reach process 0 at 127.0.0.1:")
