@@ -21,6 +21,7 @@ from neq_cli.freezing.agreement import overwrite_from_first
 from neq_cli.freezing.dispatch import Choice, read_choice
 from neq_cli.training.lifeline import Lifeline, open_lifeline
 from neq_cli.training.meeting import met
+from neq_cli.training.problems import one_line
 
 _FAILURE = "failure"
 _PATIENCE = 1.0
@@ -263,18 +264,19 @@ def in_company(processes: Processes) -> Iterator[None]:
         if reason is not None:
             raise TrainingError(reason) from error
         if _is_loss(error, processes):
-            lost = TrainingError("lost another process, which was killed or whose machine is gone; --resume goes on")
-            processes.tell_failure(str(lost))
-            raise lost from error
+            apart = TrainingError(f"the processes lost touch: {one_line(error)}; --resume goes on")
+            processes.tell_failure(str(apart))
+            raise apart from error
         processes.tell_failure(described(error))
         raise
 
 
 def _is_loss(error: BaseException, processes: Processes) -> bool:
+    """Whether ``error`` may come of a process that is lost, and is no user's own that speaks of a connection."""
     if processes.lifeline is not None and processes.lifeline.reason is not None:
         return not isinstance(error, NeqError)  # whatever it is that a broken group led to
-    signs = ("gloo", "nccl", "connection", "socket", "timed out")
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    backends = isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo/", "nccl"))
+    return backends or isinstance(error, distributed.DistError)
 
 
 def _write_error_file(message: str) -> None:

@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from neq_cli.training.lifeline import open_lifeline
+from neq_cli.errors import TrainingError
+from neq_cli.training.distributed import Processes, in_company
+from neq_cli.training.lifeline import Lifeline, open_lifeline
 
 PROCESS = """
 import os, signal, sys, threading, time
@@ -214,3 +217,32 @@ def test_a_first_process_out_of_reach_is_said_and_no_loss(
         time.sleep(0.2)
     assert other.reason is None
     assert capsys.readouterr().err.startswith("warning: process 1 cannot reach process 0 at 127.0.0.1:")
+
+
+@pytest.mark.parametrize("message", ["connection to the database refused", "the socket is dirty", "timed out"])
+def test_an_error_of_the_users_own_is_no_loss(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Processes, "tell_failure", lambda self, said: told.append(said))
+    with pytest.raises(RuntimeError, match=message), in_company(Processes(count=2)):
+        raise RuntimeError(message)
+    assert told == [f"RuntimeError: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"), "RuntimeError: [gloo/transport"),
+        (torch.distributed.DistNetworkError("The client socket has timed out"), "DistNetworkError: The client socket"),
+    ],
+)
+def test_a_broken_group_is_named_as_such(error: Exception, said: str) -> None:
+    with pytest.raises(TrainingError) as caught, in_company(Processes(count=2)):
+        raise error
+    assert str(caught.value).startswith(f"the processes lost touch: {said}")
+    lifeline = Lifeline(1, ("", 0), "", None)
+    lifeline.reason = lost(2).strip()
+    for other in (error, OSError("anything"), AttributeError("x")):
+        with pytest.raises(TrainingError, match=r"^lost process 2"), in_company(Processes(count=3, lifeline=lifeline)):
+            raise other
+    with pytest.raises(TrainingError, match=r"^its own$"), in_company(Processes(count=3, lifeline=lifeline)):
+        raise TrainingError("its own")
