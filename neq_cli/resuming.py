@@ -13,6 +13,7 @@ from neq_cli.recipe.file import LoadedRecipe
 from neq_cli.runs.reading import damaged, read_json
 from neq_cli.runs.resuming import ANEW, differences, merged, newest_unfinished, stored_recipe
 from neq_cli.runs.run_dir import RunWriter
+from neq_cli.runs.run_files import check_resumable
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, st
     That is ``chosen`` where it is given, else the newest one of the recipe's name and seed, an unfinished one first.
     """
     if chosen is not None:
+        check_resumable(chosen)
         path = chosen if chosen.exists() or chosen.is_symlink() else None
         name = str(chosen)
     else:

@@ -136,7 +136,8 @@ def _load(session: Session, start: Start) -> None:
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NeqError) as error:
         reason = printable(" ".join(str(error).split()), 300)
         raise RunDirectoryError(
-            f"checkpoint: does not fit this recipe ({type(error).__name__}: {reason}); train anew without --resume"
+            f"checkpoint: does not fit what recipe and code make now ({type(error).__name__}: {reason}); undo what "
+            "changed in the model's code, or train anew without --resume"
         ) from error
 
 

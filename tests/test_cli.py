@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -368,6 +369,28 @@ def test_no_table_off_a_terminal_is_filled_up_with_blanks(
         lines = capsys.readouterr().out.splitlines()
         assert lines
         assert [line for line in lines if line != line.rstrip()] == [], command
+
+
+def test_weights_that_are_not_there_are_named_with_those_that_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, trained: tuple[Path, str, str]
+) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    (run / "weights.safetensors").unlink()
+    line = complaint(capsys, "export", "run", "-o", "x.safetensors")
+    assert line == "run/weights.safetensors: not there; take --from last"
+    (run / "checkpoints" / "last.safetensors").unlink()
+    line = complaint(capsys, "export", "run", "-o", "x.safetensors", "--from", "last")
+    assert line == "run/checkpoints/last.safetensors: not there; take --from best"
+    (run / "checkpoints" / "best.safetensors").unlink()
+    line = complaint(capsys, "export", "run", "-o", "x.safetensors")
+    assert line == "run/weights.safetensors: not there, and no other weights; train it further or anew"
+
+
+def test_a_number_of_processes_that_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert complaint(capsys, "train", "digits").startswith("WORLD_SIZE: 'two' is no number of processes")
 
 
 def test_a_failure_while_training_is_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

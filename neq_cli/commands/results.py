@@ -125,7 +125,9 @@ def export(
     run = read_run(run_directory)
     path = run.files.weights if source == "final" else run.files.checkpoint(source)
     if not path.is_file():
-        raise NeqError(f"{path}: not there yet; the run wrote it not, try --from last")
+        there = [name for name in ("last", "best") if run.files.checkpoint(name).is_file()]
+        mend = f"take --from {there[0]}" if there else "and no other weights; train it further or anew"
+        raise NeqError(f"{path}: not there{'; ' if there else ', '}{mend}")
     if output.exists():
         raise NeqError(f"{output}: already exists; choose another with -o")
     if output.suffix != ".safetensors":

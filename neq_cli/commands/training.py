@@ -149,7 +149,10 @@ def bench(
 
 def _one_of_several() -> bool:
     """Whether torchrun started this, asked before torch is imported."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise NeqError(f"WORLD_SIZE: '{count}' is no number of processes; torchrun sets it, or unset it")
+    return int(count) > 1
 
 
 def _join() -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from neq_cli.errors import did_you_mean
 from neq_cli.recipe.keys import POLICIES, Device, PolicySection, Recipe, Section, policy_kind
-from neq_cli.recipe.wording import choices, expected, section_at, shown, slot_at
+from neq_cli.recipe.wording import Slot, choices, expected, section_at, shown, slot_at
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
 _MISSING = object()
@@ -119,7 +119,7 @@ def _wrong_value(value: Any, path: KeyPath, values: Mapping[str, Any]) -> str:
     wanted = expected(slot.annotation, slot.metadata)
     words = choices(slot.annotation, slot.metadata)
     mend = did_you_mean(value, words) if isinstance(value, str) else ""
-    if not mend and isinstance(value, str) and _is_quoted_number(value):
+    if not mend and isinstance(value, str) and _is_quoted_number(value, slot):
         mend = "; remove the quotes"
     if not mend and "text" in wanted.split() and isinstance(value, (bool, int, float)):
         mend = f"; put it in quotes: '{shown(value)}'"
@@ -135,11 +135,16 @@ def _wrong_value(value: Any, path: KeyPath, values: Mapping[str, Any]) -> str:
     return f"{shown(value)} is not {wanted}{mend}"
 
 
-def _is_quoted_number(text: str) -> bool:
+def _is_quoted_number(text: str, slot: Slot) -> bool:
+    """Whether ``text`` is a number that the key would take."""
     try:
-        return isinstance(read_yaml(text).value, (int, float))
-    except YamlSyntaxError:
+        value = read_yaml(text).value
+        kind: Any = Annotated
+        parts = (slot.annotation, "", *slot.metadata)
+        TypeAdapter(kind[parts]).validate_python(value)
+    except (YamlSyntaxError, ValidationError):
         return False
+    return isinstance(value, (int, float))
 
 
 def _example(path: KeyPath, values: Mapping[str, Any]) -> str:

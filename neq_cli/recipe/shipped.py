@@ -39,10 +39,10 @@ def copy_recipe(name: str, destination_directory: Path | str) -> list[Path]:
     sources = [recipe, *python_files(load_recipe(str(recipe)).recipe, recipe.parent)]
     destination = Path(destination_directory).expanduser()
     copies = [destination / source.name for source in sources]
-    for copy in copies:
-        if copy.exists() or copy.is_symlink():
-            raise NeqError(f"{copy}: is there already; move it away, or copy to another folder")
     try:
+        for copy in copies:
+            if copy.exists() or copy.is_symlink():
+                raise NeqError(f"{copy}: is there already; move it away, or copy to another folder")
         destination.mkdir(parents=True, exist_ok=True)
         for source, copy in zip(sources, copies, strict=True):
             with copy.open("xb") as file:  # never over a file that came in between

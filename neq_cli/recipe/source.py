@@ -30,6 +30,8 @@ def find_recipe(reference: str) -> Path:
     try:
         path = Path(reference).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
+    except PermissionError:
+        raise RecipeError([f"{name}: cannot be read: permission denied"]) from None
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null character, an unknown ~user
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError([f"{name}: is no path: {reason.rstrip('.').lower()}"]) from None

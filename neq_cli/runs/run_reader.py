@@ -115,9 +115,8 @@ def read_run(path: Path) -> Run:
     status = _read_status(files.status)  # before the metrics, so that a run read as finished is read whole
     metrics = read_metrics(files.metrics) if _is_there(files.metrics) else ()
     if not metrics:
-        raise RunDirectoryError(
-            f"{printable(path)}: no finished epoch yet (status: {status}); train it further or anew"
-        )
+        mend = "wait for its first" if status.state == "running" else "train it further or anew"
+        raise RunDirectoryError(f"{printable(path)}: no finished epoch yet (status: {status}); {mend}")
     return Run(path, recipe, environment, status, metrics)
 
 

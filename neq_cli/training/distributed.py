@@ -241,7 +241,10 @@ def join() -> Processes:
         _joined = Processes(rank, count, local_rank, local_count, own, lifeline)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise TrainingError(f"processes did not find each other: {reason}; start them with torchrun") from error
+        mend = "start them with torchrun"
+        if "EADDRINUSE" in reason:
+            mend = "another program has MASTER_PORT; give torchrun another --master-port"
+        raise TrainingError(f"processes did not find each other: {reason}; {mend}") from error
     return _joined
 
 

@@ -20,6 +20,7 @@ from neq_cli.training.checkpoint import random_states, restore_formats, restore_
 from neq_cli.training.device import out_of_memory
 from neq_cli.training.distributed import Agreement, Processes
 from neq_cli.training.loaders import Loaders
+from neq_cli.training.problems import divergence_mend
 from neq_cli.training.so_far import PLAIN, Clock, EpochSoFar
 from neq_cli.training.step import TrainingStep
 from neq_cli.training.tasks import Task
@@ -213,13 +214,22 @@ class Trainer:
     def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:
         step = int(first_bad.item())
         if step <= steps:
-            raise TrainingError(f"epoch {epoch}, step {step}: the loss is not a finite number any more; {_LOWER}")
+            unchanged = epoch == 1 and step <= self.recipe.gradient_accumulation
+            more = "" if unchanged else " any more"
+            mend = self._mend(before_any_update=unchanged)
+            raise TrainingError(f"epoch {epoch}, step {step}: the loss is not a finite number{more}; {mend}")
 
     def _check_weights(self, epoch: int, step: int) -> None:
         """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
         sound = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
         if not bool(sound):
-            raise TrainingError(f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {_LOWER}")
+            raise TrainingError(
+                f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {self._mend()}"
+            )
+
+    def _mend(self, *, before_any_update: bool = False) -> str:
+        clips = self.recipe.clip_grad_norm is not None
+        return divergence_mend(before_any_update=before_any_update, precision=self.recipe.precision, clips=clips)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.
@@ -269,9 +279,6 @@ class Trainer:
         if len(saved) == self.processes.count:
             return totals.copy_(saved[self.processes.rank])
         return totals.copy_(torch.stack(saved).sum(0)) if self.processes.first else totals
-
-
-_LOWER = "try a lower optimizer.lr, clip_grad_norm, or precision=fp32"
 
 
 def _check_keys(state: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
-from neq_cli.training.problems import DataError, one_line
+from neq_cli.training.problems import DataError, of_the_disk, one_line
 from neq_cli.training.transforms import Preparation, drawn_from
 
 # What a dataset is asked for: a position, or a position and the random integer that decides the augmentation.
@@ -178,7 +178,8 @@ class ReadImages(Images):
             raise
         except Exception as error:
             place = self._place(index, which)
-            raise DataError(f"{place}: cannot be used ({one_line(error)}); mend or remove it") from error
+            mend = "make it readable" if of_the_disk(error) else "mend or remove it"
+            raise DataError(f"{place}: cannot be used ({one_line(error)}); {mend}") from error
 
     def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
         with self._named(index):

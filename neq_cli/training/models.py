@@ -19,7 +19,7 @@ from neq_cli.errors import NeqError, did_you_mean
 from neq_cli.recipe import ModelSection
 from neq_cli.training import cifar_resnet
 from neq_cli.training.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
-from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.problems import RecipeValueError, one_line, place_of
 from neq_cli.training.tasks import main_output
 
 if TYPE_CHECKING:
@@ -180,9 +180,8 @@ def check_fit(model: nn.Module, data: Data) -> None:
         with torch.no_grad():
             outputs = main_output(model(image.unsqueeze(0).to(parameter.device)))
     except Exception as error:
-        raise NeqError(
-            f"model: does not take an image of {data.name}, {shape}: {one_line(error)}; {_mend(model, image.shape[0])}"
-        ) from error
+        mend = _mend(model, image.shape[0], error)
+        raise NeqError(f"model: does not take an image of {data.name}, {shape}: {one_line(error)}{mend}") from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -199,12 +198,14 @@ def check_fit(model: nn.Module, data: Data) -> None:
         )
 
 
-def _mend(model: nn.Module, channels: int) -> str:
-    """Say what to change: the first convolution tells whether channels or sizes disagree."""
+def _mend(model: nn.Module, channels: int, error: Exception) -> str:
+    """Say what to change: the first convolution tells whether channels or sizes disagree, if the error may say that."""
+    if not isinstance(error, RuntimeError | ValueError | AssertionError | IndexError):
+        return place_of(error)  # a mistake in the model's own code
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
         return (
-            f"its first convolution expects {first.in_channels} channels and the data has {channels} "
+            f"; its first convolution expects {first.in_channels} channels and the data has {channels} "
             "(model.kwargs.in_channels where the model has it)"
         )
-    return "try another data.image_size"
+    return "; try another data.image_size"

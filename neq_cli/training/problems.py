@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import sysconfig
+import traceback
+from pathlib import Path
+
 from neq_cli.errors import RecipeError, TrainingError
+
+_OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENOENT, errno.EIO, errno.EMFILE, errno.ENFILE),
+}
 
 
 class RecipeValueError(RecipeError):
@@ -33,3 +43,25 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     text = " ".join(str(error).strip().split("\n", 1)[0].split())
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether a file, its folder or the room for it is to blame, and not what it holds, nor a network."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_DISK
+
+
+def place_of(error: BaseException) -> str:
+    """Return ``" (file.py:12)"``, the line that led to the error, of the user's own code where some of it took part."""
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(Path(__file__).parents[1]), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    own = [frame for frame in frames if not frame.filename.startswith(others)] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+def divergence_mend(*, before_any_update: bool, precision: str, clips: bool) -> str:
+    """Return what to try where losses or weights are no finite numbers, of that only what may help."""
+    if before_any_update:
+        also = "" if precision == "fp32" else ", or try precision=fp32"
+        return f"no update came before it: look at the images (data.mean, data.std) and at the model's weights{also}"
+    others = [*([] if clips else ["clip_grad_norm"]), *([] if precision == "fp32" else ["precision=fp32"])]
+    return " or ".join(["try a lower optimizer.lr", *others])

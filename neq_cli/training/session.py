@@ -191,7 +191,7 @@ def match(
         raise RecipeValueError(
             "policy.p",
             f"'{policy.p}' has {matched_flops:.6g} mean FLOPs, and this model {dense:.6g} with nothing frozen; "
-            "match a run of the same model",
+            "match a run of the same model on images of the same size",
         )
     matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs)})
     note = matching_note(matched, anatomy, matched_flops, recipe.epochs)

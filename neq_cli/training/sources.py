@@ -23,7 +23,7 @@ from neq_cli.training.digits import load_digits
 from neq_cli.training.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.images import as_tensor
 from neq_cli.training.mask_files import MaskFiles, open_folder
-from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.problems import RecipeValueError, of_the_disk, one_line
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ def open_source(section: DataSection) -> Source:
     if name == "digits":
         train, test = load_digits()
         return Source(name, Stored(*train), Stored(*test), _numbered(10))
-    if name == "image_folder":
-        return _from_folder(section)
-    if name == "segmentation_folder":
-        return _from_segmentation_folder(section)
-    if name == "COCO":
-        return _from_coco(section)
+    folders = {"image_folder": _from_folder, "segmentation_folder": _from_segmentation_folder, "COCO": _from_coco}
+    if name in folders:
+        try:
+            return folders[name](section)
+        except OSError as error:  # folders that may not even be looked for
+            root = data_root(section)
+            raise RecipeValueError("data.root", f"'{root}' cannot be read ({one_line(error)})") from error
     if name == "FakeData":
         return _fake(section)
     return _from_torchvision(section, name)
@@ -154,7 +155,8 @@ def _torchvision_part(section: DataSection, kind: type[Any], arguments: dict[str
     except ImportError as error:
         raise RecipeValueError("data.name", f"{name} needs a package that is missing ({one_line(error)})") from error
     except (ValueError, TypeError) as error:
-        raise RecipeValueError("data.kwargs", f"{name} cannot be opened ({one_line(error)})") from error
+        key = "data.kwargs" if section.kwargs else "data.root"
+        raise RecipeValueError(key, f"{name} cannot be opened ({one_line(error)})") from error
     except Exception as error:
         missing = error
     if "download" not in accepted_arguments(kind, classes_above(kind))[0]:
@@ -166,10 +168,13 @@ def _torchvision_part(section: DataSection, kind: type[Any], arguments: dict[str
             root.mkdir(parents=True, exist_ok=True)
             return kind(str(root), download=True, **arguments)
         except Exception as error:
+            mend = "or check the network"
+            if of_the_disk(error):
+                mend = "or to a folder that can be written to and has room"
             raise RecipeValueError(
                 "data.root",
-                f"{name} is not in '{root}' and could not be downloaded ({one_line(error)}); "
-                "set data.root to where it is, or check the network",
+                f"{name} is not in '{root}', or not whole, and could not be downloaded ({one_line(error)}); "
+                f"set data.root to where it is, {mend}",
             ) from error
     raise RecipeValueError("data.root", f"{name} is not in '{root}' ({one_line(missing)}); {mend}") from missing
 

@@ -19,7 +19,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from neq_cli.errors import did_you_mean
 from neq_cli.recipe import ModelSection
 from neq_cli.training.models import find_builder
-from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.training.problems import RecipeValueError, of_the_disk, one_line
 from neq_cli.training.swin_names import as_torchvision
 
 _NESTED = ("model", "state_dict")
@@ -88,7 +88,11 @@ def checkpoint_path(checkpoint: str) -> Path:
 def find_checkpoint(checkpoint: str) -> Path:
     """Return the checkpoint's path; RecipeValueError where there is no such file."""
     path = checkpoint_path(checkpoint)
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:
+        raise RecipeValueError("model.checkpoint", f"'{path}' cannot be read ({one_line(error)})") from error
+    if not is_there:
         raise RecipeValueError("model.checkpoint", f"no file '{path}'; give the path of one that is there")
     return path
 
@@ -124,9 +128,10 @@ def _fetched(entry: Any, section: ModelSection, key: str) -> dict[str, Tensor]:
     try:
         loaded: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
     except Exception as error:
+        mend = "set TORCH_HOME to a folder with room" if of_the_disk(error) else "check the network"
         raise RecipeValueError(
             f"model.{key}",
-            f"'{getattr(section, key)}' of {section.name} could not be fetched ({one_line(error)}); check the network, "
+            f"'{getattr(section, key)}' of {section.name} could not be fetched ({one_line(error)}); {mend}, "
             "or give a file as model.checkpoint",
         ) from error
     return loaded

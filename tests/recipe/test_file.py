@@ -130,6 +130,12 @@ def test_text_that_is_no_recipe(text: str, line: str) -> None:
 # Problems
 
 
+def test_quotes_are_to_go_only_where_the_number_would_do() -> None:
+    wrong = "'{}' is not a whole number above 0; "
+    for text, mend in (("100", "remove the quotes"), ("0", "write one such as 250"), ("1.5", "write one such as 250")):
+        assert wrong.format(text) + mend in "\n".join(problems(f"epochs: '{text}'\n"))
+
+
 def test_all_problems_at_once_each_with_place_value_and_mend() -> None:
     text = """\
 modle: x

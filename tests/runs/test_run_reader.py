@@ -203,7 +203,7 @@ MERGE_BOMB = "a0: &a0 {x: 1}\n" + "\n".join(
     ("damage", "says"),
     [
         (remove("recipe.yaml"), "not a run directory: no recipe.yaml"),
-        (remove("metrics.csv"), "no finished epoch yet (status: finished)"),
+        (remove("metrics.csv"), "no finished epoch yet (status: finished); train it further or anew"),
         (write("metrics.csv", b""), "no finished epoch yet"),
         (write("metrics.csv", b"epoch,lr"), "no finished epoch yet"),
         (write("metrics.csv", b"epoch,lr\n1,2\n"), "metrics.csv:1: no column neurons, frozen"),

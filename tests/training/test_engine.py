@@ -213,6 +213,38 @@ def test_the_same_seed_gives_the_same_bits(policy: dict[str, Any]) -> None:
     assert metrics != other_metrics
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "the loss is not a finite number any more; try a lower optimizer.lr or clip_grad_norm"),
+        ({"clip_grad_norm": 1e30}, "the loss is not a finite number any more; try a lower optimizer.lr"),
+        (
+            {"precision": "bf16"},
+            "the loss is not a finite number any more; try a lower optimizer.lr or clip_grad_norm or precision=fp32",
+        ),
+    ],
+)
+def test_of_what_may_help_against_a_loss_that_is_not_finite_only_what_is_not_done_yet(
+    changes: dict[str, Any], said: str
+) -> None:
+    trainer = make_trainer(epochs=2, optimizer={"name": "sgd", "lr": 1e38}, **changes)
+    with pytest.raises(TrainingError) as raised:
+        list(trainer.run())
+    assert str(raised.value).endswith(said)
+
+
+def test_no_learning_rate_is_to_blame_before_the_first_update() -> None:
+    trainer = make_trainer(epochs=2)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError) as raised:
+        list(trainer.run())
+    assert str(raised.value) == (
+        "epoch 1, step 1: the loss is not a finite number; no update came before it: look at the images (data.mean, "
+        "data.std) and at the model's weights"
+    )
+
+
 def test_a_loss_that_is_not_finite_names_epoch_and_step() -> None:
     # The first epoch ends well; the second one's first step makes the weights huge, its second loss shows it.
     trainer = make_trainer(epochs=3, scheduler={"name": "multistep", "milestones": [1], "gamma": 1e38})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,24 @@ def test_a_model_that_fits_is_left_as_it_was() -> None:
     assert model.training
     assert not model.bn1.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Mistaken(nn.Module):
+    """Whose own code is wrong, whatever the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.haed(images.flatten(1))  # type: ignore[no-any-return, operator]
+
+
+def test_a_mistake_in_the_models_own_code_is_not_laid_to_the_images_size() -> None:
+    with pytest.raises(NeqError, match=r"AttributeError: 'Mistaken' object has no attribute 'haed'") as raised:
+        check_fit(Mistaken(), data())
+    assert "data.image_size" not in str(raised.value)
+    assert re.search(rf"\({re.escape(__file__)}:[0-9]+\)$", str(raised.value))
 
 
 @pytest.mark.parametrize(

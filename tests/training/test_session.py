@@ -109,7 +109,9 @@ def test_matching_is_written_into_the_recipe_and_holds_without_the_other_run() -
 @pytest.mark.parametrize("flops", [0.0, 1e12, float("nan")])
 def test_flops_of_another_model_are_refused(flops: float) -> None:
     recipe = make_recipe(policy={"kind": "stochastic", "p": "match:a"})
-    with pytest.raises(RecipeError, match=r"^policy.p: 'match:a' has .* match a run of the same model$"):
+    with pytest.raises(
+        RecipeError, match=r"^policy.p: 'match:a' has .* match a run of the same model on images of the same size$"
+    ):
         match(recipe, prepare(make_recipe(), "small").trainer.model, (1, 1, 8, 8), flops)
 
 

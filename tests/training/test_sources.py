@@ -182,7 +182,7 @@ def test_data_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(datasets.CIFAR10, "download", fail)
     assert message(name="CIFAR10") == (
-        "data.root: CIFAR10 is not in '/data' and could not be downloaded (RuntimeError: no network); "
+        "data.root: CIFAR10 is not in '/data', or not whole, and could not be downloaded (RuntimeError: no network); "
         "set data.root to where it is, or check the network"
     )
     assert message(name="CIFAR10", download=False) == (
@@ -193,6 +193,39 @@ def test_data_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "torchvision cannot download it; put its files there as torchvision's documentation says"
     )
     assert message(name="EMNIST", kwargs={"split": "lettres"}).startswith("data.kwargs: EMNIST cannot be opened (Value")
+
+
+def test_a_disk_that_refuses_is_not_laid_to_the_network(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NeqError, match="NotADirectoryError") as raised:
+        open_source(DataSection(name="CIFAR10", root=str(tmp_path / "file" / "data")))
+    assert "network" not in str(raised.value)
+    assert str(raised.value).endswith(
+        "set data.root to where it is, or to a folder that can be written to and has room"
+    )
+
+
+@pytest.mark.parametrize("name", ["image_folder", "segmentation_folder", "COCO"])
+def test_a_folder_that_may_not_be_looked_into_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    monkeypatch.setattr(Path, "is_file", refuse)
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(NeqError, match=r"^data.root: '.*' cannot be read \(PermissionError: .*Permission denied"):
+        open_source(DataSection(name=name, root=str(tmp_path)))
+
+
+def test_an_error_without_arguments_is_not_laid_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(self: Any, *arguments: Any, **named: Any) -> None:
+        raise ValueError("buffer is smaller than requested size")
+
+    monkeypatch.setattr(datasets.MNIST, "__init__", torn)
+    with pytest.raises(NeqError, match=r"^data\.root: MNIST cannot be opened \(ValueError: buffer"):
+        open_source(DataSection(name="MNIST", root=str(tmp_path)))
 
 
 def test_what_is_missing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

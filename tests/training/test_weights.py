@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -168,7 +169,18 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
     section = ModelSection(name="resnet18", weights="DEFAULT")
-    with pytest.raises(NeqError, match=r"'DEFAULT' of resnet18 could not be fetched \(URLError: .*unreachable"):
+    with pytest.raises(
+        NeqError, match=r"'DEFAULT' of resnet18 could not be fetched \(URLError: .*unreachable.*network"
+    ):
+        load_weights(build_model(section), section)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", full)
+    with pytest.raises(
+        NeqError, match=r"No space left on device\); set TORCH_HOME to a folder with room, or give a file"
+    ):
         load_weights(build_model(section), section)
 
 

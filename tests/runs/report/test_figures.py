@@ -107,19 +107,25 @@ def test_hostile_names_stay_in_the_folder_and_text(make_run: Callable[..., Run],
 
 
 def test_without_matplotlib(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+    real, failure = builtins.__import__, ImportError()
 
     def without(name: str, *arguments: Any, **named: Any) -> Any:
         if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
+            raise failure
         return real(name, *arguments, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    failure = ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
     message = r"^neq report needs matplotlib; install it with: pip install 'neq\[report\]'$"
     with pytest.raises(NeqError, match=message):
         render_report(runs)
     with pytest.raises(NeqError, match=message):
         write_figures(runs, tmp_path, "png")
+    # One that is there is not to be installed, but mended.
+    for broken in (ImportError("numpy.core.multiarray failed"), ModuleNotFoundError("No module 'PIL'", name="PIL")):
+        failure = broken
+        with pytest.raises(NeqError, match=r"^neq report needs matplotlib, which is there but fails to import \("):
+            render_report(runs)
 
 
 def test_neither_torch_nor_pyplot_is_imported(runs: list[Run]) -> None:
