@@ -296,7 +296,8 @@ def test_only_the_first_process_writes_and_speaks(folder: Path) -> None:
     assert [list(path.iterdir()) for path in sorted((folder / "elsewhere").iterdir())] == [[]] * 4
     _, said = result(folder, "four")
     assert said[0].splitlines()[-1] == "four"
-    assert said[1:] == [""] * 3
+    # The gloo of torch 2.9 has a line of its own.
+    assert [line for text in said[1:] for line in text.splitlines() if not line.startswith("[Gloo]")] == []
 
 
 def test_what_all_find_wrong_is_said_once(folder: Path) -> None:
