@@ -202,21 +202,21 @@ def open_lifeline(rank: int, store: Store) -> Lifeline:
     """Return this process' end; all processes call it. The first one listens from now on."""
     listener = None
     if rank == 0:
-        listener = _listening()
-        store.set(_KEY, json.dumps([listener.getsockname()[1], secrets.token_hex(16)]))
-    port, word = json.loads(store.get(_KEY))
-    return Lifeline(rank, (os.environ.get("MASTER_ADDR", "localhost"), port), word, listener)
+        # Where all are on one machine, nobody else is let in.
+        here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "")
+        host = "127.0.0.1" if here else os.environ.get("MASTER_ADDR", "localhost")
+        listener = _listening("127.0.0.1" if here else "")
+        _sockets.add(listener)
+        store.set(_KEY, json.dumps([host, listener.getsockname()[1], secrets.token_hex(16)]))
+    host, port, word = json.loads(store.get(_KEY))
+    return Lifeline(rank, (host, port), word, listener)
 
 
-def _listening() -> socket.socket:
-    if socket.has_dualstack_ipv6():
+def _listening(host: str) -> socket.socket:
+    if not host and socket.has_dualstack_ipv6():
         with suppress(OSError):  # a kernel without
-            listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-            _sockets.add(listener)
-            return listener
-    listener = socket.create_server(("", 0), backlog=1024)
-    _sockets.add(listener)
-    return listener
+            return socket.create_server((host, 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server((host, 0), backlog=1024)
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -163,7 +163,7 @@ def test_strangers_are_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     store = Store()
     first = open_lifeline(0, store)  # type: ignore[arg-type]
-    port, word = json.loads(store["lifeline"])
+    _, port, word = json.loads(store["lifeline"])
     with first.watched():
         for said in (b"", b"\x00\xff\n", b"lost everything\n", b"failed x\n", word.encode() + b" minus one\n"):
             with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -176,6 +176,20 @@ def test_strangers_are_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
                     break
         time.sleep(0.2)
         assert first.reason is None
+
+
+@pytest.mark.parametrize(("together", "door"), [("2", "127.0.0.1"), ("1", "")])
+def test_on_one_machine_nobody_else_is_let_in(monkeypatch: pytest.MonkeyPatch, together: str, door: str) -> None:
+    for name, value in (("MASTER_ADDR", "far.away"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", together)):
+        monkeypatch.setenv(name, value)
+    store = Store()
+    first = open_lifeline(0, store)  # type: ignore[arg-type]
+    assert first._listener is not None
+    address = first._listener.getsockname()[0]
+    assert address == door if door else address in ("::", "0.0.0.0")
+    assert json.loads(store["lifeline"])[0] == (door or "far.away")
+    with first.watched():
+        pass
 
 
 def test_connections_are_kept_alive_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
