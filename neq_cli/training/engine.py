@@ -215,21 +215,15 @@ class Trainer:
         step = int(first_bad.item())
         if step <= steps:
             unchanged = epoch == 1 and step <= self.recipe.gradient_accumulation
-            more = "" if unchanged else " any more"
-            mend = self._mend(before_any_update=unchanged)
-            raise TrainingError(f"epoch {epoch}, step {step}: the loss is not a finite number{more}; {mend}")
+            what = "the loss is not a finite number" + ("" if unchanged else " any more")
+            raise TrainingError(f"epoch {epoch}, step {step}: {what}; {divergence_mend(self.recipe, unchanged)}")
 
     def _check_weights(self, epoch: int, step: int) -> None:
         """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
         sound = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
         if not bool(sound):
-            raise TrainingError(
-                f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {self._mend()}"
-            )
-
-    def _mend(self, *, before_any_update: bool = False) -> str:
-        clips = self.recipe.clip_grad_norm is not None
-        return divergence_mend(before_any_update=before_any_update, precision=self.recipe.precision, clips=clips)
+            mend = divergence_mend(self.recipe)
+            raise TrainingError(f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {mend}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.

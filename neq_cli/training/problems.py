@@ -6,8 +6,12 @@ import errno
 import sysconfig
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from neq_cli.errors import RecipeError, TrainingError
+
+if TYPE_CHECKING:
+    from neq_cli.recipe import Recipe
 
 _OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -58,10 +62,11 @@ def place_of(error: BaseException) -> str:
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
-def divergence_mend(*, before_any_update: bool, precision: str, clips: bool) -> str:
+def divergence_mend(recipe: Recipe, before_any_update: bool = False) -> str:
     """Return what to try where losses or weights are no finite numbers, of that only what may help."""
+    precise = recipe.precision == "fp32"
     if before_any_update:
-        also = "" if precision == "fp32" else ", or try precision=fp32"
+        also = "" if precise else ", or try precision=fp32"
         return f"no update came before it: look at the images (data.mean, data.std) and at the model's weights{also}"
-    others = [*([] if clips else ["clip_grad_norm"]), *([] if precision == "fp32" else ["precision=fp32"])]
-    return " or ".join(["try a lower optimizer.lr", *others])
+    clips = [] if recipe.clip_grad_norm is not None else ["clip_grad_norm"]
+    return " or ".join(["try a lower optimizer.lr", *clips, *([] if precise else ["precision=fp32"])])
