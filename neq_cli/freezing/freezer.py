@@ -117,6 +117,7 @@ class Freezer:
             attached=self.anatomy.attached,
         )
         self.slicing.put_in_force(self.trainable)
+        self._settling = self.keeper.optimizer.register_step_post_hook(self.slicing.settle)
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous = snapshot(self.model)
         if process_group is not None:
@@ -215,6 +216,7 @@ class Freezer:
 
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
+        self._settling.remove()
         self.keeper.remove()
         self.slicing.remove()
         self.trainable, self._computed = self._everything(), {}

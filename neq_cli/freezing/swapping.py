@@ -6,18 +6,31 @@ import copyreg
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from neq_cli.errors import FreezingError
 from neq_cli.freezing.compiled import apply_compiled
+from neq_cli.freezing.functions import Scaled, in_transform
 from neq_cli.freezing.neurons import BATCH_NORMS, Cost
 from neq_cli.freezing.operations import Convolution, LinearMap
 from neq_cli.freezing.plans import Plan
 
 _PLAN, _NUMBER = "_neq_plan", "_neq_number"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A weight that is passed to a function, by its plan; row i of it goes with ``bias[start + i]``, where one is."""
+
+    plan: Plan
+    bias: Tensor | None
+    start: int
 
 
 def swap_sliced(module: nn.Module, cost: Cost, plan: Plan, number: int) -> None:
@@ -31,7 +44,7 @@ def swap_frozen(module: nn.Module, owned: frozenset[str]) -> None:
     _swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, owned)
 
 
-def swap_intercepting(module: nn.Module, plans: Mapping[int, Plan]) -> None:
+def swap_intercepting(module: nn.Module, plans: Mapping[int, Watched]) -> None:
     """Have ``module`` pass weights to ``torch.nn.functional.linear`` by ``plans``, by the weight's identity."""
     _swap(module, _Intercepting, plans)
 
@@ -76,12 +89,28 @@ class _Swapped(nn.Module):
         state = {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}
         return (make, (_own_class(type(self)), object, None), state, *rest)
 
+    def __prepare_scriptable__(self) -> Any:
+        name = _own_class(type(self)).__name__
+        raise FreezingError(
+            f"torch.jit.script: a {name} of this model computes fewer gradients, which cannot be scripted; "
+            "script it inside `with freezer.suspended():`, or after freezer.detach()"
+        )
+
+
+def _stands_aside() -> bool:
+    """Whether modules compute as their own class does: nobody differentiates, or a transform does that cannot see
+    through our Functions (torch.func, forward mode, tracing, export)."""
+    if torch.compiler.is_compiling():
+        # Not `is_exporting()`: to what torch.compile traces in torch 2.9 that is always true.
+        return not torch.is_grad_enabled() or torch.compiler._is_exporting_flag
+    return not torch.is_grad_enabled() or in_transform() or torch._C._is_tracing() or forward_ad._current_level >= 0
+
 
 class _SlicedConvolution(_Swapped):
     """A convolution with frozen neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return cast(Tensor, super().forward(input))
         module = cast(nn.Conv2d, self)
         padding, input = _padded(module, input)
@@ -92,7 +121,7 @@ class _SlicedTransposedConvolution(_Swapped):
     """A transposed convolution with frozen neurons."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return cast(Tensor, super().forward(input, output_size))
         module = cast(nn.ConvTranspose2d, self)
         padding = cast("tuple[int, ...]", module.padding)
@@ -104,7 +133,7 @@ class _SlicedLinear(_Swapped):
     """A linear layer with frozen neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return cast(Tensor, super().forward(input))
         module = cast(nn.Linear, self)
         if torch.compiler.is_compiling():
@@ -117,7 +146,7 @@ class _Frozen(_Swapped):
     """Any other layer with no trainable neuron: its parameters take no part in the backward pass."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return super().forward(*arguments, **keywords)
         own, state = self._parameters, vars(self)
         state["_parameters"] = {
@@ -135,33 +164,19 @@ class _FrozenBatchNorm(_Frozen):
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.BatchNorm2d, self)
-        if module.training or module.running_var is None or not torch.is_grad_enabled() or not input.requires_grad:
+        if module.training or module.running_var is None or _stands_aside() or not input.requires_grad:
             return cast(Tensor, super().forward(input))
         scale = torch.rsqrt(module.running_var + module.eps)
         if module.weight is not None:
             scale = scale * module.weight.detach()
-        return cast(Tensor, _Scaled.apply(input, scale, super().forward))
-
-
-class _Scaled(torch.autograd.Function):
-    """A function of the input whose derivative is a scale per channel: the input is not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, scale: Tensor, function: Any) -> Tensor:
-        ctx.save_for_backward(scale)
-        return cast(Tensor, function(input))
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (scale,) = ctx.saved_tensors
-        return grad_output * scale.view(-1, *[1] * (grad_output.dim() - 2)).to(grad_output.dtype), None, None
+        return cast(Tensor, Scaled.apply(input, scale, super().forward))
 
 
 class _Intercepting(_Swapped):
     """A module that passes the weights of layers with frozen neurons to ``torch.nn.functional.linear``."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return super().forward(*arguments, **keywords)
         with _intercepted(vars(self)[_PLAN]):
             return super().forward(*arguments, **keywords)
@@ -209,7 +224,7 @@ def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_paddi
 class _Watched(threading.local):
     """The weights that this thread's running modules pass to functions, by identity."""
 
-    plans: Mapping[int, Plan] = {}
+    plans: Mapping[int, Watched] = {}
 
 
 _watched = _Watched()
@@ -219,7 +234,7 @@ _stock_linear = nn.functional.linear
 
 
 @contextmanager
-def _intercepted(plans: Mapping[int, Plan]) -> Iterator[None]:
+def _intercepted(plans: Mapping[int, Watched]) -> Iterator[None]:
     """Send ``torch.nn.functional.linear`` with one of these weights, or a piece of one, through its plan."""
     global _depth, _stock_linear
     before, _watched.plans = _watched.plans, {**_watched.plans, **plans}
@@ -240,8 +255,17 @@ def _intercepted(plans: Mapping[int, Plan]) -> Iterator[None]:
 def _sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # torch.split and chunk give views; `_base` is the parameter that they were cut from.
     whole = weight if id(weight) in _watched.plans else weight._base
-    plan = _watched.plans.get(id(whole))
-    if plan is None or whole is None or weight.shape[1:] != whole.shape[1:] or weight.stride() != whole.stride():
+    found = _watched.plans.get(id(whole))
+    if found is None or whole is None or weight.shape[1:] != whole.shape[1:] or weight.stride() != whole.stride():
         return _stock_linear(input, weight, bias)  # not its rows, such as its transpose
     first = (int(weight.storage_offset()) - int(whole.storage_offset())) // max(whole.stride(0), 1)
-    return plan.chunk(first, len(weight)).apply(LinearMap(), input, weight, bias)
+    owns_bias = _is_piece(bias, found.bias, found.start + first, len(weight))
+    return found.plan.chunk(first, len(weight)).apply(LinearMap(), input, weight, bias, owns_bias=owns_bias)
+
+
+def _is_piece(bias: Tensor | None, own: Tensor | None, first: int, count: int) -> bool:
+    """Whether ``bias`` is ``own[first : first + count]`` and not, say, something that was computed from it."""
+    if bias is None or own is None or (bias is not own and bias._base is not own):
+        return False
+    place = int(bias.storage_offset()) - int(own.storage_offset())
+    return bias.shape == (count,) and bias.stride() == own.stride() and place == first * own.stride(0)
