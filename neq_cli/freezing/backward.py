@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from neq_cli.freezing.compiled import Slot
 from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.intercepting import Watched
 from neq_cli.freezing.neurons import Layer
 from neq_cli.freezing.plans import Operand, Plan
-from neq_cli.freezing.swapping import Watched, restore, swap_frozen, swap_intercepting, swap_sliced
+from neq_cli.freezing.swapping import Sliced, restore, swap_frozen, swap_intercepting, swap_sliced
 
 Mode = Literal["exact", "truncated", "dense"]
 COMPILED_FUNCTIONAL = "its weight is passed to a function, inside what torch.compile made"
@@ -84,7 +85,8 @@ class SlicedBackward:
             if self.compiled or plan.rows < len(plan.trainable):
                 self.plans[name] = plan
                 layer = self.layers[name]
-                swap = partial(swap_sliced, layer.module, layer.cost, plan, slot.number)
+                sliced = Sliced(plan, self.parameters[layer.weight], self._bias(layer)[0])
+                swap = partial(swap_sliced, layer.module, layer.cost, sliced, slot.number)
                 self.swaps.append((layer.module, swap))
         if not self.compiled:
             self._put_functional_in_force(trainable)
@@ -134,9 +136,7 @@ class SlicedBackward:
             if name in self.layers and not bool(trainable[name].all()):
                 layer = self.layers[name]
                 self.plans[name] = plan = self._plan(name, trainable[name])
-                bias = next((rows for rows in layer.rows if rows.parameter != layer.weight), None)
-                watched = Watched(plan, *((None, 0) if bias is None else (self.parameters[bias.parameter], bias.start)))
-                by_owner.setdefault(owner, {})[id(self.parameters[layer.weight])] = watched
+                by_owner.setdefault(owner, {})[id(self.parameters[layer.weight])] = Watched(plan, *self._bias(layer))
         for owner, plans in by_owner.items():
             self.swaps.append((owner, partial(swap_intercepting, owner, plans)))
 
@@ -146,9 +146,13 @@ class SlicedBackward:
             layer = self.layers.get(name)
             if layer is None or layer.functional or bool(trainable[name].any()) or layer.module in taken:
                 continue
-            owned = {id(self.parameters[rows.parameter]) for rows in layer.rows}
-            keys = frozenset(key for key, value in layer.module._parameters.items() if id(value) in owned)
-            self.swaps.append((layer.module, partial(swap_frozen, layer.module, keys)))
+            owned = [self.parameters[rows.parameter] for rows in layer.rows]
+            self.swaps.append((layer.module, partial(swap_frozen, layer.module, owned)))
+
+    def _bias(self, layer: Layer) -> tuple[Tensor | None, int]:
+        """Return the bias that the layer's neurons own, None where they own none, and which of it is the first's."""
+        rows = next((rows for rows in layer.rows if rows.parameter != layer.weight), None)
+        return (None, 0) if rows is None else (self.parameters[rows.parameter], rows.start)
 
     def kernels(self, trainable: Mapping[str, Tensor]) -> dict[str, KernelUse]:
         """Return for every layer with frozen neurons how its gradients were computed last, and why."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SomeRows(torch.autograd.Function):
     """The operation, with the gradients of a plan; a bias that is not the neurons' own (``owns_bias``) gets all of its.
 
-    Both of its kinds save the same whatever kernel is chosen later.
+    What it saves does not depend on the kernel, which the backward pass chooses.
     """
 
     @staticmethod
@@ -123,6 +123,11 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=memory_format):
         return torch.contiguous_format
     return memory_format
+
+
+def is_batch(error: Tensor) -> bool:
+    """Whether ``error`` stands for many that are vectorised, as under ``torch.vmap`` or with ``is_grads_batched``."""
+    return in_transform() or torch._C._dispatch_keys(error).has("Batched")
 
 
 def in_transform() -> bool:

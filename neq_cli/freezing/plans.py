@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neq_cli.freezing.dispatch import BLOCK, MOST_BLOCKS, Choice, Dispatch, Kernel
-from neq_cli.freezing.functions import InputOnly, SomeRows, cast_for_autocast, in_transform, memory_format_of
+from neq_cli.freezing.functions import InputOnly, SomeRows, cast_for_autocast, is_batch, memory_format_of
 from neq_cli.freezing.operations import Convolution, Gradients, Operation, PointwiseConvolution
 from neq_cli.freezing.slices import Slice, slice_rows
 
@@ -138,7 +138,7 @@ class Plan:
         self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> Gradients:
         """Return the gradients ``wanted`` of input, weight and bias; those of frozen rows are zero or of no meaning."""
-        if in_transform():  # many errors at once (is_grads_batched), which cannot be timed nor written into memory
+        if is_batch(grad_output):  # which can neither be timed nor be written into memory of ours
             return self._run("dense", operation, grad_output, input, weight, wanted)
 
         def run(kernel: Kernel) -> Gradients:

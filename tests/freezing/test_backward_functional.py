@@ -129,7 +129,7 @@ def check(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mo
     else:
         dense = gradients(reference, inputs)
     assert_rows(freezer, found, dense)
-    assert torch.nn.functional.linear.__module__ != "neq_cli.freezing.swapping"  # nothing is left behind
+    assert torch.nn.functional.linear.__module__ != "neq_cli.freezing.intercepting"  # nothing is left behind
     return freezer
 
 
