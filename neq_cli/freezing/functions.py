@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from neq_cli.freezing.plans import Plan
 
 
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
 class SomeRows(torch.autograd.Function):
     """The operation, with the gradients of a plan; a bias that is not the neurons' own (``owns_bias``) gets all of its.
 
@@ -113,7 +116,7 @@ def no_view(output: Tensor) -> Tensor:
 
     A linear map may return a view of a two-dimensional result, and autograd lets nobody overwrite a Function's views.
     """
-    return cast(Tensor, torch.ops.aten._unsafe_view(output, output.shape)) if output._is_view() else output
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(output, output.shape)) if output._is_view() else output
 
 
 def memory_format_of(tensor: Tensor) -> torch.memory_format:
@@ -127,7 +130,7 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 
 def is_batch(error: Tensor) -> bool:
     """Whether ``error`` stands for many that are vectorised, as under ``torch.vmap`` or with ``is_grads_batched``."""
-    return in_transform() or torch._C._dispatch_keys(error).has("Batched")
+    return in_transform() or torch._C._dispatch_keys(error).has(_BATCHED)
 
 
 def in_transform() -> bool:

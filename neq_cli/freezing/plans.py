@@ -50,7 +50,7 @@ class Plan:
         self.rows = int(trainable.sum())
         self.computed: int | None = None  # rows computed in the last backward; None before the first
         self.choice: Choice | None = None
-        self._choices: dict[object, Choice] = {}
+        self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
         self._chunks: dict[tuple[int, int], Plan] = {}
@@ -121,13 +121,7 @@ class Plan:
 
     def _settled_choice(self, operation: Operation, input: Tensor, weight: Tensor) -> Choice | None:
         """Return what was chosen for such a call in an earlier step; None where nothing was."""
-        call = (operation, input.shape, input.stride(), input.dtype, input.requires_grad)
-        choice = self._choices.get(call)
-        if choice is None:
-            choice = self.settled.get(self._kind(operation, input, weight, of_input=input.requires_grad))
-            if choice is not None:
-                self._choices[call] = choice
-        return choice
+        return self.settled.get(self._kind(operation, input, weight, of_input=input.requires_grad))
 
     def _note(self, choice: Choice, operation: Operation, weight: Tensor) -> None:
         self.choice = choice
@@ -256,6 +250,12 @@ class Plan:
 
     def _kind(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
         """Describe the call: everything that its time depends on."""
+        call = (operation, input.shape, input.stride(), input.dtype, input.device, of_input)
+        if call not in self._kinds:
+            self._kinds[call] = self._describe(operation, input, weight, of_input=of_input)
+        return self._kinds[call]
+
+    def _describe(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
         rows = len(self._part("sliced", operation, weight).computed)
         block = max(BLOCK, len(self.trainable) // MOST_BLOCKS)
         rows = min(-(-rows // block) * block, len(self.trainable))
