@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from neq_cli.freezing.compiled import Slot
-from neq_cli.freezing.dispatch import Dispatch, Kernel
+from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.intercepting import Watched
 from neq_cli.freezing.neurons import Layer
-from neq_cli.freezing.plans import Plan
-from neq_cli.freezing.swapping import restore, swap_frozen, swap_intercepting, swap_sliced
+from neq_cli.freezing.plans import Operand, Plan
+from neq_cli.freezing.swapping import Sliced, restore, swap_frozen, swap_intercepting, swap_sliced
 
 Mode = Literal["exact", "truncated", "dense"]
 COMPILED_FUNCTIONAL = "its weight is passed to a function, inside what torch.compile made"
@@ -68,53 +71,88 @@ class SlicedBackward:
             name: Slot() for name in self.layers if name not in self.functional and name not in self.dense_because
         }
         self.plans: dict[str, Plan] = {}  # of the layers with frozen neurons that can be sliced
-        self.swapped: list[nn.Module] = []
+        self.settled: dict[str, Choice] = {}  # what forward passes may go by
+        self.swaps: list[tuple[nn.Module, Callable[[], None]]] = []  # modules, and what changes their class
+        self.suspended = False
 
     def put_in_force(self, trainable: Mapping[str, Tensor]) -> None:
-        """From now on compute what ``trainable`` (bool, [neurons], per layer) asks for."""
+        """From now on, or as soon as ``resume`` is called, compute what ``trainable`` (bool, [neurons]) asks for."""
         self.remove()
+        self.settled = dict(self.dispatch.choices)
         for name, slot in self.slots.items():
-            plan = self._plan(trainable[name])
+            plan = self._plan(name, trainable[name])
             slot.put(plan)
             if self.compiled or plan.rows < len(plan.trainable):
                 self.plans[name] = plan
-                self.swapped.append(self.layers[name].module)
-                swap_sliced(self.layers[name].module, self.layers[name].cost, plan, slot.number)
+                layer = self.layers[name]
+                sliced = Sliced(plan, self.parameters[layer.weight], self._bias(layer)[0])
+                swap = partial(swap_sliced, layer.module, layer.cost, sliced, slot.number)
+                self.swaps.append((layer.module, swap))
         if not self.compiled:
             self._put_functional_in_force(trainable)
             if not self.attached:
                 self._put_dense_in_force(trainable)
+        if not self.suspended:
+            self.resume()
 
-    def _plan(self, trainable: Tensor) -> Plan:
-        # Compiled code has a graph for every set, and so must what torch.compile leaves to Python.
-        attached = self.attached or self.compiled
-        return Plan(trainable, truncated=self.truncated, dispatch=self.dispatch, attached=attached)
+    def settle(self, *_: object) -> None:
+        """Have forward passes go by the choices made so far; called between steps, as a hook after the optimiser's."""
+        if torch._C._current_graph_task_id() == -1:  # an optimiser may step inside of a backward pass
+            self.settled.update(self.dispatch.choices)
 
-    def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:
-        by_owner: dict[nn.Module, dict[int, Plan]] = {}
-        for name, owner in self.functional.items():
-            if name in self.layers and not bool(trainable[name].all()):
-                self.plans[name] = plan = self._plan(trainable[name])
-                by_owner.setdefault(owner, {})[id(self.parameters[self.layers[name].weight])] = plan
-        for owner, plans in by_owner.items():
-            self.swapped.append(owner)
-            swap_intercepting(owner, plans)
+    def suspend(self) -> None:
+        """Give every module its own class back until ``resume``; plans and what is known of them stay."""
+        self.suspended = True
+        for module, _ in self.swaps:
+            restore(module)
 
-    def _put_dense_in_force(self, trainable: Mapping[str, Tensor]) -> None:
-        for name in self.dense_because:
-            layer = self.layers.get(name)
-            if layer is not None and not layer.functional and not bool(trainable[name].any()):
-                owned = {id(self.parameters[rows.parameter]) for rows in layer.rows}
-                keys = frozenset(key for key, value in layer.module._parameters.items() if id(value) in owned)
-                self.swapped.append(layer.module)
-                swap_frozen(layer.module, keys)
+    def resume(self) -> None:
+        """Have every module compute what the sets in force ask for."""
+        self.suspended = False
+        for _, swap in self.swaps:
+            swap()
 
     def remove(self) -> None:
         """Give every module its own class back."""
-        for module in self.swapped:
+        for module, _ in self.swaps:
             restore(module)
-        self.swapped = []
+        self.swaps = []
         self.plans = {}
+
+    def _plan(self, name: str, trainable: Tensor) -> Plan:
+        return Plan(
+            trainable,
+            truncated=self.truncated,
+            dispatch=self.dispatch,
+            # Compiled code has a graph for every set, and so must what torch.compile leaves to Python.
+            attached=self.attached or self.compiled,
+            owns=owned_operands(self.layers[name]),
+            settled=self.settled,
+        )
+
+    def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:
+        by_owner: dict[nn.Module, dict[int, Watched]] = {}
+        for name, owner in self.functional.items():
+            if name in self.layers and not bool(trainable[name].all()):
+                layer = self.layers[name]
+                self.plans[name] = plan = self._plan(name, trainable[name])
+                by_owner.setdefault(owner, {})[id(self.parameters[layer.weight])] = Watched(plan, *self._bias(layer))
+        for owner, plans in by_owner.items():
+            self.swaps.append((owner, partial(swap_intercepting, owner, plans)))
+
+    def _put_dense_in_force(self, trainable: Mapping[str, Tensor]) -> None:
+        taken = {module for module, _ in self.swaps}
+        for name in self.dense_because:
+            layer = self.layers.get(name)
+            if layer is None or layer.functional or bool(trainable[name].any()) or layer.module in taken:
+                continue
+            owned = [self.parameters[rows.parameter] for rows in layer.rows]
+            self.swaps.append((layer.module, partial(swap_frozen, layer.module, owned)))
+
+    def _bias(self, layer: Layer) -> tuple[Tensor | None, int]:
+        """Return the bias that the layer's neurons own, None where they own none, and which of it is the first's."""
+        rows = next((rows for rows in layer.rows if rows.parameter != layer.weight), None)
+        return (None, 0) if rows is None else (self.parameters[rows.parameter], rows.start)
 
     def kernels(self, trainable: Mapping[str, Tensor]) -> dict[str, KernelUse]:
         """Return for every layer with frozen neurons how its gradients were computed last, and why."""
@@ -151,6 +189,11 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
     if own_way or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):
         return f"{type(module).__name__} computes its output its own way"
     return None
+
+
+def owned_operands(layer: Layer) -> frozenset[Operand]:
+    """Return which of weight and bias are rows of the layer's neurons."""
+    return frozenset("weight" if rows.parameter == layer.weight else "bias" for rows in layer.rows)
 
 
 def _uses_more_than_its_rows(layer: Layer) -> bool:

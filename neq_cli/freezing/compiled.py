@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neq_cli.freezing.functions import cast_for_autocast, no_view
 from neq_cli.freezing.operations import Convolution, LinearMap, Operation
-from neq_cli.freezing.plans import Plan, cast_for_autocast
+from neq_cli.freezing.plans import Plan
 
 _plans: dict[int, Plan] = {}
 _numbers = itertools.count()
@@ -65,7 +66,7 @@ def _apply(
     output_padding: list[int],
     groups: list[int],
 ) -> Tensor:
-    return _operation(stride, padding, dilation, output_padding, groups).forward(input, weight, bias)
+    return no_view(_operation(stride, padding, dilation, output_padding, groups).forward(input, weight, bias))
 
 
 @_apply.register_fake

@@ -29,6 +29,7 @@ class Discarding:
         self.whole: list[nn.Parameter] = []
         self.large: list[tuple[nn.Parameter, Zero]] = []
         self.small: dict[tuple[torch.device, torch.dtype], list[tuple[nn.Parameter, Tensor]]] = {}
+        self.hooks: list[tuple[nn.Parameter, Hook]] = []
         self.handles: list[RemovableHandle] = []
         self._pass = -1  # the backward pass at whose end the small ones are already due
         # Hooks know neither a parameter nor this object, which does: autograd would keep them in memory for ever, since
@@ -46,13 +47,19 @@ class Discarding:
                 place = (one.parameter.device, one.trains.dtype)
                 self.small.setdefault(place, []).append((one.parameter, one.trains))
                 hook = _zero_later(_zeroing(one), me)
-            handle = one.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self.handles.append(handle)
+            self.hooks.append((one.parameter, hook))
+        self.attach()
+
+    def attach(self) -> None:
+        """Discard from now on."""
+        for parameter, hook in self.hooks:
+            self.handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the hooks off again."""
         for handle in self.handles:
             handle.remove()
+        self.handles = []
 
     def everything(self) -> None:
         """Discard what is there now."""

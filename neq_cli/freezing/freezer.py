@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,11 @@ class Freezer:
     model that phi describes is process 0's. Every process must make the Freezer and call ``step()``, which compares the
     processes' sets before and after, so that what changed them during the epoch is found. The policies of the other
     processes are never asked, and their state is of no meaning.
+
+    Inside ``with freezer.suspended():`` modules are of their own class and gradients PyTorch's own, for what needs them
+    so: ``torch.jit.script``, or ``torch.autograd.grad`` with respect to a parameter that is frozen whole, which else
+    "appears to not have been used in the graph". What transforms of ``torch.func``, forward-mode differentiation,
+    ``torch.jit.trace`` and ``torch.export`` run is computed so without it.
 
     A model wrapped in DistributedDataParallel keeps every layer in its graph, for the wrapper to find it there; that
     costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost.
@@ -117,6 +123,8 @@ class Freezer:
             attached=self.anatomy.attached,
         )
         self.slicing.put_in_force(self.trainable)
+        self._settling = self.keeper.optimizer.register_step_post_hook(self.slicing.settle)
+        self._suspensions = 0
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous = snapshot(self.model)
         if process_group is not None:
@@ -215,9 +223,29 @@ class Freezer:
 
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
+        self._settling.remove()
         self.keeper.remove()
         self.slicing.remove()
         self.trainable, self._computed = self._everything(), {}
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Compute gradients as without a Freezer inside: modules are of their own class, frozen rows' gradients are not
+        discarded. What is frozen is still held around ``optimizer.step()``, and the sets in force come back as they
+        were, or as ``step()`` chose meanwhile. May be nested. A compiled model is compiled once more for it. Over
+        several processes a ``Replica`` averages the trainable rows only.
+        """
+        self._suspensions += 1
+        if self._suspensions == 1:
+            self.slicing.suspend()
+            self.keeper.suspend()
+        try:
+            yield
+        finally:
+            self._suspensions -= 1
+            if not self._suspensions:
+                self.slicing.resume()
+                self.keeper.resume()
 
     def _remember(self, tensors: Mapping[str, Tensor]) -> None:
         # In place: a second copy of the weights would double the probe's memory for a moment.

@@ -38,6 +38,9 @@ class Operation(Protocol):
     ) -> Gradients:
         """Return the gradients asked for; ``input`` may be uninitialised memory where the weight's is not."""
 
+    def gradient_of_bias(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
+        """Return the whole gradient of a bias of ``shape``."""
+
     def sliced(self, part: Slice) -> Operation:
         """Return the smaller layer's operation."""
 
@@ -82,6 +85,9 @@ class Convolution:
         )
         return gradients
 
+    def gradient_of_bias(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
+        return grad_output.sum([0, *range(2, grad_output.dim())])
+
     def sliced(self, part: Slice) -> Convolution:
         return replace(self, groups=part.groups)
 
@@ -115,7 +121,7 @@ class PointwiseConvolution(Convolution):
             errors, values = (tensor.movedim(1, -1).flatten(0, -2) for tensor in (grad_output, seen))
             of_weight_only = (errors.t() @ values).view_as(weight)
         if of_bias:
-            of_bias_only = grad_output.sum([0, *range(2, grad_output.dim())])
+            of_bias_only = self.gradient_of_bias(grad_output, grad_output.shape[1:2])
         of_input_only = None
         if of_input:
             of_input_only = super().backward(grad_output, input, weight, of_input=True, of_weight=False, of_bias=False)[
@@ -149,6 +155,9 @@ class LinearMap:
             errors.t() @ input.reshape(-1, input.shape[-1]) if of_weight else None,
             errors.sum(0) if of_bias else None,
         )
+
+    def gradient_of_bias(self, grad_output: Tensor, shape: torch.Size) -> Tensor:
+        return grad_output.sum_to_size(shape)  # whatever can be added to the output may stand there
 
     def sliced(self, part: Slice) -> LinearMap:
         return self

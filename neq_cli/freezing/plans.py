@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from neq_cli.freezing.dispatch import BLOCK, MOST_BLOCKS, Choice, Dispatch, Kernel
+from neq_cli.freezing.functions import InputOnly, SomeRows, cast_for_autocast, is_batch, memory_format_of
 from neq_cli.freezing.operations import Convolution, Gradients, Operation, PointwiseConvolution
 from neq_cli.freezing.slices import Slice, slice_rows
 
@@ -15,49 +17,80 @@ FRIENDLY = {"cpu": 16, "cuda": 8}
 """Channels that libraries compute at a time: a vector register's floats, a tensor core's side."""
 
 
+Operand = Literal["weight", "bias"]
+OPERANDS: frozenset[Operand] = frozenset(("weight", "bias"))
+
+
 class Plan:
     """How the gradients of one use of a layer's weight are computed.
 
     ``trainable``: bool, [rows of the weight], on the CPU. ``truncated``: frozen rows pass no error to the input.
-    ``attached``: the output stays part of autograd's graph where nothing of the layer trains either.
+    ``attached``: the output stays part of autograd's graph where nothing of the layer trains either. ``owns``: which
+    operands are rows of the neurons; another one's gradient is computed whole. ``settled``: the choices, by kind of
+    call, that forward passes may go by. They change between steps only: within one, a forward pass that activation
+    checkpointing repeats must save what it saved the first time.
     """
 
-    def __init__(self, trainable: Tensor, *, truncated: bool, dispatch: Dispatch, attached: bool = False) -> None:
+    def __init__(
+        self,
+        trainable: Tensor,
+        *,
+        truncated: bool,
+        dispatch: Dispatch,
+        attached: bool = False,
+        owns: frozenset[Operand] = OPERANDS,
+        settled: Mapping[str, Choice] | None = None,
+    ) -> None:
         self.trainable = trainable
         self.truncated = truncated
         self.attached = attached
         self.dispatch = dispatch
+        self.owns = owns
+        self.settled = {} if settled is None else settled
         self.rows = int(trainable.sum())
         self.computed: int | None = None  # rows computed in the last backward; None before the first
         self.choice: Choice | None = None
-        self._choices: dict[object, Choice] = {}
+        self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
         self._chunks: dict[tuple[int, int], Plan] = {}
 
-    def apply(self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the operation's output, recorded for the backward pass as the plan wants it."""
+    def apply(
+        self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool = True
+    ) -> Tensor:
+        """Return the operation's output, recorded for the backward pass as the plan wants it.
+
+        ``owns_bias``: the bias is the one that the plan ``owns``, not another that was put in its place.
+        """
         input, weight, bias = cast_for_autocast(input, weight, bias)
+        owns_bias = owns_bias and "bias" in self.owns
         if self.rows == len(self.trainable):
             return operation.forward(input, weight, bias)
+        if weight.requires_grad and "weight" not in self.owns:
+            self.computed = len(self.trainable)
+            return operation.forward(input, weight, bias)
         if not self.rows:
-            return self._apply_frozen(operation, input, weight, bias)
-        choice = self._known_choice(operation, input, weight)
+            return self._apply_frozen(operation, input, weight, bias, owns_bias=owns_bias)
+        choice = self._settled_choice(operation, input, weight)
         if choice is not None and choice.kernel == "dense" and not self.truncated:
             self._note(choice, operation, weight)
             return operation.forward(input, weight, bias)
-        return cast(Tensor, _SomeRows.apply(input, weight, bias, operation, self))
+        return cast(Tensor, SomeRows.apply(input, weight, bias, operation, self, owns_bias))
 
-    def _apply_frozen(self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _apply_frozen(
+        self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool
+    ) -> Tensor:
         self.computed = 0
         if self.attached:
-            return cast(Tensor, _InputOnly.apply(input, weight, bias, operation, self.truncated))
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+            return cast(Tensor, InputOnly.apply(input, weight, bias, operation, self.truncated, owns_bias))
+        weight = weight.detach()
+        if bias is not None and owns_bias:
+            bias = bias.detach()
         if self.truncated:
-            return operation.forward(input.detach(), weight, bias)
+            input = input.detach()
         # Autograd keeps a convolution's input even where its weight needs no gradient.
-        if isinstance(operation, Convolution) and input.requires_grad:
-            return cast(Tensor, _InputOnly.apply(input, weight, bias, operation, False))
+        if isinstance(operation, Convolution) and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return cast(Tensor, InputOnly.apply(input, weight, bias, operation, self.truncated, owns_bias))
         return operation.forward(input, weight, bias)
 
     def chunk(self, first: int, count: int) -> Plan:
@@ -67,7 +100,12 @@ class Plan:
         if (first, count) not in self._chunks:
             trainable = self.trainable[first : first + count]
             self._chunks[first, count] = Plan(
-                trainable, truncated=self.truncated, dispatch=self.dispatch, attached=self.attached
+                trainable,
+                truncated=self.truncated,
+                dispatch=self.dispatch,
+                attached=self.attached,
+                owns=self.owns,
+                settled=self.settled,
             )
         return self._chunks[first, count]
 
@@ -81,15 +119,9 @@ class Plan:
         """Return the choice of the last backward pass; None before the first, and where nothing is chosen."""
         return next((plan.choice for plan in (self, *self._chunks.values()) if plan.choice is not None), None)
 
-    def _known_choice(self, operation: Operation, input: Tensor, weight: Tensor) -> Choice | None:
-        """Return what was chosen for such a call; None where that is still to come, in the backward pass."""
-        call = (operation, input.shape, input.stride(), input.dtype, input.requires_grad)
-        choice = self._choices.get(call)
-        if choice is None:
-            choice = self.dispatch.find(self._kind(operation, input, weight, of_input=input.requires_grad))
-            if choice is not None:
-                self._choices[call] = choice
-        return choice
+    def _settled_choice(self, operation: Operation, input: Tensor, weight: Tensor) -> Choice | None:
+        """Return what was chosen for such a call in an earlier step; None where nothing was."""
+        return self.settled.get(self._kind(operation, input, weight, of_input=input.requires_grad))
 
     def _note(self, choice: Choice, operation: Operation, weight: Tensor) -> None:
         self.choice = choice
@@ -100,6 +132,8 @@ class Plan:
         self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> Gradients:
         """Return the gradients ``wanted`` of input, weight and bias; those of frozen rows are zero or of no meaning."""
+        if is_batch(grad_output):  # which can neither be timed nor be written into memory of ours
+            return self._run("dense", operation, grad_output, input, weight, wanted)
 
         def run(kernel: Kernel) -> Gradients:
             return self._run(kernel, operation, grad_output, input, weight, wanted)
@@ -113,14 +147,25 @@ class Plan:
     def all_gradients(
         self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> Gradients:
-        """Return what ``gradients`` does, also where all rows train or none does."""
-        if 0 < self.rows < len(self.trainable):
-            return self.gradients(operation, grad_output, input, weight, wanted)
-        self.computed = self.rows
-        if not self.rows and self.truncated:
-            return None, None, None
-        of_input, of_weight, of_bias = (flag and (bool(self.rows) or place == 0) for place, flag in enumerate(wanted))
-        return operation.backward(grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias)
+        """Return what ``gradients`` does, also where all rows train or none does, or an operand is not the neurons'."""
+        of_input, of_weight, of_bias = wanted
+        if self.rows == len(self.trainable) or "weight" not in self.owns:
+            self.computed = len(self.trainable)
+            return operation.backward(
+                grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
+            )
+        owns_bias = "bias" in self.owns
+        if self.rows:
+            own = (of_input, of_weight, of_bias and owns_bias)
+            through, of_rows, of_biases = self.gradients(operation, grad_output, input, weight, own)
+        else:
+            self.computed, of_rows, of_biases = 0, None, None
+            through, _, _ = operation.backward(
+                grad_output, input, weight, of_input=of_input and not self.truncated, of_weight=False, of_bias=False
+            )
+        if of_bias and not owns_bias:
+            of_biases = operation.gradient_of_bias(grad_output, torch.Size([len(self.trainable)]))
+        return through, of_rows, of_biases
 
     def _candidates(self, operation: Operation, weight: Tensor) -> list[Kernel]:
         kernels: list[Kernel] = ["dense", "sliced"]
@@ -205,6 +250,12 @@ class Plan:
 
     def _kind(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
         """Describe the call: everything that its time depends on."""
+        call = (operation, input.shape, input.stride(), input.dtype, input.device, of_input)
+        if call not in self._kinds:
+            self._kinds[call] = self._describe(operation, input, weight, of_input=of_input)
+        return self._kinds[call]
+
+    def _describe(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
         rows = len(self._part("sliced", operation, weight).computed)
         block = max(BLOCK, len(self.trainable) // MOST_BLOCKS)
         rows = min(-(-rows // block) * block, len(self.trainable))
@@ -215,62 +266,6 @@ class Plan:
             f"{operation} weight {'x'.join(map(str, weight.shape))} input {form} {str(input.dtype)[6:]} "
             f"on {_machine(input.device)}, {error}, {rows} of {len(self.trainable)} rows"
         )
-
-
-class _SomeRows(torch.autograd.Function):
-    """The operation, with the gradients of a plan."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, plan: Plan
-    ) -> Tensor:
-        ctx.operation, ctx.plan = operation, plan
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight)
-        return operation.forward(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return None, None, None, None, None
-        input, weight = ctx.saved_tensors
-        gradients = ctx.plan.gradients(ctx.operation, grad_output, input, weight, ctx.needs_input_grad[:3])
-        return *gradients, None, None
-
-
-class _InputOnly(torch.autograd.Function):
-    """An operation that passes the error on, or nothing where it is ``blocked``; of its input it keeps the shape."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operation: Operation, blocked: bool
-    ) -> Tensor:
-        ctx.operation, ctx.blocked = operation, blocked
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.memory_format = input.shape, memory_format_of(input)
-        return operation.forward(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None or ctx.blocked or not ctx.needs_input_grad[0]:
-            return (None,) * 5
-        (weight,) = ctx.saved_tensors
-        # Memory of the input's shape and format, which no kernel reads: it is not even initialised.
-        like = torch.empty(
-            ctx.shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=ctx.memory_format
-        )
-        gradients = ctx.operation.backward(grad_output, like, weight, of_input=True, of_weight=False, of_bias=False)
-        return gradients[0], None, None, None, None
-
-
-def memory_format_of(tensor: Tensor) -> torch.memory_format:
-    """Return the channels_last format that ``tensor`` is in, else the contiguous one."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats.get(tensor.dim(), torch.contiguous_format)
-    if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=memory_format):
-        return torch.contiguous_format
-    return memory_format
 
 
 def _is_pointwise(operation: Operation, weight: Tensor) -> bool:
@@ -291,17 +286,3 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def cast_for_autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast would inside the operation: there, in an autograd function, the casts would not be recorded."""
-    kind = input.device.type
-    if not torch.is_autocast_enabled(kind):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == kind
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(input), cast(weight), None if bias is None else cast(bias)

@@ -37,6 +37,7 @@ class RowKeeper:
         self.unborn: list[FrozenRows] = []  # those that no step has updated yet, so that state may still come
         self.writer = Writer()
         self.stale = False
+        self.suspended = False
         self.seconds = 0.0
         after_step = optimizer.register_step_post_hook(lambda *_: self._after_step())
         # Before other hooks there, which may average the weights: they shall see the rows as they are held.
@@ -60,9 +61,21 @@ class RowKeeper:
         self.discarding.remove()
         self.discarding = Discarding(frozen)
         self.discarding.everything()
+        if self.suspended:
+            self.discarding.remove()
         # The optimiser skips what has no gradient: a parameter whose rows are all frozen stays as it is.
         self.kept = [one for one in frozen if not one.whole or self.discard_momentum]
         self.refresh()
+
+    def suspend(self) -> None:
+        """Leave gradients alone until ``resume``; what is frozen is held around the optimiser's steps all the same."""
+        self.suspended = True
+        self.discarding.remove()
+
+    def resume(self) -> None:
+        """Discard frozen rows' gradients again, from the next backward pass on."""
+        self.suspended = False
+        self.discarding.attach()
 
     def forget(self) -> None:
         """Take what the rows and their state are at the next optimiser step as what they are held at."""

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import copyreg
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from neq_cli.errors import FreezingError
 from neq_cli.freezing.compiled import apply_compiled
+from neq_cli.freezing.functions import Scaled, in_transform
+from neq_cli.freezing.intercepting import Watched, intercepted
 from neq_cli.freezing.neurons import BATCH_NORMS, Cost
-from neq_cli.freezing.operations import Convolution, LinearMap
+from neq_cli.freezing.operations import Convolution, LinearMap, Operation
 from neq_cli.freezing.plans import Plan
 
 _PLAN, _NUMBER = "_neq_plan", "_neq_number"
 
 
-def swap_sliced(module: nn.Module, cost: Cost, plan: Plan, number: int) -> None:
-    """Have ``module``, a convolution or linear layer, compute its gradients by ``plan``; ``number`` is of its slot."""
+@dataclass(frozen=True)
+class Sliced:
+    """The plan of a module's weight, and what it is for: another weight that is put in its place for a call, as by
+    ``functional_call``, is no neuron's, nor is another bias."""
+
+    plan: Plan
+    weight: Tensor
+    bias: Tensor | None
+
+
+def swap_sliced(module: nn.Module, cost: Cost, sliced: Sliced, number: int) -> None:
+    """Have ``module``, a convolution or linear layer, compute its gradients by a plan; ``number`` is of its slot."""
     vars(module)[_NUMBER] = number
-    _swap(module, _SLICED[cost], plan)
+    _swap(module, _SLICED[cost], sliced)
 
 
-def swap_frozen(module: nn.Module, owned: frozenset[str]) -> None:
-    """Have ``module`` compute no gradient of its own parameters called ``owned``."""
-    _swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, owned)
+def swap_frozen(module: nn.Module, owned: Sequence[Tensor]) -> None:
+    """Have ``module`` compute no gradient of the parameters ``owned``."""
+    _swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, frozenset(map(id, owned)))
 
 
-def swap_intercepting(module: nn.Module, plans: Mapping[int, Plan]) -> None:
+def swap_intercepting(module: nn.Module, plans: Mapping[int, Watched]) -> None:
     """Have ``module`` pass weights to ``torch.nn.functional.linear`` by ``plans``, by the weight's identity."""
     _swap(module, _Intercepting, plans)
 
@@ -52,8 +65,15 @@ def _swap(module: nn.Module, swapped: type[_Swapped], plan: object) -> None:
 
 @cache
 def _subclass(swapped: Any, own: Any) -> Any:
-    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (swapped, own), names)
+    members = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    if swapped in (_Frozen, _Intercepting):  # whatever the module takes, what asks for it finds
+
+        @wraps(own.forward)
+        def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            return swapped.forward(self, *arguments, **keywords)
+
+        members["forward"] = forward
+    return type(own.__name__, (swapped, own), members)
 
 
 def _own_class(kind: Any) -> Any:
@@ -76,14 +96,30 @@ class _Swapped(nn.Module):
         state = {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}
         return (make, (_own_class(type(self)), object, None), state, *rest)
 
+    def __prepare_scriptable__(self) -> Any:
+        name = _own_class(type(self)).__name__
+        raise FreezingError(
+            f"torch.jit.script: a {name} of this model computes fewer gradients, which cannot be scripted; "
+            "script it inside `with freezer.suspended():`, or after freezer.detach()"
+        )
+
+
+def _stands_aside() -> bool:
+    """Whether modules compute as their own class does: nobody differentiates, or a transform does that cannot see
+    through our Functions (torch.func, forward mode, tracing, export)."""
+    if torch.compiler.is_compiling():
+        # Not `is_exporting()`: to what torch.compile traces in torch 2.9 that is always true.
+        return not torch.is_grad_enabled() or torch.compiler._is_exporting_flag
+    return not torch.is_grad_enabled() or in_transform() or torch._C._is_tracing() or forward_ad._current_level >= 0
+
 
 class _SlicedConvolution(_Swapped):
     """A convolution with frozen neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return cast(Tensor, super().forward(input))
         module = cast(nn.Conv2d, self)
+        if _stands_aside() or _has_another_weight(module):
+            return cast(Tensor, super().forward(input))
         padding, input = _padded(module, input)
         return _convolve(module, input, padding, ())
 
@@ -92,9 +128,9 @@ class _SlicedTransposedConvolution(_Swapped):
     """A transposed convolution with frozen neurons."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return cast(Tensor, super().forward(input, output_size))
         module = cast(nn.ConvTranspose2d, self)
+        if _stands_aside() or _has_another_weight(module):
+            return cast(Tensor, super().forward(input, output_size))
         padding = cast("tuple[int, ...]", module.padding)
         sizes: Any = (module.stride, padding, module.kernel_size, len(module.kernel_size), module.dilation)
         return _convolve(module, input, padding, tuple(module._output_padding(input, output_size, *sizes)))
@@ -104,24 +140,23 @@ class _SlicedLinear(_Swapped):
     """A linear layer with frozen neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return cast(Tensor, super().forward(input))
         module = cast(nn.Linear, self)
+        if _stands_aside() or _has_another_weight(module):
+            return cast(Tensor, super().forward(input))
         if torch.compiler.is_compiling():
             return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
-        plan: Plan = vars(self)[_PLAN]
-        return plan.apply(LinearMap(), input, module.weight, module.bias)
+        return _apply(module, LinearMap(), input)
 
 
 class _Frozen(_Swapped):
     """Any other layer with no trainable neuron: its parameters take no part in the backward pass."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return super().forward(*arguments, **keywords)
         own, state = self._parameters, vars(self)
         state["_parameters"] = {
-            name: parameter.detach() if parameter is not None and name in state[_PLAN] else parameter
+            name: parameter.detach() if parameter is not None and id(parameter) in state[_PLAN] else parameter
             for name, parameter in own.items()
         }
         try:
@@ -135,35 +170,22 @@ class _FrozenBatchNorm(_Frozen):
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.BatchNorm2d, self)
-        if module.training or module.running_var is None or not torch.is_grad_enabled() or not input.requires_grad:
+        others = any(p is not None and id(p) not in vars(self)[_PLAN] for p in self._parameters.values())
+        if others or module.training or module.running_var is None or _stands_aside() or not input.requires_grad:
             return cast(Tensor, super().forward(input))
         scale = torch.rsqrt(module.running_var + module.eps)
         if module.weight is not None:
             scale = scale * module.weight.detach()
-        return cast(Tensor, _Scaled.apply(input, scale, super().forward))
-
-
-class _Scaled(torch.autograd.Function):
-    """A function of the input whose derivative is a scale per channel: the input is not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, scale: Tensor, function: Any) -> Tensor:
-        ctx.save_for_backward(scale)
-        return cast(Tensor, function(input))
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        (scale,) = ctx.saved_tensors
-        return grad_output * scale.view(-1, *[1] * (grad_output.dim() - 2)).to(grad_output.dtype), None, None
+        return cast(Tensor, Scaled.apply(input, scale, super().forward))
 
 
 class _Intercepting(_Swapped):
     """A module that passes the weights of layers with frozen neurons to ``torch.nn.functional.linear``."""
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _stands_aside():
             return super().forward(*arguments, **keywords)
-        with _intercepted(vars(self)[_PLAN]):
+        with intercepted(vars(self)[_PLAN]):
             return super().forward(*arguments, **keywords)
 
 
@@ -202,46 +224,22 @@ def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_paddi
     operation = Convolution(
         module.stride, padding, module.dilation, transposed, output_padding or (0,) * dimensions, module.groups
     )
-    plan: Plan = vars(module)[_PLAN]
-    return plan.apply(operation, input, module.weight, module.bias)
+    return _apply(module, operation, input)
 
 
-class _Watched(threading.local):
-    """The weights that this thread's running modules pass to functions, by identity."""
-
-    plans: Mapping[int, Plan] = {}
-
-
-_watched = _Watched()
-_lock = threading.Lock()
-_depth = 0
-_stock_linear = nn.functional.linear
+def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
+    sliced: Sliced = vars(module)[_PLAN]
+    bias = module.bias
+    owns_bias = bias is sliced.bias or _is_replica(module)
+    return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias)
 
 
-@contextmanager
-def _intercepted(plans: Mapping[int, Plan]) -> Iterator[None]:
-    """Send ``torch.nn.functional.linear`` with one of these weights, or a piece of one, through its plan."""
-    global _depth, _stock_linear
-    before, _watched.plans = _watched.plans, {**_watched.plans, **plans}
-    with _lock:  # threads, as of DataParallel, may overlap: the first in replaces it, the last out puts it back
-        if _depth == 0:
-            _stock_linear, nn.functional.linear = nn.functional.linear, _sliced_linear
-        _depth += 1
-    try:
-        yield
-    finally:
-        _watched.plans = before
-        with _lock:
-            _depth -= 1
-            if _depth == 0:
-                nn.functional.linear = _stock_linear
+def _has_another_weight(module: nn.Module) -> bool:
+    if torch.compiler.is_compiling():  # there the plan is not looked at, so that one graph serves all
+        return False
+    return module.weight is not vars(module)[_PLAN].weight and not _is_replica(module)
 
 
-def _sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # torch.split and chunk give views; `_base` is the parameter that they were cut from.
-    whole = weight if id(weight) in _watched.plans else weight._base
-    plan = _watched.plans.get(id(whole))
-    if plan is None or whole is None or weight.shape[1:] != whole.shape[1:] or weight.stride() != whole.stride():
-        return _stock_linear(input, weight, bias)  # not its rows, such as its transpose
-    first = (int(weight.storage_offset()) - int(whole.storage_offset())) // max(whole.stride(0), 1)
-    return plan.chunk(first, len(weight)).apply(LinearMap(), input, weight, bias)
+def _is_replica(module: nn.Module) -> bool:
+    """Whether DataParallel made ``module``, whose parameters' gradients become those of the original's."""
+    return "_is_replica" in vars(module)

@@ -96,6 +96,9 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         trace.users[name] = trace.users.get(name, frozenset()) | {names[running[-1]]}
         if output.grad_fn is not None:
             producers[output.grad_fn] = name
+        # What overwrites a view, as a linear layer's output may be one, continues from what it is a view of.
+        if output._is_view() and output._base is not None and output._base.grad_fn is not None:
+            producers.setdefault(output._base.grad_fn, name)
 
     model.train(training)
     for module in model.modules():

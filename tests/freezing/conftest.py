@@ -1,4 +1,4 @@
-"""One thread and a seed for every test, and processes that train together: started once, given functions to run."""
+"""One thread and a seed for every test, kernels to be forced, and processes that train together, started once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ import pickle
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from neq_cli import Freezer
+from neq_cli.freezing.backward import Mode
+from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.plans import Plan
 
 SECONDS = 60
+KERNELS = ("dense", "dense from the start", "sliced", "rounded", "pointwise")
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +35,132 @@ def _one_thread_and_a_seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Double precision for all that is made without saying which: a wrong gradient is no matter of rounding then."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def single(double: None) -> Iterator[None]:
+    """Single precision in a module whose other tests take the double one: autocast leaves doubles alone."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Force a kernel on all calls; where it does not apply (``rounded``, ``pointwise``), ``sliced`` stands in for it.
+
+    ``dense from the start``: forward passes know of the choice from the first on, so that PyTorch's own path is taken;
+    else they learn of it in the next step.
+    """
+
+    def force(forced: str) -> None:
+        wanted = forced.partition(" ")[0]
+
+        def choose(dispatch: Dispatch, kind: str, kernels: Sequence[Kernel], *_: Any) -> Choice:
+            choice = Choice(next((one for one in kernels if one == wanted), "sliced"), {})
+            return dispatch.choices.setdefault(kind, choice)
+
+        monkeypatch.setattr(Dispatch, "choose", choose)
+        if forced == "dense from the start":
+            monkeypatch.setattr(Plan, "_settled_choice", lambda *_: Choice("dense", {}))
+
+    return force
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, force: Callable[[str], None]) -> str:
+    """Run the test with each kernel forced in turn: what is computed must not depend on which one wins."""
+    force(request.param)
+    return str(request.param).partition(" ")[0]
+
+
+class Sets:
+    """A policy that answers with the sets it was given."""
+
+    def __init__(self, sets: Mapping[str, Tensor]) -> None:
+        self.sets = sets
+
+    def choose(self, observations: Any, epoch: int) -> Mapping[str, Tensor]:
+        return self.sets
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def freeze() -> Callable[..., Freezer]:
+    """Return what puts sets in force: ``freeze(model, inputs, sets or share, mode)``; a share is drawn at random."""
+
+    def freeze(
+        model: nn.Module, inputs: Any, sets: Mapping[str, Tensor] | float, mode: Mode = "exact", **options: Any
+    ) -> Freezer:
+        optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.1)
+        freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode, **options)
+        if not isinstance(sets, Mapping):
+            generator = torch.Generator().manual_seed(1)
+            draws = {name: torch.rand(layer.neurons, generator=generator) for name, layer in freezer.layers.items()}
+            sets = {name: draw >= sets for name, draw in draws.items()}
+        freezer.policy = Sets(sets)
+        freezer.step()
+        return freezer
+
+    return freeze
+
+
+def trains(freezer: Freezer, name: str) -> Tensor:
+    """Return which elements of a parameter train: bool, in its shape."""
+    parameter = freezer.model.get_parameter(name).detach()
+    found = torch.zeros(parameter.shape, dtype=torch.bool)
+    owned = torch.zeros(parameter.shape, dtype=torch.bool)
+    for layer, trainable in freezer.trainable.items():
+        for rows in freezer.layers[layer].rows:
+            if rows.parameter == name:
+                every = torch.arange(rows.start, rows.start + rows.count)
+                for target, chosen in ((owned, every), (found, every[trainable])):
+                    rows.layout.view(target)[rows.layout.index(target, chosen)] = True
+    return found | ~owned
+
+
+@pytest.fixture
+def assert_gradients() -> Callable[..., None]:
+    """Return what compares gradients of all parameters with a plain model's, by name, where they train.
+
+    Frozen rows are zero and what is frozen whole has none. Sums of at most 2^14 terms, a few layers deep, differ by
+    their order only: by ``tolerance`` of a tensor's largest element, or of a hundredth.
+    """
+
+    def check(
+        freezer: Freezer,
+        found: Mapping[str, Tensor | None],
+        dense: Mapping[str, Tensor | None],
+        tolerance: float = 2**16 * torch.finfo(torch.float64).eps,
+    ) -> None:
+        assert list(found) == list(dense)
+        for name, expected in dense.items():
+            gradient, mask = found[name], trains(freezer, name)
+            if not mask.any():
+                assert gradient is None, name
+            elif gradient is None or expected is None:
+                # Nothing is computed where no error comes; autograd says none or zero.
+                assert all(one is None or not one.any() for one in (gradient, expected)), name
+            else:
+                assert not gradient[~mask].any(), name
+                difference = (gradient - expected)[mask].abs().max()
+                assert difference <= tolerance * (float(expected.abs().max()) + 0.01), (name, float(difference))
+
+    return check
 
 
 class Workers:

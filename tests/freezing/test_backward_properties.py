@@ -9,7 +9,6 @@ or of one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,12 +19,10 @@ from torch import Tensor, nn
 
 from neq_cli import Freezer
 from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
 
 # Where one side gets more padding, a copy of the input is made, by PyTorch as by us.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
-KERNELS: tuple[Kernel, ...] = ("dense", "sliced", "rounded", "pointwise")
 ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-14, torch.bfloat16: 2**-7}  # bfloat16: one unit in the last place
 SETTINGS = settings(
     deadline=None,
@@ -49,20 +46,6 @@ class Sets:
 
     def load_state_dict(self, state: Any) -> None:
         pass
-
-
-class Forced(Dispatch):
-    """Chooses one kernel for every call that it is made for; ``known``: before the first forward pass."""
-
-    def __init__(self, kernel: Kernel, *, known: bool) -> None:
-        super().__init__()
-        self.kernel, self.known = kernel, known
-
-    def find(self, kind: str) -> Choice | None:
-        return Choice(self.kernel, {}) if self.known and self.kernel != "pointwise" else None
-
-    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
-        return Choice(self.kernel if self.kernel in kernels else "sliced", {})
 
 
 class Head(nn.Module):
@@ -102,16 +85,15 @@ def assert_close(found: Tensor, expected: Tensor, scale: Tensor, *, exactly: boo
 
 
 def check(
-    layer: nn.Module, inputs: Tensor, trainable: Tensor, kernel: Kernel, mode: Mode, *,
-    probe: Tensor, known: bool, of_input: bool, memory_format: torch.memory_format, bits: bool,
+    layer: nn.Module, inputs: Tensor, trainable: Tensor, kernel: str, mode: Mode, *,
+    probe: Tensor, of_input: bool, memory_format: torch.memory_format, bits: bool,
 ) -> None:  # fmt: skip
     """Compare one backward pass with plain autograd's on a copy of the layer."""
     layer = layer.to(memory_format=memory_format)
     reference = copy.deepcopy(layer)
     model = nn.Sequential(layer, Head().to(inputs.dtype))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    dispatch = Forced(kernel, known=known)
-    freezer = Freezer(model, optimizer, [probe], Sets({"0": trainable}), backward=mode, dispatch=dispatch)
+    freezer = Freezer(model, optimizer, [probe], Sets({"0": trainable}), backward=mode)
     freezer.step()
     mine, other = (inputs.clone(memory_format=torch.preserve_format).requires_grad_(of_input) for _ in range(2))
     output, expected = layer(mine), reference(other)
@@ -201,8 +183,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_any_convolution(kernel: Kernel, mode: Mode) -> None:
+def test_any_convolution(kernel: str, mode: Mode) -> None:
     @SETTINGS
     @given(st.data())
     def holds(data: st.DataObject) -> None:
@@ -223,15 +204,14 @@ def test_any_convolution(kernel: Kernel, mode: Mode) -> None:
         neurons = layer.out_channels
         check(
             layer, inputs, data.draw(frozen_sets(neurons)), kernel, mode, probe=probe, memory_format=memory_format,
-            known=data.draw(st.booleans()), of_input=data.draw(st.booleans()), bits=True,
+            of_input=data.draw(st.booleans()), bits=True,
         )  # fmt: skip
 
     holds()
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-@pytest.mark.parametrize("kernel", ["dense", "sliced", "rounded"])
-def test_any_linear_layer(kernel: Kernel, mode: Mode) -> None:
+def test_any_linear_layer(kernel: str, mode: Mode) -> None:
     @SETTINGS
     @given(st.data())
     def holds(data: st.DataObject) -> None:
@@ -246,7 +226,7 @@ def test_any_linear_layer(kernel: Kernel, mode: Mode) -> None:
         check(
             layer, inputs, data.draw(frozen_sets(layer.out_features)), kernel, mode,
             probe=torch.randn(1, layer.in_features).to(dtype), memory_format=torch.contiguous_format,
-            known=data.draw(st.booleans()), of_input=data.draw(st.booleans()), bits=False,
+            of_input=data.draw(st.booleans()), bits=False,
         )  # fmt: skip
 
     holds()

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.functions import cast_for_autocast, memory_format_of
 from neq_cli.freezing.operations import Convolution, LinearMap, Operation
-from neq_cli.freezing.plans import Plan, cast_for_autocast, memory_format_of
+from neq_cli.freezing.plans import Plan
 
 
 class Forced(Dispatch):
@@ -149,6 +150,41 @@ def test_a_weight_that_is_used_piece_by_piece() -> None:
     torch.testing.assert_close(weight.grad, expected)
 
 
+# Operands that are not rows of the neurons.
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("rows", [0, 3, 6])
+@pytest.mark.parametrize("owns", [set(), {"weight"}, {"bias"}, {"weight", "bias"}])
+def test_an_operand_that_is_not_the_neurons_has_its_whole_gradient(owns: Any, rows: int, truncated: bool) -> None:
+    cases: list[tuple[Operation, tuple[int, ...], tuple[int, ...]]] = [
+        (LinearMap(), (2, 7, 4), (6, 4)),
+        (convolution(), (2, 4, 5, 5), (6, 4, 3, 3)),
+        (convolution(transposed=True), (2, 4, 5, 5), (4, 6, 3, 3)),
+    ]
+    for operation, *shapes in cases:
+        of = leaves(*shapes, (6,))
+        plan = Plan(first(rows, 6), truncated=truncated, dispatch=Forced(), owns=frozenset(owns))
+        expected = torch.autograd.grad(operation.forward(*of).sin().sum(), of)
+        output = plan.apply(operation, *of)
+        assert torch.equal(output, operation.forward(*of))
+        anything = output.sin().sum() + 0 * sum(leaf.sum() for leaf in of)
+        of_input, *found = torch.autograd.grad(anything, of)
+        # The same as compiled code asks for it.
+        error = output.detach().cos()
+        again = plan.all_gradients(operation, error, *(leaf.detach() for leaf in of[:2]), (True, True, True))
+        for number, operand in enumerate(("weight", "bias"), 1):
+            wanted = expected[number]
+            by_row = operation.layout.view if operand == "weight" else torch.clone
+            whole = operand not in owns or (operand == "bias" and "weight" not in owns) or rows == 6
+            for gradient in (found[number - 1], again[number]):
+                got = torch.zeros_like(wanted) if gradient is None else gradient
+                torch.testing.assert_close(by_row(got)[:rows], by_row(wanted)[:rows])
+                torch.testing.assert_close(by_row(got)[rows:], by_row(wanted)[rows:] * whole)
+        if not truncated or rows == 6:
+            torch.testing.assert_close(of_input, expected[0])
+
+
 # What is kept for the backward pass.
 
 
@@ -198,19 +234,22 @@ def test_the_memory_that_stands_for_a_frozen_convolutions_input_is_never_read() 
         assert found.stride() == expected.stride()
 
 
-# A choice made in the backward pass is known in the next forward pass.
+# A choice made in a backward pass is one that forward passes go by as soon as it is settled.
 
 
 def test_a_layer_for_which_the_dense_kernel_won_runs_pytorchs_own_path() -> None:
     dispatch = Dispatch()
-    plan = Plan(first(3, 6), truncated=False, dispatch=dispatch)
+    settled: dict[str, Choice] = {}
+    plan = Plan(first(3, 6), truncated=False, dispatch=dispatch, settled=settled)
     input, weight = leaves((2, 4, 5, 5), (6, 4, 3, 3))
-    assert "SomeRows" in type(plan.apply(convolution(), input, weight, None).grad_fn).__name__
     plan.apply(convolution(), input, weight, None).sum().backward()
     (kind,) = dispatch.choices
-    for kernel, name in (("dense", "ConvolutionBackward0"), ("sliced", "_SomeRowsBackward")):
+    for kernel, name in (("dense", "ConvolutionBackward0"), ("sliced", "SomeRowsBackward")):
         dispatch.load_state_dict({kind: {"kernel": kernel, "milliseconds": {}}})
-        again = Plan(first(3, 6), truncated=False, dispatch=dispatch)
+        again = Plan(first(3, 6), truncated=False, dispatch=dispatch, settled=settled)
+        settled.clear()
+        assert type(again.apply(convolution(), input, weight, None).grad_fn).__name__ == "SomeRowsBackward"
+        settled.update(dispatch.choices)
         output = again.apply(convolution(), input, weight, None)
         assert type(output.grad_fn).__name__ == name
         output.sum().backward()
@@ -220,9 +259,9 @@ def test_a_layer_for_which_the_dense_kernel_won_runs_pytorchs_own_path() -> None
     table = {kind: {"kernel": "dense", "milliseconds": {}} for kind in dispatch.choices}
     dispatch.load_state_dict(table)
     # Its errors are not the dense ones: never PyTorch's own path.
-    truncated = Plan(first(3, 6), truncated=True, dispatch=dispatch)
+    truncated = Plan(first(3, 6), truncated=True, dispatch=dispatch, settled=dict(dispatch.choices))
     output = truncated.apply(convolution(), input, weight, None)
-    assert type(output.grad_fn).__name__ == "_SomeRowsBackward"
+    assert type(output.grad_fn).__name__ == "SomeRowsBackward"
 
 
 # Formats and autocast.

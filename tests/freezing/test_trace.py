@@ -141,6 +141,8 @@ FORMS: dict[str, tuple[Forward, set[str]]] = {
     "head twice": (lambda net, x: net.head(net.hidden(x)) + net.head(net.hidden(-x)), {"head"}),
     "keyword": (lambda net, x: net.head(input=net.hidden(x)), {"head"}),
     "functional head": (lambda net, x: nn.functional.linear(net.hidden(x), net.head.weight, net.head.bias), {"head"}),
+    # A linear layer's output on tokens may be a view.
+    "overwritten": (lambda net, x: net.head(net.hidden(x[:, None])).sigmoid_(), {"head"}),
     "no gradients": (lambda net, x: torch.no_grad()(lambda: net.head(net.hidden(x)))(), {"head"}),
     "no gradients for the body": (lambda net, x: net.head(torch.no_grad()(net.hidden)(x)), {"head"}),
     "detached": (lambda net, x: net.head(net.hidden(x)).detach(), {"head"}),
@@ -203,6 +205,12 @@ def test_layers_come_in_forward_order() -> None:
             return self.last(self.middle(self.first(inputs)))
 
     assert list(study(Backwards(), torch.randn(2, 3)).neurons.layers) == ["first", "middle", "last", "unused"]
+
+
+def test_what_is_overwritten_still_comes_from_its_layer() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    trace = study(net, torch.randn(2, 5, 4)).trace
+    assert trace.before == {"0": frozenset(), "2": {"0"}, "4": {"2"}}
 
 
 def test_norms_that_need_more_than_one_sample_and_dropout_do_not_disturb() -> None:
