@@ -127,7 +127,8 @@ class TimedStep:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Not the tensor itself: a node that saves its own output would hold itself, and all of the graph, for ever.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self.loss()  # while it lives, no storage makes room for another

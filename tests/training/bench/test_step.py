@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from torch.utils.data import TensorDataset
 
 def perceptron():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+def sigmoids():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 10), nn.Sigmoid())
 
 def images():
     part = TensorDataset(torch.rand(60, 1, 8, 8), torch.arange(60) % 10)
@@ -99,6 +105,48 @@ def test_bytes_kept_for_the_backward_pass(own_code: str) -> None:
     perceptron.model.get_parameter("1.bias").requires_grad_(False)
     assert perceptron.saved_for_backward() == hidden + log_probabilities + labels + weight_of_loss
     assert all(parameter.grad is None for parameter in perceptron.model.parameters())
+
+
+def tensors() -> int:
+    """How many tensors Python knows of."""
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
+def test_looking_twenty_times_keeps_nothing(own_code: str) -> None:
+    # The loss saves its own output, log-probabilities; so does a sigmoid.
+    chosen = step(recipe(model={"entrypoint": f"{own_code}:sigmoids"}))
+    found, before = chosen.saved_for_backward(), tensors()
+    assert [chosen.saved_for_backward() for _ in range(20)] == [found] * 20
+    assert tensors() == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_looking_twenty_times_does_not_grow_the_process(own_code: str) -> None:
+    model = {"name": "resnet18", "kwargs": {"num_classes": 10}}
+    chosen = step(recipe(model=model, data={"name": "CIFAR10"}, batch_size=32))
+    looked = [chosen.saved_for_backward() for _ in range(3)][-1]
+    before = resident()
+    for _ in range(20):
+        chosen.saved_for_backward()
+    assert resident() - before < 2 * looked  # where one look's activations stay, 20 times that
+
+
+def resident() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@pytest.mark.gpu
+def test_looking_twenty_times_keeps_nothing_on_a_gpu(own_code: str) -> None:
+    chosen = recipe(model={"entrypoint": f"{own_code}:sigmoids"}, batch_size=256)
+    timed = TimedStep(chosen, torch.device("cuda"), find_data(chosen)[0])
+    timed.run().read()
+    timed.saved_for_backward()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        timed.saved_for_backward()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_both_memory_formats_and_back() -> None:
