@@ -18,9 +18,10 @@ from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import Recipe
 from neq_cli.training.bench.arms import Rig, flops_ratio, kernels, make_arms
+from neq_cli.training.bench.noise import find_data
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
-from neq_cli.training.bench.step import TimedStep, find_data
+from neq_cli.training.bench.step import TimedStep
 from neq_cli.training.data import Data
 from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device
 
