@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.backward import Mode
@@ -19,7 +20,7 @@ from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.records import RunStarted
 from neq_cli.training.catalogue import class_count
 from neq_cli.training.data import Data, load_data
-from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device, seed_everything
+from neq_cli.training.device import describe_device, resolve_device, seed_everything
 from neq_cli.training.distributed import Processes
 from neq_cli.training.engine import Trainer
 from neq_cli.training.layout import choose_layout

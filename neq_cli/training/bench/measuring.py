@@ -13,6 +13,7 @@ import torch
 
 from neq_cli import __version__
 from neq_cli.errors import FreezingError, RecipeError, TrainingError
+from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Dispatch
@@ -23,7 +24,7 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
 from neq_cli.training.bench.step import TimedStep
 from neq_cli.training.data import Data
-from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device
+from neq_cli.training.device import describe_device, resolve_device
 
 Show = Callable[[int, int, str], None]
 """Called with the visits done, all of them, and what comes next."""
