@@ -15,11 +15,11 @@ from neq_cli.commands.shared import (
     AsJson,
     Overrides,
     RecipeArgument,
-    complain,
     load,
     show,
     show_json,
 )
+from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
