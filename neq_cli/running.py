@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
-from neq_cli.recipe import StochasticPolicy
+from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.recording import Recording, status_of
-from neq_cli.records import EpochRecord, RunResumed
+from neq_cli.records import Compiling, EpochRecord, RunResumed
 from neq_cli.resuming import Start, find_run, open_run
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.past_epochs import past_epochs
@@ -28,6 +28,7 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
+    from neq_cli.runs.bench_view import BenchProgress
     from neq_cli.training.distributed import Processes
     from neq_cli.training.session import Session
 
@@ -75,7 +76,8 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
         past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
         if past:
             progress.show(RunResumed(past))
-        Recording(session, writer, progress, requests, _best(session, past)).follow()
+        with _compiling_told(session.recipe, progress.show):
+            Recording(session, writer, progress, requests, _best(session, past)).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path
@@ -155,14 +157,24 @@ def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
         return asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
 
 
-def measured_steps(
-    loaded: LoadedRecipe, options: BenchOptions, show: Callable[[int, int, str], None]
-) -> dict[str, Any]:
-    """Return what `neq bench --json` prints; ``show`` is told the visits done, all of them, and what comes next."""
+def measured_steps(loaded: LoadedRecipe, options: BenchOptions, progress: BenchProgress) -> dict[str, Any]:
+    """Return what `neq bench --json` prints; ``progress`` is told how it gets on."""
     from neq_cli.training.bench.measuring import bench
 
-    with _located(loaded):
-        return {"recipe": loaded.name, **bench(loaded.recipe, options, show)}
+    with _located(loaded), _compiling_told(loaded.recipe, progress.compiling):
+        return {"recipe": loaded.name, **bench(loaded.recipe, options, progress.show)}
+
+
+@contextmanager
+def _compiling_told(recipe: Recipe, show: Callable[[Compiling], object]) -> Iterator[None]:
+    """Have ``show`` told of what is compiled inside, where the recipe asks for that."""
+    if not recipe.compile:
+        yield
+        return
+    from neq_cli.training import compiling
+
+    with compiling.told(show):
+        yield
 
 
 @contextmanager

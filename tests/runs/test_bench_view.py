@@ -176,8 +176,8 @@ def test_progress_is_one_line_that_goes_and_only_on_a_terminal(terminal: bool, m
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal() if terminal else StringIO()
-    with bench_progress(Console(file=out, width=80)) as show:
-        show(3, 20, "round 1 of 2: exact random 0.5")
+    with bench_progress(Console(file=out, width=80)) as progress:
+        progress.show(3, 20, "round 1 of 2: exact random 0.5")
         text = out.getvalue()
     if not terminal:
         assert out.getvalue() == ""
