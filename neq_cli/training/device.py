@@ -35,11 +35,6 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that the memory of a device, or of the machine, is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def describe_device(device: torch.device) -> str:
     """Return the device in a few words: "cuda (NVIDIA H100 80GB HBM3)", "cpu (2 threads)"."""
     if device.type == "cuda":

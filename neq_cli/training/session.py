@@ -23,6 +23,7 @@ from neq_cli.training.data import Data, load_data
 from neq_cli.training.device import describe_device, resolve_device, seed_everything
 from neq_cli.training.distributed import Processes
 from neq_cli.training.engine import Trainer
+from neq_cli.training.full_memory import full_memory_named
 from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
@@ -47,6 +48,7 @@ class Session:
     data_content: Mapping[str, Any]  # what the data holds, wherever it lies: for the run directory
 
 
+@full_memory_named("before epoch 1")
 def prepare(
     recipe: Recipe,
     name: str,
