@@ -16,16 +16,19 @@ from neq_cli.errors import NeqError, Terminated
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad usage or recipe, 130 interrupted, 143 terminated."""
     watch = ending.Watch()
-    code: Any = None
+    for_good = arguments is None  # this is all that the process is for
     try:
         watch.start()
         code = _run(arguments, watch)
     except Terminated as error:
         complain(ending.last_words(error.signal, str(error)))
         code = ending.exit_code(error.signal)
+        _linger()
+        if for_good:
+            watch.stop(for_good=True)
+            ending.finish(code)
     finally:
-        # Without arguments of its own, this is all that the process is for.
-        watch.stop(for_good=arguments is None)
+        watch.stop(for_good=for_good)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -39,6 +42,8 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
         from neq_cli.commands.app import app
 
         code: Any = app(arguments, prog_name="neq", standalone_mode=False)
+        if code == 130:  # what some Typers make of a KeyboardInterrupt, without a word
+            complain("interrupted")
     except NeqError as error:
         complain(str(error))
         code = error.exit_code
@@ -51,9 +56,16 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
             # What the end of the command came to in code that made another error of it.
             raise Terminated(watch.received) from error
         code = _unexpected(error)
-    if code and (distributed := sys.modules.get("neq_cli.training.distributed")) is not None:
-        distributed.joined().linger()
+    if code:
+        _linger()
     return code
+
+
+def _linger() -> None:
+    """Stay until other processes have found out why this one ends, where it has joined any."""
+    distributed = sys.modules.get("neq_cli.training.distributed")
+    if distributed is not None:
+        distributed.joined().linger()
 
 
 def _unexpected(error: BaseException) -> int:
