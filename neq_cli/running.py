@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.recipe import Recipe, StochasticPolicy
@@ -45,7 +45,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
     from neq_cli.training.distributed import in_company, joined, restarted
 
     processes, resume = joined(), resume or restarted()
-    with StopRequests() as requests, ExitStack() as stack:
+    with _own_prints_on_stderr(), StopRequests() as requests, ExitStack() as stack:
         with in_company(processes), requests.at_once():
             writer, start = None, Start(loaded.recipe)
             if resume and processes.first:
@@ -67,6 +67,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
                 writer = stack.enter_context(_create_directory(run_directory, loaded.name, session))
         stack.enter_context(status_of(writer))
         stack.enter_context(progress)
+        stack.enter_context(_own_prints_on_stderr())  # once more: a display on a terminal prints them above itself
         stack.enter_context(in_company(processes))
         for message in (*start.messages, *([writer.note] if writer is not None and writer.note else [])):
             progress.message(message)
@@ -179,15 +180,17 @@ def _compiling_told(recipe: Recipe, show: Callable[[Compiling], object]) -> Iter
 
 @contextmanager
 def _located(loaded: LoadedRecipe) -> Iterator[None]:
-    """Tell what only data and model show to be wrong with its place in the recipe or on the command line.
-
-    What users' own code prints meanwhile goes to stderr: stdout is for results.
-    """
+    """Tell what only data and model show to be wrong with its place in the recipe or on the command line."""
     try:
-        with redirect_stdout(sys.stderr):
+        with _own_prints_on_stderr():
             yield
     except RecipeValueError as error:
         raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+
+
+def _own_prints_on_stderr() -> redirect_stdout[TextIO]:
+    """Return a context in which what users' own code prints goes to stderr: stdout is for results."""
+    return redirect_stdout(sys.stderr)
 
 
 def matched_flops(loaded: LoadedRecipe) -> float | None:
