@@ -52,9 +52,9 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
         sys.stderr.close()
         code = 0
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        if watch.received is not None:
+        if watch.raised is not None:
             # What the end of the command came to in code that made another error of it.
-            raise Terminated(watch.received) from error
+            raise Terminated(watch.raised) from error
         code = _unexpected(error)
     if code:
         _linger()

@@ -82,13 +82,23 @@ def finish(code: int) -> NoReturn:
         os._exit(code)
 
 
-def answer() -> None:
+def answer(number: int) -> None:
     """Tell the thread that watches that the main thread has taken notice of a signal, and raise one that was lost."""
     for watch in _watches:
-        watch.answered = time.monotonic()
         if watch.lost is not None:
             lost, watch.lost = watch.lost, None
             raise lost
+        watch.answers += 1
+        if watch.received is None:
+            watch.received, watch.received_at = signal.Signals(number).name, time.monotonic()
+
+
+def end_by(number: int) -> NoReturn:
+    """Raise what ends the program by this signal."""
+    name = signal.Signals(number).name
+    for watch in _watches:
+        watch.raised = name
+    raise Terminated(name)
 
 
 class Watch:
@@ -96,14 +106,16 @@ class Watch:
 
     Python takes notice of signals in the main thread only, between two of its instructions. Where that thread does not
     come to it, as while another thread compiles the backward pass that it waits for, or where something catches all
-    exceptions, a thread of our own ends the process. ``received`` is the first signal's name.
+    exceptions, a thread of our own ends the process. ``received`` is the name of the first signal, ``raised`` that of
+    the one that ends the program; ``answers`` counts those that the main thread took notice of.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.answered = 0.0
+        self.received_at = 0.0
+        self.raised: str | None = None
+        self.answers = 0
         self.lost: Terminated | None = None
-        self._received_at = 0.0
         self._handlers: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
 
@@ -143,12 +155,11 @@ class Watch:
             sys.unraisablehook = self._unraisable
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        answer()
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._received_at = signal.Signals(number).name, now
-            raise Terminated(self.received)
-        if not repeats(number, now - self._received_at):
+        first = self.received is None
+        answer(number)
+        if first:
+            end_by(number)
+        if not repeats(number, time.monotonic() - self.received_at):
             leave(number)
 
     def _note_lost(self, unraisable: Any) -> None:
@@ -162,14 +173,14 @@ class Watch:
     def _follow(self, pipe: int) -> None:
         """End the process where the main thread does not; ``pipe`` tells the numbers of the signals as they come."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the main thread alone may be holding them back
-        main, own = threading.main_thread().ident, 0
+        main, own, seen = threading.main_thread().ident, 0, 0
         first = second = 0.0
         deadline: float | None = None
         last: int = signal.SIGTERM
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([pipe], [], [], left)[0]:
-                if second and self.answered >= second and deadline == second + _UNANSWERED:
+                if second and self.answers >= seen and deadline == second + _UNANSWERED:
                     deadline = second + _CLEANING_UP
                     continue
                 leave(last)
@@ -181,15 +192,19 @@ class Watch:
                 now = time.monotonic()
                 if number == _ENDS:
                     deadline = now + _CLEANING_UP if first and deadline is None else deadline
-                elif number == _LOST and main is not None:
+                    continue
+                if number == _LOST and main is not None:
                     own += 1
                     time.sleep(0.05)  # until the callback in which the exception was lost is over
                     signal.pthread_kill(main, next(iter(self._handlers)))
-                elif number not in self._handlers:  # another's
                     continue
-                elif own:
+                if number not in self._handlers:  # another's
+                    continue
+                if own:
                     own -= 1
-                elif not first:
+                    continue
+                seen += 1
+                if not first:
                     first, last = now, number
                     deadline = None if any(one.waits for one in noting) else now + _CLEANING_UP
                 elif not repeats(number, now - first):

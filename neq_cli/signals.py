@@ -46,18 +46,18 @@ class StopRequests:
             ending.noting.remove(self)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        ending.answer()
-        name, now = signal.Signals(number).name, time.monotonic()
+        ending.answer(number)
+        now = time.monotonic()
         if self.received is None:
-            self.received, self._received_at = name, now
+            self.received, self._received_at = signal.Signals(number).name, now
             if not self.waits:
                 self._raised = True
-                raise self.error()
+                ending.end_by(number)
         elif not ending.repeats(number, now - self._received_at):
             if self._raised:
                 ending.leave(number)
             self._raised = True
-            raise Terminated(name)
+            ending.end_by(number)
 
     def error(self, message: str = "") -> Terminated:
         """Return what ends the run, with what the user should know."""

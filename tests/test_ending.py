@@ -180,6 +180,54 @@ def test_a_second_sigterm_leaves_a_training_step_at_once(
     assert '"SIGTERM"' in (folder / "run" / "status.json").read_text()
 
 
+@pytest.mark.slow
+def test_a_second_signal_that_is_answered_leaves_time_to_clean_up(
+    neq: Start, folder: Path, at_step: Callable[[int, str], str]
+) -> None:
+    slow = "import neq_cli.recording as r; stock = r.status_of\n"
+    slow += "from neq_cli.runs.run_dir import RunWriter; interrupted = RunWriter.interrupted\n"
+    slow += "RunWriter.interrupted = lambda self, reason: (time.sleep(3), interrupted(self, reason))[1]\n"
+    action = "open('asleep', 'w').close(); time.sleep(600)"
+    process = neq("train", "rich.yaml", "-o", "run", before=f"import time\n{slow}" + at_step(5, action))
+    assert process.until((folder / "asleep").exists), process.text
+    for _ in range(2):
+        process.kill(signal.SIGINT)
+        time.sleep(0.1)
+    assert process.wait(20) == 130
+    assert '"SIGINT"' in (folder / "run" / "status.json").read_text()
+
+
+CONVERTING = """
+import os, signal
+import neq_cli.training.bench.measuring as module
+
+
+def bench(*arguments):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        raise ImportError("half imported") from error
+
+
+module.bench = bench
+"""
+
+
+def test_an_end_that_became_another_error_is_still_that_end(neq: Start, folder: Path) -> None:
+    process = neq("bench", "rich.yaml", before=CONVERTING)
+    assert process.wait(20) == 143
+    assert process.lines == ["ended by SIGTERM"]
+
+
+def test_an_error_after_a_signal_that_waits_is_told(
+    neq: Start, folder: Path, at_step: Callable[[int, str], str]
+) -> None:
+    action = f"os.kill(os.getpid(), {int(signal.SIGTERM)}); raise ValueError('odd')"
+    process = neq("train", "rich.yaml", "-o", "run", before=at_step(5, action))
+    assert process.wait() == 1
+    assert "ValueError: odd" in process.lines[-1]
+
+
 def test_a_launchers_copy_of_a_signal_is_no_second_one(
     neq: Start, folder: Path, at_step: Callable[[int, str], str]
 ) -> None:
