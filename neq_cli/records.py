@@ -77,6 +77,14 @@ class RunResumed:
 
 
 @dataclass(frozen=True)
+class Compiling:
+    """The network is being compiled; told every second, from another thread, while steps wait for it."""
+
+    seconds: float  # so far
+    ended: bool = False
+
+
+@dataclass(frozen=True)
 class Pause:
     """Between two updates, where all that the run depends on can be saved; told to what saves, not to displays."""
 
@@ -85,4 +93,4 @@ class Pause:
     stop: bool  # somebody asked the run to end here
 
 
-Record = RunStarted | RunResumed | StepProgress | EpochRecord
+Record = RunStarted | RunResumed | StepProgress | EpochRecord | Compiling

@@ -11,14 +11,14 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
-from neq_cli.recipe import StochasticPolicy
+from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.recording import Recording, status_of
-from neq_cli.records import EpochRecord, RunResumed
+from neq_cli.records import Compiling, EpochRecord, RunResumed
 from neq_cli.resuming import Start, find_run, open_run
 from neq_cli.runs.formatting import counted, format_metric, printable
 from neq_cli.runs.past_epochs import past_epochs
@@ -30,6 +30,7 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
 
 if TYPE_CHECKING:
+    from neq_cli.runs.bench_view import BenchProgress
     from neq_cli.training.distributed import Processes
     from neq_cli.training.session import Session
 
@@ -46,7 +47,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
     from neq_cli.training.distributed import in_company, joined, restarted
 
     processes, resume = joined(), resume or restarted()
-    with StopRequests() as requests, ExitStack() as stack:
+    with _own_prints_on_stderr(), StopRequests() as requests, ExitStack() as stack:
         stack.enter_context(processes.watched())
         with in_company(processes), requests.at_once():
             writer, start = None, Start(loaded.recipe)
@@ -73,6 +74,7 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
         stack.enter_context(progress)
         if writer is not None:
             processes.last_words(partial(_give_up, writer, progress))
+        stack.enter_context(_own_prints_on_stderr())  # once more: a display on a terminal prints them above itself
         stack.enter_context(in_company(processes))
         for message in (*start.messages, *([writer.note] if writer is not None and writer.note else [])):
             progress.message(message)
@@ -82,7 +84,8 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
         past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
         if past:
             progress.show(RunResumed(past))
-        Recording(session, writer, progress, requests, _best(session, past)).follow()
+        with _compiling_told(session.recipe, progress.show):
+            Recording(session, writer, progress, requests, _best(session, past)).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path
@@ -185,27 +188,39 @@ def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
     return {key: value for key, value in estimate.items() if key != "notes" or value}
 
 
-def measured_steps(
-    loaded: LoadedRecipe, options: BenchOptions, show: Callable[[int, int, str], None]
-) -> dict[str, Any]:
-    """Return what `neq bench --json` prints; ``show`` is told the visits done, all of them, and what comes next."""
+def measured_steps(loaded: LoadedRecipe, options: BenchOptions, progress: BenchProgress) -> dict[str, Any]:
+    """Return what `neq bench --json` prints; ``progress`` is told how it gets on."""
     from neq_cli.training.bench.measuring import bench
 
-    with _located(loaded):
-        return {"recipe": loaded.name, **bench(loaded.recipe, options, show)}
+    with _located(loaded), _compiling_told(loaded.recipe, progress.compiling):
+        return {"recipe": loaded.name, **bench(loaded.recipe, options, progress.show)}
+
+
+@contextmanager
+def _compiling_told(recipe: Recipe, show: Callable[[Compiling], object]) -> Iterator[None]:
+    """Have ``show`` told of what is compiled inside, where the recipe asks for that."""
+    if not recipe.compile:
+        yield
+        return
+    from neq_cli.training import compiling
+
+    with compiling.told(show):
+        yield
 
 
 @contextmanager
 def _located(loaded: LoadedRecipe) -> Iterator[None]:
-    """Tell what only data and model show to be wrong with its place in the recipe or on the command line.
-
-    What users' own code prints meanwhile goes to stderr: stdout is for results.
-    """
+    """Tell what only data and model show to be wrong with its place in the recipe or on the command line."""
     try:
-        with redirect_stdout(sys.stderr):
+        with _own_prints_on_stderr():
             yield
     except RecipeValueError as error:
         raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+
+
+def _own_prints_on_stderr() -> redirect_stdout[TextIO]:
+    """Return a context in which what users' own code prints goes to stderr: stdout is for results."""
+    return redirect_stdout(sys.stderr)
 
 
 def matched_flops(loaded: LoadedRecipe) -> float | None:

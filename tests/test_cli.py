@@ -18,7 +18,8 @@ import torch
 from safetensors.numpy import load_file
 
 from neq_cli import __version__
-from neq_cli.cli import app, main
+from neq_cli.cli import main
+from neq_cli.commands.app import app
 
 VERBS = ("train", "inspect", "compare", "flops", "bench", "validate", "recipes", "init", "export")
 SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
@@ -156,7 +157,10 @@ def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "digits", "--rounds", "0"], ["--rounds", "'0'"]),
         (["bench", "digits", "--layers", "0.3"], ["--layers 0.3 is not measured"]),
         (["bench", "digits", "optimzer.lr=1"], ["optimzer: unknown key; did you mean 'optimizer'?"]),
-        (["bench", "cifar10-folder", "model.kwargs={}", "data.root=missing"], ["data.root=missing: no folder"]),
+        (
+            ["bench", "cifar10-folder", "data.image_size=null", "data.augment=none", "data.root=missing"],
+            ["data.root=missing: no folder"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -248,6 +248,44 @@ def test_memory_that_is_full_is_one_line(
     same_run(straight, run)
 
 
+@pytest.mark.parametrize("place", ["full_at_call = 1", "full_at_call = 2", "full_at_batch = 24"])
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_memory_that_is_full_before_the_first_step_is_named_too(
+    neq: Start, folder: Path, command: str, place: str
+) -> None:
+    """In the first forward pass ever, in the one after it, and where the memory formats are timed on whole batches."""
+    (folder / "full.py").write_text(FULL.format(place=place))
+    run = ["-o", "run"] if command == "train" else []
+    changes = ["model.entrypoint=full:make", "channels_last=auto", "deterministic=false", "gradient_accumulation=1"]
+    process = neq(command, "rich.yaml", *changes, *run)
+    assert process.wait() == 1, process.text
+    where = "before epoch 1" if command == "train" else "neq bench"
+    assert process.lines == [f"{where}: cpu is out of memory; lower batch_size"]
+    assert not (folder / "run").exists()
+
+
+FULL = """
+import torch
+from nets import make as stock
+
+{place}
+calls = 0
+
+
+def fill(module, inputs):
+    global calls
+    calls += 1
+    if calls == globals().get("full_at_call") or len(inputs[0]) == globals().get("full_at_batch"):
+        torch.empty(2**50)
+
+
+def make(num_classes=10):
+    model = stock(num_classes)
+    model.register_forward_pre_hook(fill)
+    return model
+"""
+
+
 def finite(state: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in state["model"].values() if tensor.is_floating_point())
 

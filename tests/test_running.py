@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from neq_cli import running
-from neq_cli.cli import terminate
+from neq_cli.ending import Watch
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.freezing import Observation
 from neq_cli.recipe.file import LoadedRecipe, load_recipe
@@ -179,12 +179,13 @@ class AfterOneEpoch(Silent):
 )
 def test_a_signal_ends_a_run_and_is_noted(tmp_path: Path, number: int, error: type[BaseException], reason: str) -> None:
     assert threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate)  # as the command line has it
+    watch = Watch()  # as the command line has it
+    watch.start()
     try:
         with pytest.raises(error):
             running.train(load(tmp_path), tmp_path / "run", AfterOneEpoch(number))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        watch.stop(for_good=False)
     assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["reason"]) == ("interrupted", reason)
     assert read_run(tmp_path / "run").epochs == 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from neq_cli.commands.shared import (
     show,
     show_json,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:

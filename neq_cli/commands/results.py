@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,9 +18,6 @@ from neq_cli.commands.shared import (
     show_json,
 )
 from neq_cli.errors import NeqError
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from neq_cli.complaints import complain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,18 +61,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     from neq_cli.runs.run_reader import read_run
 
     return [read_run(path) for path in paths]
-
-
-def complain(message: str) -> None:
-    """Print a line to stderr, once where several processes have the same one."""
-    distributed = joined_processes()
-    if distributed is None or distributed.joined().say_once(message):
-        print(message, file=sys.stderr)
-
-
-def joined_processes() -> Any:
-    """Return the module that knows of other processes; None where nobody has joined any, nor torch been imported."""
-    return sys.modules.get("neq_cli.training.distributed")
 
 
 def show(content: RenderableType, narrowest: int = 80) -> None:

@@ -15,11 +15,11 @@ from neq_cli.commands.shared import (
     AsJson,
     Overrides,
     RecipeArgument,
-    complain,
     load,
     show,
     show_json,
 )
+from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def bench(
 ) -> None:
     """Measure a recipe's training step with neurons frozen, beside the dense step of plain PyTorch.
 
-    On noise in the shape of the data where that is known, so that nothing is downloaded, and with random weights.
+    On noise in the shape that the recipe gives, so that no data is needed, and with random weights.
     """
     from neq_cli.running import measured_steps
     from neq_cli.runs.bench_view import bench_progress, render_bench

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -21,12 +22,11 @@ class Slot:
 
     def __init__(self) -> None:
         self.number = next(_numbers)
+        # No __del__: at the interpreter's exit it would find `_plans` gone.
+        weakref.finalize(self, _plans.pop, self.number, None).atexit = False
 
     def put(self, plan: Plan) -> None:
         _plans[self.number] = plan
-
-    def __del__(self) -> None:
-        _plans.pop(self.number, None)
 
 
 def apply_compiled(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from neq_cli.records import Compiling
 from neq_cli.runs.formatting import MISSING, printable
-from neq_cli.runs.progress import can_show_frames
+from neq_cli.runs.progress import PlainProgress, can_show_frames, compiling_text
 
 Result = Mapping[str, Any]
 """What `neq bench --json` prints."""
@@ -28,24 +29,55 @@ _APPROXIMATE = "truncated is an approximation: frozen neurons pass no error to t
 _PARTS = ("forward", "backward", "optimizer", "row_keeping")
 
 
+class BenchProgress(Protocol):
+    """What is told how a bench gets on."""
+
+    def show(self, done: int, visits: int, what: str) -> None:
+        """Take in how many visits are done, of how many, and what comes next."""
+
+    def compiling(self, record: Compiling) -> None:
+        """Take in for how long something has been compiled, from another thread."""
+
+
 @contextmanager
-def bench_progress(console: Console | None = None) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield what is to be told how many visits are done, of how many, and what comes next: a line on a terminal.
+def bench_progress(console: Console | None = None) -> Iterator[BenchProgress]:
+    """Yield what is to be told how a bench gets on: a line on a terminal, elsewhere only lines of what compiles.
 
     It is drawn only when told, for a thread that draws would take part in what is measured.
     """
     console = Console(stderr=True) if console is None else console
     if not can_show_frames(console):
-        yield lambda done, visits, what: None
+        yield _Lines(console)
         return
     columns = (BarColumn(20), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("")
+        yield _Bar(progress)
 
-        def show(done: int, visits: int, what: str) -> None:
-            progress.update(task, completed=done, total=visits, description=what, refresh=True)
 
-        yield show
+class _Bar:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("")
+        self._what = ""
+
+    def show(self, done: int, visits: int, what: str) -> None:
+        self._what = what
+        self._progress.update(self._task, completed=done, total=visits, description=what, refresh=True)
+
+    def compiling(self, record: Compiling) -> None:
+        what = self._what if record.ended else f"{self._what} ({compiling_text(record)})"
+        self._progress.update(self._task, description=what, refresh=True)
+
+
+class _Lines:
+    def __init__(self, console: Console) -> None:
+        self._plain = PlainProgress(console)
+
+    def show(self, done: int, visits: int, what: str) -> None:
+        pass
+
+    def compiling(self, record: Compiling) -> None:
+        self._plain.show(record)
 
 
 def render_bench(result: Result, layers: float) -> RenderableType:

@@ -12,11 +12,12 @@ from typing import Literal, Protocol
 
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, Record, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, Record, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_percent, printable, ratio_percent
 from neq_cli.runs.screen.pace import Pace, clock
 
+_FIRST_LINE = 10.0  # seconds
 Mode = Literal["auto", "rich", "plain", "off"]
 
 
@@ -36,6 +37,29 @@ class Progress(Protocol):
         """Log a line, at once and for good."""
 
 
+class CompilingLines:
+    """A line of what compiles after ten seconds, after twenty, and so on by twice the time; one at its end."""
+
+    def __init__(self) -> None:
+        self._due = _FIRST_LINE
+
+    def line(self, record: Compiling) -> str | None:
+        """Return what to say now, None for nothing."""
+        if record.ended:
+            said, self._due = self._due > _FIRST_LINE, _FIRST_LINE
+            return f"compiled in {record.seconds:.0f} s" if said else None
+        if record.seconds < self._due:
+            return None
+        while self._due <= record.seconds:
+            self._due *= 2
+        return compiling_text(record)
+
+
+def compiling_text(record: Compiling) -> str:
+    """What compiles in a few words: "compiling, 40 s"."""
+    return f"compiling, {record.seconds:.0f} s"
+
+
 class PlainProgress:
     """One line for the run, one per finished epoch; no escape codes, nothing is ever rewritten."""
 
@@ -44,6 +68,7 @@ class PlainProgress:
         self._now = now
         self._started: RunStarted | None = None
         self._pace = Pace(now())
+        self._compiling = CompilingLines()
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -63,6 +88,10 @@ class PlainProgress:
                 self.message(f"note: {note}")
         elif isinstance(record, StepProgress):
             self._pace.step(record, self._now())
+        elif isinstance(record, Compiling):
+            line = self._compiling.line(record)
+            if line is not None:
+                self.message(line)
         elif isinstance(record, EpochRecord) and self._started is not None:
             self._pace.end_epoch(float(record.metrics["epoch_seconds"]), self._now())
             left = (self._started.epochs - record.epoch) * self._pace.epoch_total()

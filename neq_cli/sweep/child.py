@@ -15,7 +15,7 @@ def main() -> None:
     sys.argv[0] = "neq"
     from neq_cli.cli import main as neq
 
-    neq(sys.argv[1:])
+    neq()
 
 
 def _end_with_the_sweep() -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from neq_cli.errors import RunDirectoryError, TrainingError
+from neq_cli.errors import RunDirectoryError, Terminated, TrainingError
 from neq_cli.runs.sweep_files import SweepRecord, open_sweep
 from neq_cli.runs.sweep_state import FAILED, FINISHED, STOPPED, SweepState
 from neq_cli.runs.sweep_view import SweepView
@@ -26,8 +26,8 @@ def run_sweep(plan: SweepPlan, jobs: int, view: SweepView, command: Command = tr
     """Train what is not finished, ``jobs`` runs at once, and return the folder that holds the run directories.
 
     ``command`` gives what trains a run, from the recipe, its overrides and the run directory. Raises TrainingError
-    with one line for every run that failed, once the others have ended; KeyboardInterrupt or Terminated where a
-    signal asked to stop, once all runs have saved and ended, or with a second SIGINT at once.
+    with one line for every run that failed, once the others have ended; Terminated where a signal asked to stop, once
+    all runs have saved and ended, or with a second one at once.
     """
     axes = {axis.key: axis.texts for axis in plan.grid.axes}
     record = SweepRecord(plan.name, axes, {run.point.name: run.point.overrides for run in plan.runs})
@@ -79,7 +79,7 @@ class _Sweep:
                     job.run.look(time.monotonic())
                 self.view.show(time.monotonic())
                 time.sleep(_POLL_SECONDS)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated):
             self._leave_at_once()
             raise
         finally:
@@ -91,7 +91,7 @@ class _Sweep:
             raise self.requests.error()
 
     def _leave_at_once(self) -> None:
-        """Pass the second SIGINT on; once more after a second, as two in quick succession may arrive as one."""
+        """Pass a second signal on as SIGINT; once more after a second, as two in quick succession may arrive as one."""
         for _ in range(2):
             for job in self.running:
                 job.send("SIGINT")

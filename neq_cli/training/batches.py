@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -170,7 +171,11 @@ def _held_back() -> Iterator[None]:
 
 
 def _prepare_worker(_: int) -> None:
-    """Leave it to the main process what a signal to all of them means, and end when it does, however it ends."""
+    """Leave it to the main process what a signal to all of them means, and end when it does, however it ends.
+
+    What users' own code prints goes to stderr, as in the main process, also where workers are not forked from it.
+    """
+    sys.stdout = sys.stderr
     for number in _LEFT_TO_MAIN:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_MAIN)

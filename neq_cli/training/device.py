@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import random
@@ -17,7 +16,6 @@ import torch
 
 from neq_cli import __version__
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "pydantic")
 
 
@@ -37,30 +35,12 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that the memory of a device, or of the machine, is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def describe_device(device: torch.device) -> str:
     """Return the device in a few words: "cuda (NVIDIA H100 80GB HBM3)", "cpu (2 threads)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
     return f"cpu ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
-
-
-def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next step, where it is glibc; returns whether it does.
-
-    Else it gives the blocks of activations and gradients back, and the kernel clears every page of them anew in every
-    step. What a process holds then stays at its peak.
-    """
-    allocators_of_their_own = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in allocators_of_their_own):
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

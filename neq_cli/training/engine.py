@@ -17,8 +17,8 @@ from neq_cli.freezing.communication import Replica
 from neq_cli.recipe import Recipe
 from neq_cli.records import EpochRecord, LayerState, Pause, Record, StepProgress
 from neq_cli.training.checkpoint import random_states, restore_formats, restore_random_states
-from neq_cli.training.device import out_of_memory
 from neq_cli.training.distributed import Agreement, Processes
+from neq_cli.training.full_memory import full_memory_named
 from neq_cli.training.loaders import Loaders
 from neq_cli.training.problems import divergence_mend
 from neq_cli.training.so_far import PLAIN, Clock, EpochSoFar
@@ -85,13 +85,10 @@ class Trainer:
         while self.epoch < self.recipe.epochs:
             epoch = self.epoch + 1
             try:
-                yield from self._run_epoch(epoch)
+                with full_memory_named(f"epoch {epoch}"):
+                    yield from self._run_epoch(epoch)
             except FreezingError as error:
                 raise TrainingError(f"epoch {epoch}: {error}") from error
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise TrainingError(f"epoch {epoch}: {self.device} is out of memory; lower batch_size") from error
 
     def _run_epoch(self, epoch: int) -> Iterator[Record | Pause]:
         if self.so_far is None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from neq_cli.freezing.observing import tensors_in, undisturbed
+from neq_cli.training.full_memory import out_of_memory
 
 _SECONDS = 1.0
 """What one timed step may take, about: the batch is made that small."""
@@ -31,6 +32,8 @@ def choose_layout(
         try:
             plain, last = _timed(model, image_shape, batch_size, autocast)
         except Exception as error:
+            if out_of_memory(error):  # nor would training fit
+                raise
             # Some models want other inputs in training than images alone.
             chosen, how = device.type == "cuda", f"not timed: {type(error).__name__}"
         else:

@@ -6,7 +6,7 @@ import inspect
 import re
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -180,8 +180,7 @@ def check_fit(model: nn.Module, data: Data) -> None:
         with torch.no_grad():
             outputs = main_output(model(image.unsqueeze(0).to(parameter.device)))
     except Exception as error:
-        mend = _mend(model, image.shape[0], error)
-        raise NeqError(f"model: does not take an image of {data.name}, {shape}: {one_line(error)}{mend}") from error
+        raise misfit(model, data.name, image.shape, error) from error
     finally:
         for module, training in modes.items():
             module.training = training
@@ -198,11 +197,24 @@ def check_fit(model: nn.Module, data: Data) -> None:
         )
 
 
+def misfit(model: nn.Module, name: str, shape: Sequence[int], error: Exception) -> NeqError:
+    """Return what to say where ``model`` raised ``error`` on an image of ``name``, [channels, height, width]."""
+    sizes = "x".join(map(str, shape))
+    return NeqError(
+        f"model: does not take an image of {name}, {sizes}: {one_line(error)}{_mend(model, shape[0], error)}"
+    )
+
+
+def first_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """Return the convolution that meets the images, None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
 def _mend(model: nn.Module, channels: int, error: Exception) -> str:
     """Say what to change: the first convolution tells whether channels or sizes disagree, if the error may say that."""
     if not isinstance(error, RuntimeError | ValueError | AssertionError | IndexError):
         return place_of(error)  # a mistake in the model's own code
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    first = first_convolution(model)
     if first is not None and first.in_channels != channels:
         return (
             f"; its first convolution expects {first.in_channels} channels and the data has {channels} "

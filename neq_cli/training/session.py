@@ -11,21 +11,24 @@ import torch
 from torch import nn
 
 from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.records import RunStarted
-from neq_cli.training.catalogue import class_count, sample_shape
+from neq_cli.training.catalogue import class_count
 from neq_cli.training.data import Data, load_data
-from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device, seed_everything
+from neq_cli.training.device import describe_device, resolve_device, seed_everything
 from neq_cli.training.distributed import Processes
 from neq_cli.training.engine import Trainer
+from neq_cli.training.full_memory import full_memory_named
 from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
 from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
+from neq_cli.training.outline import build_outline, images_shape
 from neq_cli.training.policies import (
     build_policy,
     chosen_share,
@@ -52,6 +55,7 @@ class Session:
     matched_flops: float | None = None  # what the p was matched to, where that was found here
 
 
+@full_memory_named("before epoch 1")
 def prepare(
     recipe: Recipe,
     name: str,
@@ -216,17 +220,10 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     A stochastic policy is averaged over the epochs; the sets of any other are known only to training, so it counts as
     dense. Raises RecipeError where the data does not tell the size of its images.
     """
-    shape = sample_shape(recipe.data)
-    if shape is None and recipe.data.image_size is not None:
-        shape = (3, recipe.data.image_size, recipe.data.image_size)
+    model = build_outline(recipe.model, class_count(recipe.data))
+    shape = images_shape(recipe.data, model)
     if shape is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    with torch.device("meta"):
-        try:
-            model = build_model(recipe.model, class_count(recipe.data))
-        except NotImplementedError:  # an initialisation that wants numbers, such as RegNet's
-            with torch.device("cpu"):
-                model = build_model(recipe.model, class_count(recipe.data))
     sample = torch.zeros((1, *shape), device=next(model.parameters()).device)
     anatomy = study(model, sample, exclude=recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))

@@ -331,7 +331,7 @@ def test_a_wholly_frozen_network_keeps_and_propagates_nothing() -> None:
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor.numel())
-        return tensor
+        return tensor.detach()  # the very tensor would hold itself where a node saves its output
 
     freeze(model, inputs, 1.0, "exact", Forced("sliced"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -50,7 +50,7 @@ def kept_by(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the very tensor would hold itself where a node saves its output
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = run()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli import Freezer
+from neq_cli.freezing import compiled as module
 from neq_cli.freezing.backward import COMPILED_FUNCTIONAL, Mode
+
+ROOT = Path(__file__).parents[2]
 
 
 class Sets:
@@ -114,3 +121,29 @@ def test_everything_frozen_is_no_exception(force: Callable[[str], None]) -> None
     flops = freezer.flops()
     # The error goes wherever it would: only the weights' gradients are saved.
     assert flops.executed == flops.executed_dense - (8 * 9 * 27 + 8 * 72)
+
+
+def test_a_plan_goes_with_its_slot() -> None:
+    slot, plan = module.Slot(), object()
+    slot.put(plan)  # type: ignore[arg-type]
+    number = slot.number
+    assert module._plans[number] is plan
+    del slot
+    gc.collect()
+    assert number not in module._plans
+
+
+LATE = """
+import abc, ctypes
+from neq_cli.freezing import compiled
+
+abc.kept = compiled.Slot()  # in a module that is emptied later
+# Held where Python does not look, as compiled code holds what its guards watch.
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(compiled))
+"""
+
+
+def test_slots_that_outlive_what_their_module_holds_are_silent() -> None:
+    """At the interpreter's end modules that something still holds are emptied one by one."""
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == ""

@@ -48,7 +48,7 @@ def saved_by(run: Callable[[], Tensor]) -> tuple[list[Tensor], Tensor]:
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
-        return tensor
+        return tensor.detach()  # the very tensor would hold itself where a node saves its output
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = run()

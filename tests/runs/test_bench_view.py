@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from neq_cli.records import Compiling
 from neq_cli.runs.bench_view import bench_progress, render_bench
 
 TIMES = {
@@ -176,12 +177,18 @@ def test_progress_is_one_line_that_goes_and_only_on_a_terminal(terminal: bool, m
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal() if terminal else StringIO()
-    with bench_progress(Console(file=out, width=80)) as show:
-        show(3, 20, "round 1 of 2: exact random 0.5")
+    with bench_progress(Console(file=out, width=80)) as progress:
+        progress.show(3, 20, "round 1 of 2: exact random 0.5")
         text = out.getvalue()
+        progress.compiling(Compiling(40.0))
+        compiling = out.getvalue().removeprefix(text)
+        progress.compiling(Compiling(41.0, ended=True))
+        after = out.getvalue().removeprefix(text + compiling)
     if not terminal:
-        assert out.getvalue() == ""
+        assert out.getvalue() == "compiling, 40 s\ncompiled in 41 s\n"
         return
+    assert "round 1 of 2: exact random 0.5 (compiling, 40 s)" in compiling
+    assert "compiling" not in after
     assert "3/20 round 1 of 2: exact random 0.5" in text
     assert "\n" not in text
     assert out.getvalue().endswith("\x1b[2K")  # cleared

@@ -18,7 +18,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, LayerState, Record, RunResumed, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, LayerState, Record, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard, render_frame
 from neq_cli.runs.screen.frame import Painter
 from neq_cli.runs.screen.frame_parts import text_of
@@ -466,6 +466,15 @@ def test_standard_error_is_caught_while_it_runs_and_given_back(monkeypatch: pyte
         assert screen.text() == expected(dashboard, 80, 24)
     assert sys.stderr is before
     assert "a [warning] from a library" in screen.history
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_what_is_compiled_stands_in_place_of_the_speed(width: int) -> None:
+    started = records(SMALL, 12)[0]
+    step = StepProgress(1, 0, 15, "train", math.nan, math.nan)
+    assert "compiling, 40 s" in line_with(render_frame(width, 24, [started, step, Compiling(40.2)]), "train 0/15")
+    frame = render_frame(width, 24, [started, step, Compiling(40.2), Compiling(41.0, ended=True)])
+    assert "compiling" not in frame
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, RunResumed, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.progress import Mode, PlainProgress, Silent, choose_progress
 
@@ -50,7 +50,7 @@ def epoch(**changes: float) -> EpochRecord:
     return EpochRecord(int(metrics["epoch"]), metrics, ())
 
 
-def plain_lines(*records: RunStarted | StepProgress | EpochRecord) -> list[str]:
+def plain_lines(*records: RunStarted | StepProgress | EpochRecord | Compiling) -> list[str]:
     file = io.StringIO()
     # A terminal, with colours and too narrow for a line: plain is plain there, too.
     with PlainProgress(Console(file=file, force_terminal=True, width=40), now=lambda: 0.0) as progress:
@@ -82,6 +82,15 @@ def test_lines_of_different_epochs_are_aligned() -> None:
 def test_what_was_not_measured_is_a_dash() -> None:
     line = plain_lines(STARTED, epoch(test_top1=math.nan, train_loss=math.nan))[-1]
     assert "loss –  top1     –  frozen" in line
+
+
+def test_what_is_compiled_for_long_is_a_line_now_and_then() -> None:
+    told = [Compiling(float(seconds)) for seconds in range(90)]
+    assert plain_lines(*told, Compiling(89.6, ended=True)) == [
+        "compiling, 10 s", "compiling, 20 s", "compiling, 40 s", "compiling, 80 s", "compiled in 90 s"
+    ]  # fmt: skip
+    short = [Compiling(float(seconds)) for seconds in range(9)]
+    assert plain_lines(*short, Compiling(9.0, ended=True), *told[:11]) == ["compiling, 10 s"]
 
 
 def test_another_metric_is_named() -> None:

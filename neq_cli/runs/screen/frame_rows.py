@@ -102,6 +102,8 @@ def _progress_tails(view: RunView, width: int, now: float) -> tuple[str, str]:
         return f"finished in {elapsed}", speed
     if view.ended is not None:
         return f"stopped after {elapsed}", speed
+    if view.compiling is not None:
+        speed = f"compiling, {view.compiling.seconds:.0f} s"
     run_left = view.pace.run_left(now, view.started.epochs - view.epoch)
     if width < 50:
         return f"{clock(run_left)} left", speed

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neq_cli.records import EpochRecord, LayerState, RunResumed, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, LayerState, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.screen.pace import Pace
 
@@ -48,14 +48,17 @@ class RunView:
         self.epsilon = epsilon_of(started.policy)
         self.velocity_bins = velocity_bins(np.zeros(0, dtype=np.float32))
         self.below_epsilon = math.nan  # share of observed neurons
+        self.compiling: Compiling | None = None  # what steps wait for
         self.message = ""  # the latest
         self.began = now
         self.ended: float | None = None  # when the last frame was due
         self.pace = Pace(now)
 
-    def show(self, record: RunResumed | StepProgress | EpochRecord, now: float) -> None:
+    def show(self, record: RunResumed | StepProgress | EpochRecord | Compiling, now: float) -> None:
         """Take in the next record."""
-        if isinstance(record, StepProgress):
+        if isinstance(record, Compiling):
+            self.compiling = None if record.ended else record
+        elif isinstance(record, StepProgress):
             self.position = record
             self.pace.step(record, now)
         elif isinstance(record, RunResumed):

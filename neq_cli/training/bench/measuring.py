@@ -12,17 +12,20 @@ from typing import Any, cast
 import torch
 
 from neq_cli import __version__
-from neq_cli.errors import FreezingError, RecipeError, TrainingError
+from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.backward import Mode
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import Recipe
 from neq_cli.training.bench.arms import Rig, flops_ratio, kernels, make_arms
+from neq_cli.training.bench.noise import find_data
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
-from neq_cli.training.bench.step import TimedStep, find_data
+from neq_cli.training.bench.step import TimedStep
 from neq_cli.training.data import Data
-from neq_cli.training.device import describe_device, keep_freed_memory, resolve_device
+from neq_cli.training.device import describe_device, resolve_device
+from neq_cli.training.full_memory import full_memory_named
 
 Show = Callable[[int, int, str], None]
 """Called with the visits done, all of them, and what comes next."""
@@ -39,6 +42,7 @@ _PLAIN_EVERY = 5
 _FORMAT_ROUNDS = 3
 
 
+@full_memory_named("neq bench")
 def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visits, what: None) -> dict[str, Any]:
     """Measure ``recipe``'s training step and return what `neq bench --json` prints, but for the recipe's name.
 
@@ -57,8 +61,6 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
             return TimedStep(recipe, device, data, channels_last=channels_last)
 
         measured = Bench(device, make_step, options, show).run()
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(f"neq bench: {device} is out of memory; lower batch_size") from error
     except FreezingError as error:
         raise RecipeError([str(error)]) from error
     return {

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.recipe import Recipe
-from neq_cli.training.catalogue import class_count, find_name, has_masks, sample_shape
-from neq_cli.training.data import Data, load_data
+from neq_cli.training.data import Data
 from neq_cli.training.device import seed_everything
-from neq_cli.training.images import StoredImages
 from neq_cli.training.loaders import make_loaders
 from neq_cli.training.models import build_model, check_fit
 from neq_cli.training.optim import build_optimizer
 from neq_cli.training.step import AUTOCAST
 from neq_cli.training.tasks import build_task
-from neq_cli.training.transforms import Preparation
 
 PARTS = ("forward", "backward", "optimizer", "row_keeping")
 _SMALL_STEPS = 1e-6
@@ -127,30 +124,10 @@ class TimedStep:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Not the tensor itself: a node that saves its own output would hold itself, and all of the graph, for ever.
+            return tensor.detach()
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = self.loss()  # while it lives, no storage makes room for another
         del loss
         return sum(saved.values())
-
-
-def find_data(recipe: Recipe) -> tuple[Data, bool]:
-    """Return what the batch is taken from, and whether it is noise in the shape of the recipe's data.
-
-    Noise, so that nothing is downloaded, where shape and classes are known without opening the data.
-    """
-    shape, classes = sample_shape(recipe.data), class_count(recipe.data)
-    if classes is None and isinstance(recipe.model.kwargs.get("num_classes"), int):
-        classes = recipe.model.kwargs["num_classes"]
-    if shape is None or classes is None or recipe.data.name is None:
-        return load_data(recipe.data, recipe.seed), False
-    generator = torch.Generator().manual_seed(recipe.seed)
-    images = torch.randint(0, 256, (recipe.batch_size, *shape), dtype=torch.uint8, generator=generator)
-    masked = bool(has_masks(recipe.data))
-    labels = torch.randint(classes, (recipe.batch_size, *(shape[1:] if masked else ())), generator=generator)
-    # Mean and deviation of uniform noise.
-    preparation = Preparation(mean=(0.5,) * shape[0], std=(12**-0.5,) * shape[0])
-    part = StoredImages(images, labels, torch.arange(recipe.batch_size), preparation, augmented=False)
-    name = find_name(recipe.data.name)
-    return Data(name, part, part, part, classes, (), shape, images[0].nbytes, own=False, masked=masked), True

@@ -12,8 +12,9 @@ from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.recipe import Recipe
 from neq_cli.training.bench.arms import Arm, Rig, forward_flops, front_sets, kernels, make_arms, random_sets
+from neq_cli.training.bench.noise import find_data
 from neq_cli.training.bench.options import BenchOptions
-from neq_cli.training.bench.step import TimedStep, find_data
+from neq_cli.training.bench.step import TimedStep
 
 CPU = torch.device("cpu")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,18 @@ import torch
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import Recipe
-from neq_cli.training.bench.step import PARTS, Stopwatch, TimedStep, find_data
+from neq_cli.training.bench.noise import find_data
+from neq_cli.training.bench.step import PARTS, Stopwatch, TimedStep
 
 CPU = torch.device("cpu")
 OWN_CODE = """
-import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 def perceptron():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
-def images():
-    part = TensorDataset(torch.rand(60, 1, 8, 8), torch.arange(60) % 10)
-    return part, part
+def sigmoids():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 10), nn.Sigmoid())
 """
 
 
@@ -52,38 +53,6 @@ def step(chosen: Recipe, *, channels_last: bool = False) -> TimedStep:
     return TimedStep(chosen, CPU, find_data(chosen)[0], channels_last=channels_last)
 
 
-@pytest.mark.parametrize(
-    ("data", "kwargs", "shape", "classes", "name"),
-    [
-        ({"name": "digits"}, {}, (1, 8, 8), 10, "digits"),
-        ({"name": "cifar100"}, {}, (3, 32, 32), 100, "CIFAR100"),
-        ({"name": "ImageNet", "augment": "imagenet"}, {}, (3, 224, 224), 1000, "ImageNet"),
-        ({"name": "image_folder", "image_size": 16}, {"num_classes": 7}, (3, 16, 16), 7, "image_folder"),
-    ],
-)
-def test_noise_stands_in_for_data_whose_shape_is_known(
-    data: dict[str, Any], kwargs: dict[str, Any], shape: tuple[int, ...], classes: int, name: str
-) -> None:
-    chosen = recipe(data=data | {"root": "nowhere"}, model={"name": "resnet8", "kwargs": kwargs}, batch_size=300)
-    found, noise = find_data(chosen)
-    assert noise
-    assert (found.name, found.image_shape, found.num_classes, len(found.train)) == (name, shape, classes, 300)
-    images, labels = zip(*(found.train[index] for index in range(300)), strict=True)
-    assert images[0].shape == shape
-    assert 0 <= min(labels) <= max(labels) < classes
-    batch = torch.stack(images)
-    assert abs(float(batch.mean())) < 0.02
-    assert abs(float(batch.std()) - 1) < 0.02
-
-
-def test_other_data_is_real(own_code: str) -> None:
-    chosen = recipe(data={"entrypoint": f"{own_code}:images", "probe_size": 5, "workers": 0})
-    found, noise = find_data(chosen)
-    assert not noise
-    assert len(found.train) == 55
-    assert step(chosen).images.shape == (4, 1, 8, 8)
-
-
 def test_a_model_that_does_not_fit_is_one_line() -> None:
     with pytest.raises(NeqError, match="model: does not take an image of digits, 1x8x8"):
         step(recipe(model={"name": "resnet8"}))
@@ -99,6 +68,48 @@ def test_bytes_kept_for_the_backward_pass(own_code: str) -> None:
     perceptron.model.get_parameter("1.bias").requires_grad_(False)
     assert perceptron.saved_for_backward() == hidden + log_probabilities + labels + weight_of_loss
     assert all(parameter.grad is None for parameter in perceptron.model.parameters())
+
+
+def tensors() -> int:
+    """How many tensors Python knows of."""
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
+def test_looking_twenty_times_keeps_nothing(own_code: str) -> None:
+    # The loss saves its own output, log-probabilities; so does a sigmoid.
+    chosen = step(recipe(model={"entrypoint": f"{own_code}:sigmoids"}))
+    found, before = chosen.saved_for_backward(), tensors()
+    assert [chosen.saved_for_backward() for _ in range(20)] == [found] * 20
+    assert tensors() == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_looking_twenty_times_does_not_grow_the_process(own_code: str) -> None:
+    model = {"name": "resnet18", "kwargs": {"num_classes": 10}}
+    chosen = step(recipe(model=model, data={"name": "CIFAR10"}, batch_size=32))
+    looked = [chosen.saved_for_backward() for _ in range(3)][-1]
+    before = resident()
+    for _ in range(20):
+        chosen.saved_for_backward()
+    assert resident() - before < 2 * looked  # where one look's activations stay, 20 times that
+
+
+def resident() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
+
+
+@pytest.mark.gpu
+def test_looking_twenty_times_keeps_nothing_on_a_gpu(own_code: str) -> None:
+    chosen = recipe(model={"entrypoint": f"{own_code}:sigmoids"}, batch_size=256)
+    timed = TimedStep(chosen, torch.device("cuda"), find_data(chosen)[0])
+    timed.run().read()
+    timed.saved_for_backward()
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        timed.saved_for_backward()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_both_memory_formats_and_back() -> None:
@@ -135,11 +146,3 @@ def test_the_stopwatch_adds_up_laps(monkeypatch: pytest.MonkeyPatch) -> None:
         watch.lap(part)
     assert watch.read() == {"forward": 1, "backward": 2, "optimizer": 4 + 16, "row_keeping": 8}
     assert set(watch.read()) == set(PARTS)
-
-
-def test_masks_are_noise_too() -> None:
-    data = {"name": "COCO", "image_size": 32}
-    model = {"name": "lraspp_mobilenet_v3_large", "kwargs": {"num_classes": 21}}
-    chosen = step(recipe(data=data, model=model, task="segmentation"))
-    assert chosen.targets.shape == (4, 32, 32)
-    assert 0 < chosen.loss().item() < 10

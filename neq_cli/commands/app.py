@@ -1,0 +1,53 @@
+"""The commands as one application of Typer's, each with an example."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from neq_cli import __version__
+from neq_cli.commands import recipes, results, training
+
+app = typer.Typer(
+    name="neq",
+    help="Train any PyTorch model and stop updating the neurons that have reached equilibrium.",
+    epilog="Example: neq train digits",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"neq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for command, example in (
+    (training.train, "neq train digits epochs=5 policy.epsilon=0.005"),
+    (results.inspect, "neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'"),
+    (results.compare, "neq compare runs/digits/* runs/digits-baseline/* --markdown"),
+    (results.report, "neq report runs/digits/* runs/digits-baseline/* -o report.html --svg figures"),
+    (recipes.flops, "neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5"),
+    (training.bench, "neq bench resnet32-cifar10 --fractions 0.5,0.9 --rounds 3"),
+    (training.sweep, "neq sweep digits policy.epsilon=0.001,0.01 seed=1,2,3 --jobs 2"),
+    (recipes.validate, "neq validate resnet32-cifar10 epochs=100"),
+    (recipes.recipes, "neq recipes"),
+    (recipes.init, "neq init digits my-experiment"),
+    (results.export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
+):
+    app.command(epilog=f"Example: {example}")(command)

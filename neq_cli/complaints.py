@@ -1,0 +1,13 @@
+"""Lines on stderr: what is wrong or worth a warning, once where several processes have the same to say."""
+
+from __future__ import annotations
+
+import sys
+
+
+def complain(message: str) -> None:
+    """Print a line to stderr, once where several processes have the same one."""
+    # Nobody has joined others before this module is there.
+    distributed = sys.modules.get("neq_cli.training.distributed")
+    if distributed is None or distributed.joined().say_once(message):
+        print(message, file=sys.stderr)
