@@ -14,6 +14,7 @@ from neq_cli.freezing.agreement import (
     chosen_by_first,
     first_sample,
     from_first,
+    named_from_first,
     overwrite_from_first,
     pack,
 )
@@ -23,11 +24,18 @@ from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.neurons import Layer
-from neq_cli.freezing.observing import first_input, is_compiled, is_wrapped, undisturbed, unwrap
+from neq_cli.freezing.observing import (
+    first_input,
+    is_compiled,
+    is_wrapped,
+    outside_inference_mode,
+    undisturbed,
+    unwrap,
+)
 from neq_cli.freezing.policies import NEq, Observation, Policy
-from neq_cli.freezing.probe import copied, device_of, similarity, snapshot
+from neq_cli.freezing.probe import copied, device_of, overwrite, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
-from neq_cli.freezing.state import STATE_VERSION, check_state
+from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,6 +72,7 @@ class Freezer:
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: nn.Module,
@@ -118,12 +127,16 @@ class Freezer:
         )
         self.slicing.put_in_force(self.trainable)
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
-        self._previous = snapshot(self.model)
+        self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
         if process_group is not None:
             self._check_agreement("layers or settings")
+        self._remember(snapshot(self.model))
+        if process_group is not None:
             # DistributedDataParallel, made later, gives all processes the weights of process 0.
-            overwrite_from_first(self._previous.values(), process_group)
+            own = (self._previous[name] for name, _ in self.model.named_parameters())
+            overwrite_from_first((tensor for tensor in own if tensor is not None), process_group)
 
+    @outside_inference_mode
     def step(self) -> dict[str, Observation]:
         """Observe the neurons, choose who trains next epoch, and hold the others from now on.
 
@@ -147,7 +160,7 @@ class Freezer:
         trainable = self._chosen(dynamics)
         self.epoch += 1
         self.dynamics = dynamics
-        self._remember(snapshot(self.model, copy=False))
+        self._remember(snapshot(self.model))
         self._put_in_force(trainable)
         self._check_agreement("frozen sets")
         return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
@@ -171,6 +184,7 @@ class Freezer:
         """Return for every layer with frozen neurons how its gradients are computed, and why."""
         return self.slicing.kernels(self.trainable)
 
+    @outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
         return {
@@ -190,12 +204,13 @@ class Freezer:
             "computed": self._rows_computed(),
         }
 
+    @outside_inference_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``. Load model and optimiser before: frozen rows are held as they are now.
 
         Raises FreezingError where the state is damaged or belongs to another model; then nothing has changed.
         """
-        check_state(state, self.layers, self._previous)
+        check_state(state, self.layers, self._previous, fixed_tensors(self.model))
         self._load_policy(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
         self.epoch = state["epoch"]
         layers = {
@@ -209,25 +224,26 @@ class Freezer:
         self.dynamics = {
             name: Dynamics(layer["phi"], layer["delta_phi"], layer["velocity"]) for name, layer in layers.items()
         }
-        self._remember(state["previous"])
+        # Buffers without a tensor are lost where a state was flattened.
+        empty = {name: None for name, tensor in self._previous.items() if tensor is None}
+        self._remember({**empty, **state["previous"]}, device_of(self.model))
         self._put_in_force({name: layer["trainable"] for name, layer in layers.items()})
         self._computed = {name: rows for name, rows in state.get("computed", {}).items() if name in self.slicing.plans}
 
+    @outside_inference_mode
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self.keeper.remove()
         self.slicing.remove()
         self.trainable, self._computed = self._everything(), {}
 
-    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
-        # In place: a second copy of the weights would double the probe's memory for a moment.
-        for name, tensor in self._previous.items():
-            tensor.copy_(tensors[name])
+    def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
         if self.process_group is not None:
-            buffers = {name for name, _ in self.model.named_buffers()}
-            overwrite_from_first(
-                (self._previous[name] for name in self._previous if name in buffers), self.process_group
-            )
+            parameters = {name for name, _ in self.model.named_parameters()}
+            buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
+            own = {name: tensor for name, tensor in tensors.items() if name in parameters}
+            tensors = {**own, **named_from_first(buffers, device_of(self.model), self.process_group)}
+        overwrite(self._previous, tensors, device)
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}

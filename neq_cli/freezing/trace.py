@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from neq_cli.freezing.neurons import STOCK_LAYERS, Layer, Neurons
 from neq_cli.freezing.observing import map_tensors, tensors_in, undisturbed, watch_calls
+from neq_cli.freezing.restoring import found_again
 
 
 @dataclass
@@ -51,7 +52,6 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
     sample = map_tensors(lambda tensor: tensor[:1], inputs)
     layers = {**neurons.layers, **neurons.fixed}
     with undisturbed(model):
-        model.eval()
         reached: set[str] = set()
         axes: dict[str, int | None] = {}
 
@@ -60,10 +60,13 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
             if layer.name not in axes and _overrides_forward(layer) and output.device.type != "meta":
                 axes[layer.name] = _find_axis(layer, inputs, output)
 
-        with torch.no_grad(), watch_calls(layers.values(), dict(model.named_parameters()), on_call):
-            model(map_tensors(torch.clone, sample))
+        with found_again(model), torch.no_grad():
+            model.eval()
+            with watch_calls(layers.values(), dict(model.named_parameters()), on_call):
+                model(map_tensors(torch.clone, sample))
         try:
-            trace = _trace_gradients(model, layers, sample, training=True)
+            with found_again(model):
+                trace = _trace_gradients(model, layers, sample, training=True)
         except Exception:
             # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
             trace = _trace_gradients(model, layers, sample, training=False)
@@ -100,7 +103,8 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     model.train(training)
     for module in model.modules():
         if next(module.children(), None) is None:
-            module.eval()
+            # Not by its own `eval`, which may merge weights: their parts would be cut from the graph.
+            module.training = False
     # Leaves of their own, so that no hook on the real parameters fires and no gradient is left behind.
     parameters = {
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
