@@ -16,6 +16,7 @@ import torchvision
 from torch import nn
 
 from neq_cli.errors import NeqError, did_you_mean
+from neq_cli.freezing.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.training import cifar_resnet
 from neq_cli.training.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
@@ -169,23 +170,19 @@ def check_fit(model: nn.Module, data: Data) -> None:
     """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
 
     The output must be [1, at least num_classes], and of the image's height and width where the data has masks. Runs
-    where the model is; modes are put back.
+    where the model is, which is left as it was.
     """
     image = data.probe[0][0]
     shape = "x".join(str(size) for size in image.shape)
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), torch.empty(0))
-    model.eval()
     try:
-        with torch.no_grad():
+        with found_again(model), torch.no_grad():
+            model.eval()
             outputs = main_output(model(image.unsqueeze(0).to(parameter.device)))
     except Exception as error:
         raise NeqError(
             f"model: does not take an image of {data.name}, {shape}: {one_line(error)}; {_mend(model, image.shape[0])}"
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     task, size = ("segmentation", list(image.shape[1:])) if data.masked else ("classification", [])
     if outputs.ndim != 2 + len(size) or outputs.shape[0] != 1 or list(outputs.shape[2:]) != size:
         raise NeqError(
