@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
+from neq_cli.freezing.axes import with_found_axes
 from neq_cli.freezing.backward import Mode, why_dense
 from neq_cli.freezing.equilibrium import Definition
 from neq_cli.freezing.flops import Execution, Flops, count_flops
 from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, Neurons, find_neurons
 from neq_cli.freezing.propagation import propagate
-from neq_cli.freezing.trace import Trace, trace_model, with_found_axes
+from neq_cli.freezing.trace import Trace, trace_model
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def study(
             "parameters require gradients and are in the optimiser"
         )
     trace = trace_model(model, neurons, inputs)
-    neurons = with_found_axes(neurons, trace)
+    neurons = with_found_axes(neurons, trace.order, trace.axes)
     never_frozen = {
         **neurons.always_trainable,
         **_excluded(neurons, exclude),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
-from neq_cli.freezing.neurons import STOCK_LAYERS, Layer, Neurons
+from neq_cli.freezing.axes import computes_its_own_way, find_axis
+from neq_cli.freezing.neurons import Layer, Neurons
 from neq_cli.freezing.observing import map_tensors, tensors_in, undisturbed, watch_calls
 from neq_cli.freezing.restoring import found_again
 
@@ -54,15 +55,16 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
     with undisturbed(model):
         reached: set[str] = set()
         axes: dict[str, int | None] = {}
+        parameters = dict(model.named_parameters())
 
         def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
             reached.add(layer.name)
-            if layer.name not in axes and _overrides_forward(layer) and output.device.type != "meta":
-                axes[layer.name] = _find_axis(layer, inputs, output)
+            if layer.name not in axes and computes_its_own_way(layer) and output.device.type != "meta":
+                axes[layer.name] = find_axis(layer, parameters, inputs)
 
         with found_again(model), torch.no_grad():
             model.eval()
-            with watch_calls(layers.values(), dict(model.named_parameters()), on_call):
+            with watch_calls(layers.values(), parameters, on_call):
                 model(map_tensors(torch.clone, sample))
         try:
             with found_again(model):
@@ -212,46 +214,3 @@ def _leaves_of(tensors: list[Tensor]) -> set[int]:
             seen.add(node)
             pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
     return {id(node.variable) for node in seen if hasattr(node, "variable")}
-
-
-def _overrides_forward(layer: Layer) -> bool:
-    """Whether the layer's class computes its output its own way, as torchvision's LayerNorm2d does."""
-    stock = next(kind for kind in STOCK_LAYERS if kind.__name__ == layer.kind) if not layer.functional else None
-    return stock is not None and type(layer.module).forward is not stock.forward
-
-
-def _find_axis(layer: Layer, inputs: Tensor, output: Tensor) -> int | None:
-    """Change neuron 0's parameters and see along which dimension of ``output`` only index 0 changes.
-
-    None where no dimension does, or more than one, or the layer takes more than ``inputs``.
-    """
-    own = {name: parameter.detach().clone() for name, parameter in layer.module.named_parameters(recurse=False)}
-    for parameter in own.values():
-        parameter.select(0, 0).add_(1)
-    kept = {name: layer.module._parameters[name] for name in own}
-    try:
-        layer.module._parameters.update({name: nn.Parameter(value) for name, value in own.items()})
-        changed = type(layer.module).forward(layer.module, inputs) != output
-    except Exception:
-        return None
-    finally:
-        layer.module._parameters.update(kept)
-    fitting = [
-        axis
-        for axis, size in enumerate(changed.shape)
-        if size == layer.neurons
-        and bool(changed.select(axis, 0).any())
-        and not bool(changed.narrow(axis, 1, size - 1).any())
-    ]
-    return fitting[0] - output.dim() if len(fitting) == 1 else None
-
-
-def with_found_axes(neurons: Neurons, trace: Trace) -> Neurons:
-    """Return ``neurons`` in the order of first call, with the axes that the trace found by experiment."""
-    place = {name: number for number, name in enumerate(trace.order)}
-    names = sorted(neurons.layers, key=lambda name: place.get(name, len(place)))
-    layers = {name: neurons.layers[name] for name in names}
-    for name, axis in trace.axes.items():
-        if name in layers and axis is not None:
-            layers[name] = replace(layers[name], axis=axis, axis_dimensions=1)
-    return replace(neurons, layers=layers)
