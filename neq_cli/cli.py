@@ -7,6 +7,7 @@ import signal
 import sys
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,7 @@ import typer
 
 from neq_cli import __version__
 from neq_cli.commands import recipes, results, training
-from neq_cli.commands.shared import complain, joined_processes
+from neq_cli.commands.shared import complain, joined_processes, warning_line
 from neq_cli.errors import NeqError, Terminated
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ending = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
     ending = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, terminate) for number in ending}
+    format_before, warnings.formatwarning = warnings.formatwarning, warning_line
     try:
         code = app(arguments, prog_name="neq", standalone_mode=False)
         if code == 130:  # what some Typers make of Ctrl-C, without a word
@@ -77,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         complain(_unexpected_line(error))
         code = 1
     finally:
+        warnings.formatwarning = format_before
         for number, handler in before.items():
             signal.signal(number, handler)
     if code and (distributed := joined_processes()) is not None:

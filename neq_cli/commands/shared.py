@@ -69,6 +69,13 @@ def complain(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning of Python's, from a library or the user's own code, in one line as ours are."""
+    return f"warning: {' '.join(str(message).split())} ({filename}:{lineno})\n"
+
+
 def joined_processes() -> Any:
     """Return the module that knows of other processes; None where nobody has joined any, nor torch been imported."""
     return sys.modules.get("neq_cli.training.distributed")

@@ -24,7 +24,7 @@ from neq_cli.training.distributed import Processes
 from neq_cli.training.engine import Trainer
 from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
-from neq_cli.training.models import build_model, check_fit
+from neq_cli.training.models import build_model, build_on_meta, check_fit
 from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
 from neq_cli.training.policies import build_policy, chosen_share, matching_p, mean_stochastic_flops
 from neq_cli.training.problems import RecipeValueError
@@ -209,13 +209,8 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
         shape = (3, recipe.data.image_size, recipe.data.image_size)
     if shape is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    with torch.device("meta"):
-        try:
-            model = build_model(recipe.model, class_count(recipe.data))
-        except NotImplementedError:  # an initialisation that wants numbers, such as RegNet's
-            with torch.device("cpu"):
-                model = build_model(recipe.model, class_count(recipe.data))
-    sample = torch.zeros((1, *shape), device=next(model.parameters()).device)
+    model = build_on_meta(recipe.model, class_count(recipe.data))
+    sample = torch.zeros((1, *shape), device="meta")
     anatomy = study(model, sample, exclude=recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe = match(recipe, model, (1, *shape), matched_flops)
