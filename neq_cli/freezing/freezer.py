@@ -36,6 +36,7 @@ from neq_cli.freezing.policies import NEq, Observation, Policy
 from neq_cli.freezing.probe import copied, device_of, overwrite, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
 from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
+from neq_cli.freezing.unreached import Unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -126,6 +127,7 @@ class Freezer:
             attached=self.anatomy.attached,
         )
         self.slicing.put_in_force(self.trainable)
+        self.wrapped, self.unreached = is_wrapped(model), Unreached([], [])
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
         if process_group is not None:
@@ -235,6 +237,7 @@ class Freezer:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self.keeper.remove()
         self.slicing.remove()
+        self.unreached.remove()
         self.trainable, self._computed = self._everything(), {}
 
     def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
@@ -251,8 +254,17 @@ class Freezer:
         if self.backward == "truncated":
             # What no error reaches has nothing to learn from: it is paused like what is frozen.
             reached = self.anatomy.reached(trainable, self.backward, compiled=self.compiled)
+            self._leave_unreached(trainable)
             trainable = {name: rows & (name in reached) for name, rows in trainable.items()}
         self.keeper.keep(trainable)
+
+    def _leave_unreached(self, trainable: Mapping[str, Tensor]) -> None:
+        """Leave parameters outside neurons that nothing reaches without a gradient; a wrapper would give them zeros."""
+        self.unreached.remove()
+        # What is compiled passes zeros on to all of them, wrapped or not.
+        names = self.anatomy.unreached_outside(trainable) if self.wrapped and not self.compiled else []
+        own = [self.keeper.parameters[name] for name in names]
+        self.unreached = Unreached(own, [p for name, p in self.keeper.parameters.items() if name not in names])
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         def choose() -> dict[str, Tensor]:

@@ -34,6 +34,10 @@ class Trace:
     axes: dict[str, int | None] = field(default_factory=dict)  # found by experiment; None where none was found
     before: dict[str, frozenset[str]] = field(default_factory=dict)  # layers whose outputs reach a layer first
     after_outside: frozenset[str] = frozenset()  # layers that parameters outside neurons reach before another layer
+    # Parameters by the layer whose input depends on them, and by the one whose own forward uses them; no layer between.
+    parameters_before: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters_inside: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters_after: frozenset[str] = frozenset()  # those that outputs depend on, no layer between
     users: dict[str, frozenset[str]] = field(default_factory=dict)  # modules in whose forward a layer's weight is used
     # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
     products: dict[str, int] = field(default_factory=dict)
@@ -79,7 +83,9 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
 def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any, *, training: bool) -> Trace:
     trace = Trace()
     producers: dict[Node, str] = {}
-    sources: dict[str, set[str | None]] = {}  # None: a parameter outside neurons
+    sources: dict[str, set[str]] = {}
+    before: dict[str, set[int]] = {}  # leaves of the graph, by the layer whose input depends on them
+    inside: dict[str, set[int]] = {}  # by the layer whose output does
     running: list[nn.Module] = []
     products = _Products()
 
@@ -97,7 +103,11 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
             products.backward[products.last] -= each * elements * (inputs.requires_grad + weight.requires_grad)
         products.last = name
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
-        sources.setdefault(name, set()).update(_sources_of([inputs], producers))
+        for tensor, leaves in ((inputs, before), (output, inside)):
+            found, known = _sources_of([tensor], producers)
+            leaves.setdefault(name, set()).update(known)
+            if tensor is inputs:
+                sources.setdefault(name, set()).update(found)
         trace.users[name] = trace.users.get(name, frozenset()) | {names[running[-1]]}
         if output.grad_fn is not None:
             producers[output.grad_fn] = name
@@ -123,13 +133,21 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
     trace.reentrant = bool(seen_through)
     trace.products = {name: count for name, count in products.backward.items() if count > 0}
-    trace.before = {name: frozenset(source for source in found if source) for name, found in sources.items()}
-    trace.after_outside = frozenset(name for name, found in sources.items() if None in found)
+    trace.before = {name: frozenset(found) for name, found in sources.items()}
+    trace.after_outside = frozenset(name for name, leaves in before.items() if leaves)
+    by_id = {id(parameter): name for name, parameter in parameters.items()}
+
+    def named(leaves: set[int]) -> frozenset[str]:
+        return frozenset(by_id[leaf] for leaf in leaves if leaf in by_id)
+
+    trace.parameters_before = {name: named(leaves) for name, leaves in before.items()}
+    trace.parameters_inside = {name: named(leaves - before[name]) for name, leaves in inside.items()}
     used = _leaves_of(outputs)
     trace.unused = frozenset(
         name for name, parameter in parameters.items() if parameter.requires_grad and id(parameter) not in used
     )
-    producing = {name for name in _sources_of(outputs, producers) if name}
+    producing, after = _sources_of(outputs, producers)
+    trace.parameters_after = named(after)
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
     trace.output_layers = frozenset(producing or trace.order[-1:])
     return trace
@@ -185,9 +203,10 @@ def _keeping_track(model: nn.Module, running: list[nn.Module]) -> Iterator[None]
         yield
 
 
-def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> set[str | None]:
-    """Walk the graph back from ``tensors`` and return the first layer met on every path, None for a parameter."""
-    found: set[str | None] = set()
+def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> tuple[set[str], set[int]]:
+    """Walk the graph back from ``tensors``; return the first layer met on every path, or the leaf's identity."""
+    found: set[str] = set()
+    leaves: set[int] = set()
     seen: set[Node] = set()
     pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     while pending:
@@ -198,10 +217,10 @@ def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> set[str
         if node in producers:
             found.add(producers[node])
         elif hasattr(node, "variable"):
-            found.add(None)
+            leaves.add(id(node.variable))
         else:
             pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
-    return found
+    return found, leaves
 
 
 def _leaves_of(tensors: list[Tensor]) -> set[int]:
