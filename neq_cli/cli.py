@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
 from neq_cli import ending
-from neq_cli.complaints import complain
+from neq_cli.complaints import complain, warning_line
 from neq_cli.errors import NeqError, Terminated
 
 
@@ -38,6 +39,7 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
         # A terminal that knows no "±" gets a "?" rather than a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    format_before, warnings.formatwarning = warnings.formatwarning, warning_line
     try:
         from neq_cli.commands.app import app
 
@@ -56,6 +58,8 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
             # What the end of the command came to in code that made another error of it.
             raise Terminated(watch.raised) from error
         code = _unexpected(error)
+    finally:
+        warnings.formatwarning = format_before
     if code:
         _linger()
     return code

@@ -11,3 +11,10 @@ def complain(message: str) -> None:
     distributed = sys.modules.get("neq_cli.training.distributed")
     if distributed is None or distributed.joined().say_once(message):
         print(message, file=sys.stderr)
+
+
+def warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning of Python's, from a library or the user's own code, in one line as ours are."""
+    return f"warning: {' '.join(str(message).split())} ({filename}:{lineno})\n"

@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -479,3 +480,24 @@ def test_an_error_in_code_of_the_users_own_is_one_line_with_its_place(
     monkeypatch.setenv("NEQ_TRACEBACK", "1")
     with pytest.raises(KeyError, match="no such layer"):
         main(["train", "digits", *SHORT, policy, "-o", "again", "--progress", "off"])
+
+
+WARNING_MODEL = """
+import warnings
+from torch import nn
+
+
+def make(num_classes=10):
+    warnings.warn("so it is\\nnot any more")
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(16, num_classes))
+"""
+
+
+def test_warnings_are_lines_like_others_and_said_once(neq: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "warning_model.py").write_text(WARNING_MODEL)
+    model = "model={entrypoint: 'warning_model:make'}"
+    process = neq("train", "digits", model, SHORT[0], "epochs=1", "policy.mu=0.9", "-o", "run", "--progress", "off")
+    assert process.wait() == 0, process.text
+    mu, own = process.lines
+    assert mu.startswith("warning: policy.mu: 0.9 is above 0.5, ")
+    assert own == f"warning: so it is not any more ({tmp_path}/warning_model.py:7)"

@@ -42,6 +42,26 @@ def overwrite_from_first(tensors: Iterable[Tensor], group: ProcessGroup) -> None
             tensor.copy_(part.view(tensor.shape))
 
 
+def named_from_first(
+    tensors: Mapping[str, Tensor | None], device: torch.device, group: ProcessGroup
+) -> dict[str, Tensor | None]:
+    """Return copies of process 0's ``tensors``; the others' may have other names and shapes.
+
+    They are where this process has its own of that name, else on ``device``.
+    """
+    told = [{name: None if tensor is None else (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
+    distributed.broadcast_object_list(told, distributed.get_global_rank(group, 0), group=group)
+    found: dict[str, Tensor | None] = {}
+    for name, form in told[0].items():
+        own = tensors.get(name)
+        place = device if own is None else own.device
+        found[name] = None if form is None else torch.empty(form[0], dtype=form[1], device=place)
+        if group.rank() == 0 and own is not None:
+            found[name] = own.detach().clone()
+    overwrite_from_first((tensor for tensor in found.values() if tensor is not None), group)
+    return found
+
+
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield tensors of one type and device, as many as make one message."""
     waiting: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

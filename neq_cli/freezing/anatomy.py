@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
+from neq_cli.freezing.axes import with_found_axes
 from neq_cli.freezing.backward import Mode, why_dense
 from neq_cli.freezing.equilibrium import Definition
 from neq_cli.freezing.flops import Execution, Flops, count_flops
 from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, Neurons, find_neurons
-from neq_cli.freezing.propagation import propagate
-from neq_cli.freezing.trace import Trace, trace_model, with_found_axes
+from neq_cli.freezing.propagation import parameters_reached, propagate
+from neq_cli.freezing.trace import Trace, trace_model
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Anatomy:
         shares = {name: float(rows.any()) for name, rows in trainable.items()}
         blocking = self._execution(mode, compiled, {}).blocking(self.neurons, shares)
         return propagate(self.trace, shares, blocking).reached
+
+    def unreached_outside(self, trainable: Mapping[str, Tensor]) -> list[str]:
+        """Return the parameters outside neurons that no error reaches in truncated mode with these sets."""
+        shares = {name: float(rows.any()) for name, rows in trainable.items()}
+        reached = parameters_reached(self.trace, self._execution("truncated", False, {}).blocking(self.neurons, shares))
+        return [name for name in self.neurons.outside if name not in reached]
 
     def _execution(self, mode: Mode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
         dense = frozenset([*self.dense_because, *(self.functional if compiled else ())])
@@ -98,7 +105,7 @@ def study(
             "parameters require gradients and are in the optimiser"
         )
     trace = trace_model(model, neurons, inputs)
-    neurons = with_found_axes(neurons, trace)
+    neurons = with_found_axes(neurons, trace.order, trace.axes)
     never_frozen = {
         **neurons.always_trainable,
         **_excluded(neurons, exclude),

@@ -83,14 +83,23 @@ class Discarding:
 
     def when_backward_ends(self) -> None:
         """Have ``late`` called before the running backward pass returns; at once where none runs."""
-        number = torch._C._current_graph_task_id()
+        number = graph_task()
         if number == -1:
             self.late()
         elif number != self._pass:
             self._pass = number
-            queue = Variable._execution_engine.queue_callback
-            # Put off twice: behind all that other hooks put off during the pass.
-            queue(lambda: queue(self.late))
+            when_backward_has_ended(self.late)
+
+
+def graph_task() -> int:
+    """Return the number of the running backward pass, -1 where none runs."""
+    return int(torch._C._current_graph_task_id())
+
+
+def when_backward_has_ended(call: Callable[[], None]) -> None:
+    """Have ``call`` called before the running backward pass returns, behind all that other hooks put off during it."""
+    queue = Variable._execution_engine.queue_callback
+    queue(lambda: queue(call))
 
 
 def _zeroing(frozen: FrozenRows) -> Zero:

@@ -15,6 +15,7 @@ from neq_cli.freezing.agreement import (
     chosen_by_first,
     first_sample,
     from_first,
+    named_from_first,
     overwrite_from_first,
     pack,
 )
@@ -24,11 +25,19 @@ from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.neurons import Layer
-from neq_cli.freezing.observing import first_input, is_compiled, is_wrapped, undisturbed, unwrap
+from neq_cli.freezing.observing import (
+    first_input,
+    is_compiled,
+    is_wrapped,
+    outside_inference_mode,
+    undisturbed,
+    unwrap,
+)
 from neq_cli.freezing.policies import NEq, Observation, Policy
-from neq_cli.freezing.probe import copied, device_of, similarity, snapshot
+from neq_cli.freezing.probe import copied, device_of, overwrite, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
-from neq_cli.freezing.state import STATE_VERSION, check_state
+from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
+from neq_cli.freezing.unreached import Unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,6 +79,7 @@ class Freezer:
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         model: nn.Module,
@@ -125,13 +135,18 @@ class Freezer:
         self.slicing.put_in_force(self.trainable)
         self._settling = self.keeper.optimizer.register_step_post_hook(self.slicing.settle)
         self._suspensions = 0
+        self.wrapped, self.unreached = is_wrapped(model), Unreached([], [])
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
-        self._previous = snapshot(self.model)
+        self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
         if process_group is not None:
             self._check_agreement("layers or settings")
+        self._remember(snapshot(self.model))
+        if process_group is not None:
             # DistributedDataParallel, made later, gives all processes the weights of process 0.
-            overwrite_from_first(self._previous.values(), process_group)
+            own = (self._previous[name] for name, _ in self.model.named_parameters())
+            overwrite_from_first((tensor for tensor in own if tensor is not None), process_group)
 
+    @outside_inference_mode
     def step(self) -> dict[str, Observation]:
         """Observe the neurons, choose who trains next epoch, and hold the others from now on.
 
@@ -155,7 +170,7 @@ class Freezer:
         trainable = self._chosen(dynamics)
         self.epoch += 1
         self.dynamics = dynamics
-        self._remember(snapshot(self.model, copy=False))
+        self._remember(snapshot(self.model))
         self._put_in_force(trainable)
         self._check_agreement("frozen sets")
         return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
@@ -179,6 +194,7 @@ class Freezer:
         """Return for every layer with frozen neurons how its gradients are computed, and why."""
         return self.slicing.kernels(self.trainable)
 
+    @outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
         return {
@@ -198,12 +214,13 @@ class Freezer:
             "computed": self._rows_computed(),
         }
 
+    @outside_inference_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``. Load model and optimiser before: frozen rows are held as they are now.
 
         Raises FreezingError where the state is damaged or belongs to another model; then nothing has changed.
         """
-        check_state(state, self.layers, self._previous)
+        check_state(state, self.layers, self._previous, fixed_tensors(self.model))
         self._load_policy(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
         self.epoch = state["epoch"]
         layers = {
@@ -217,15 +234,19 @@ class Freezer:
         self.dynamics = {
             name: Dynamics(layer["phi"], layer["delta_phi"], layer["velocity"]) for name, layer in layers.items()
         }
-        self._remember(state["previous"])
+        # Buffers without a tensor are lost where a state was flattened.
+        empty = {name: None for name, tensor in self._previous.items() if tensor is None}
+        self._remember({**empty, **state["previous"]}, device_of(self.model))
         self._put_in_force({name: layer["trainable"] for name, layer in layers.items()})
         self._computed = {name: rows for name, rows in state.get("computed", {}).items() if name in self.slicing.plans}
 
+    @outside_inference_mode
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self._settling.remove()
         self.keeper.remove()
         self.slicing.remove()
+        self.unreached.remove()
         self.trainable, self._computed = self._everything(), {}
 
     @contextmanager
@@ -247,15 +268,13 @@ class Freezer:
                 self.slicing.resume()
                 self.keeper.resume()
 
-    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
-        # In place: a second copy of the weights would double the probe's memory for a moment.
-        for name, tensor in self._previous.items():
-            tensor.copy_(tensors[name])
+    def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
         if self.process_group is not None:
-            buffers = {name for name, _ in self.model.named_buffers()}
-            overwrite_from_first(
-                (self._previous[name] for name in self._previous if name in buffers), self.process_group
-            )
+            parameters = {name for name, _ in self.model.named_parameters()}
+            buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
+            own = {name: tensor for name, tensor in tensors.items() if name in parameters}
+            tensors = {**own, **named_from_first(buffers, device_of(self.model), self.process_group)}
+        overwrite(self._previous, tensors, device)
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}
@@ -263,8 +282,17 @@ class Freezer:
         if self.backward == "truncated":
             # What no error reaches has nothing to learn from: it is paused like what is frozen.
             reached = self.anatomy.reached(trainable, self.backward, compiled=self.compiled)
+            self._leave_unreached(trainable)
             trainable = {name: rows & (name in reached) for name, rows in trainable.items()}
         self.keeper.keep(trainable)
+
+    def _leave_unreached(self, trainable: Mapping[str, Tensor]) -> None:
+        """Leave parameters outside neurons that nothing reaches without a gradient; a wrapper would give them zeros."""
+        self.unreached.remove()
+        # What is compiled passes zeros on to all of them, wrapped or not.
+        names = self.anatomy.unreached_outside(trainable) if self.wrapped and not self.compiled else []
+        own = [self.keeper.parameters[name] for name in names]
+        self.unreached = Unreached(own, [p for name, p in self.keeper.parameters.items() if name not in names])
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         def choose() -> dict[str, Tensor]:

@@ -116,6 +116,12 @@ def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) ->
     """
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
         raise FreezingError("model: has lazy layers without shapes yet; run one batch through it first")
+    made_for_inference = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+    if made_for_inference is not None:
+        raise FreezingError(
+            f"model: parameter {made_for_inference!r} was made in torch.inference_mode, where nothing trains; "
+            "build the model outside of it"
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     chosen = {id(p) for p in (model.parameters() if optimized is None else optimized) if p.requires_grad}
     candidates = [

@@ -6,13 +6,17 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from neq_cli.freezing.neurons import Layer
+from neq_cli.freezing.restoring import found_again
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 OnCall = Callable[[Layer, int, Tensor, Tensor], None]
 """Called with layer, first neuron, input and raw output, before anything downstream can overwrite the output."""
 
@@ -65,13 +69,11 @@ def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_ca
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model as one likes inside and find it as it was: buffers, modes, RNG states, attention's fast path.
+    """Run the model as one likes inside and find it again as it was; RNG states and attention's fast path too.
 
     The fast paths of ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` are off inside, because they hide the
     outputs of inner layers; compiled models run eagerly, so that hooks fire.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     python_state = random.getstate()
     numpy_random = sys.modules.get("numpy.random")
@@ -84,17 +86,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            yield
+            with found_again(model):
+                yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             random.setstate(python_state)
             if numpy_random:
                 numpy_random.set_state(numpy_state)
-            for module, training in modes.items():
-                module.training = training
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    buffer.copy_(buffers[name])
+
+
+def outside_inference_mode(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return ``function`` run outside of ``torch.inference_mode``, whose tensors could not be used in training."""
+
+    @wraps(function)
+    def run(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+        if not torch.is_inference_mode_enabled():
+            return function(*arguments, **keywords)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*arguments, **keywords)
+
+    return run
 
 
 def unwrap(model: nn.Module) -> nn.Module:

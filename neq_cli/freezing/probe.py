@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.agreement import add_up, overwrite_from_first
+from neq_cli.freezing.agreement import add_up, named_from_first
 from neq_cli.freezing.equilibrium import Definition, cosine
 from neq_cli.freezing.neurons import Layer, rows_by_neuron
 from neq_cli.freezing.observing import first_input, map_tensors, undisturbed, watch_calls
+from neq_cli.freezing.restoring import changing, found_again, install
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,15 +22,48 @@ CHUNK = 1 << 20
 """Output elements that are turned into float64 at a time (8 MB), so that the sums need next to no memory."""
 
 
-def snapshot(model: nn.Module, *, copy: bool = True) -> dict[str, Tensor]:
-    """Return all parameters and buffers by qualified name, detached: copies, or the tensors themselves."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor.detach().clone() if copy else tensor.detach() for name, tensor in tensors.items()}
+def snapshot(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return all parameters and buffers by qualified name, detached; None for a buffer that has no tensor yet."""
+    tensors = {**dict(model.named_parameters()), **buffers_of(model)}
+    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return all buffers by qualified name, each once, and None for those that are registered without a tensor."""
+    empty = {
+        f"{prefix}.{key}" if prefix else key: None
+        for prefix, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is None
+    }
+    return {**empty, **dict(model.named_buffers())}
+
+
+def overwrite(
+    kept: dict[str, Tensor | None], tensors: Mapping[str, Tensor | None], device: torch.device | None = None
+) -> None:
+    """Make ``kept`` copies of ``tensors``, which may be others than before.
+
+    They will be where ``tensors`` are; with ``device`` where ``kept`` are, new ones there.
+    """
+    for name in [name for name in kept if name not in tensors]:
+        del kept[name]
+    for name, tensor in tensors.items():
+        own = kept.get(name)
+        if tensor is None:
+            kept[name] = None
+            continue
+        place = tensor.device if device is None else device if own is None else own.device
+        if own is not None and (own.shape, own.dtype, own.device) == (tensor.shape, tensor.dtype, place):
+            # In place: a second copy of the weights would double the probe's memory for a moment.
+            own.copy_(tensor)
+        else:
+            kept[name] = tensor.detach().to(place, copy=True)
 
 
 def similarity(
     model: nn.Module,
-    previous: Mapping[str, Tensor],
+    previous: Mapping[str, Tensor | None],
     layers: Mapping[str, Layer],
     batches: Iterable[Any],
     *,
@@ -40,7 +73,9 @@ def similarity(
 ) -> dict[str, Tensor]:
     """Return phi of every layer between ``model`` and its ``previous`` parameters and buffers: float64, [neurons], CPU.
 
-    ``batches`` yield inputs, or (inputs, targets...). Memory beyond ``previous``: one batch of activations.
+    ``batches`` yield inputs, or (inputs, targets...). Memory beyond ``previous``: one batch of activations, and copies
+    of the buffers and of the parameters that modules may change on their way to eval mode. Each batch finds the buffers
+    as they are between epochs: what a forward pass makes of them is taken back.
     ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample
     (dimension 0 of a layer's output).
     A layer that the batches do not reach, or whose calls differ between the two networks, has phi NaN.
@@ -52,25 +87,35 @@ def similarity(
     comparison = _Comparison(per_sample=definition == "reference")
     seen = 0
     with undisturbed(model), torch.no_grad():
-        model.eval()
+        buffers = buffers_of(model)
         if process_group is not None:
-            # BatchNorm's statistics are each process's own since the last step, and put back afterwards.
-            overwrite_from_first(model.buffers(), process_group)
+            # BatchNorm's statistics are each process's own since the last step.
+            buffers = named_from_first(buffers, device, process_group)
         for batch in batches:
             seen += 1
             inputs = first_input(batch)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                with watch_calls(layers.values(), previous, comparison.keep):
-                    functional_call(model, dict(previous), (copied(inputs, device),))
-                # Last, so that what modules note down in passing, as old-style weight_norm does, is the model's own.
-                with watch_calls(layers.values(), dict(model.named_parameters()), comparison.compare):
-                    model(copied(inputs, device))
+                for tensors, on_call in ((previous, comparison.keep), (buffers, comparison.compare)):
+                    with found_again(model):
+                        install(model, _own(tensors, model))
+                        model.eval()
+                        with watch_calls(layers.values(), dict(model.named_parameters()), on_call):
+                            model(copied(inputs, device))
             comparison.end_batch()
     if process_group is not None:
         seen = comparison.add_up(layers, seen, device, process_group)
     if not seen:
         raise FreezingError("probe_loader: yields no batch; give it at least one input")
     return {name: comparison.phi(layer) for name, layer in layers.items()}
+
+
+def _own(tensors: Mapping[str, Tensor | None], model: nn.Module) -> dict[str, Tensor | None]:
+    """Return ``tensors`` with copies of those that a forward pass, or a module on its way to eval mode, may change."""
+    changed = {id(parameter) for parameter in changing(model)}
+    kept = {name for name, parameter in model.named_parameters() if id(parameter) not in changed}
+    return {
+        name: tensor if tensor is None or name in kept else tensor.detach().clone() for name, tensor in tensors.items()
+    }
 
 
 def copied(inputs: Any, device: torch.device) -> Any:

@@ -34,6 +34,22 @@ def propagate(trace: Trace, shares: Mapping[str, float], blocking: Collection[st
     return Propagation(frozenset(reached), frozenset(reached & needed))
 
 
+def parameters_reached(trace: Trace, blocking: Collection[str]) -> frozenset[str]:
+    """Return the parameters, in layers or not, that an error reaches where layers in ``blocking`` pass none on."""
+    reached = set(trace.parameters_after)
+    pending, seen = list(trace.output_layers), set[str]()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        reached |= trace.parameters_inside.get(name, frozenset())
+        if name not in blocking:
+            reached |= trace.parameters_before.get(name, frozenset())
+            pending.extend(trace.before.get(name, ()))
+    return frozenset(reached)
+
+
 def _needing_gradients(trace: Trace, shares: Mapping[str, float], blocking: Collection[str]) -> set[str]:
     needed = set(trace.after_outside)
     after: dict[str, list[str]] = {}

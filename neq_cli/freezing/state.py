@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.neurons import Layer
+from neq_cli.freezing.neurons import STOCK_LAYERS, Layer
 
 STATE_VERSION = 1
 MOST_EPOCHS = 10**9
@@ -21,14 +21,30 @@ _KINDS = {
 }
 
 
-def check_state(state: object, layers: Mapping[str, Layer], previous: Mapping[str, Tensor]) -> None:
-    """Raise FreezingError unless ``state`` is one of a Freezer with these layers and these earlier tensors."""
+def fixed_tensors(model: nn.Module) -> frozenset[str]:
+    """Return the names of all tensors that keep their form: not buffers of modules that may let them grow."""
+    stock = [
+        f"{prefix}.{key}" if prefix else key
+        for prefix, module in model.named_modules()
+        if isinstance(module, STOCK_LAYERS)
+        for key in module._buffers
+    ]
+    return frozenset([*(name for name, _ in model.named_parameters()), *stock])
+
+
+def check_state(
+    state: object, layers: Mapping[str, Layer], previous: Mapping[str, Tensor | None], fixed: Collection[str]
+) -> None:
+    """Raise FreezingError unless ``state`` is one of a Freezer with these layers and these earlier tensors.
+
+    Those that are not ``fixed``, buffers, may have been born or have changed their form since.
+    """
     state = _mapping(state, "it")
     if type(state.get("version")) is not int or state["version"] != STATE_VERSION:
         raise FreezingError(f"freezer state: version {_short(state.get('version'))} is not version {STATE_VERSION}")
     _whole_number(state.get("epoch"), MOST_EPOCHS, "epoch")
     _check_layers(_mapping(state.get("layers"), "layers"), layers)
-    _check_previous(_mapping(state.get("previous"), "previous"), previous)
+    _check_previous(_mapping(state.get("previous"), "previous"), previous, fixed)
     _mapping(state.get("policy", {}), "policy")
     for name, rows in _mapping(state.get("computed", {}), "computed").items():
         if name not in layers:
@@ -55,8 +71,15 @@ def _check_layers(found: Mapping[str, Any], layers: Mapping[str, Layer]) -> None
                 raise FreezingError(f"freezer state: layer {name!r}: {key} is {tensor.dtype}; it must be {dtype}")
 
 
-def _check_previous(found: Mapping[str, Any], previous: Mapping[str, Tensor]) -> None:
+def _check_previous(found: Mapping[str, Any], previous: Mapping[str, Tensor | None], fixed: Collection[str]) -> None:
+    for name, other in found.items():
+        if name not in fixed and other is not None:
+            _tensor(other, f"previous: {_short(name)}")
     for name, tensor in previous.items():
+        if name not in fixed or (tensor is None and found.get(name) is None):
+            continue
+        if tensor is None:
+            raise FreezingError(f"freezer state: belongs to another model; {name!r} differs: there is none here")
         other = _tensor(found.get(name), f"previous: {name!r}", missing=f"belongs to another model; {name!r} differs")
         if other.shape != tensor.shape or other.dtype != tensor.dtype:
             raise FreezingError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
-from neq_cli.freezing.neurons import STOCK_LAYERS, Layer, Neurons
+from neq_cli.freezing.axes import computes_its_own_way, find_axis
+from neq_cli.freezing.neurons import Layer, Neurons
 from neq_cli.freezing.observing import map_tensors, tensors_in, undisturbed, watch_calls
+from neq_cli.freezing.restoring import found_again
 
 
 @dataclass
@@ -32,6 +34,10 @@ class Trace:
     axes: dict[str, int | None] = field(default_factory=dict)  # found by experiment; None where none was found
     before: dict[str, frozenset[str]] = field(default_factory=dict)  # layers whose outputs reach a layer first
     after_outside: frozenset[str] = frozenset()  # layers that parameters outside neurons reach before another layer
+    # Parameters by the layer whose input depends on them, and by the one whose own forward uses them; no layer between.
+    parameters_before: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters_inside: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters_after: frozenset[str] = frozenset()  # those that outputs depend on, no layer between
     users: dict[str, frozenset[str]] = field(default_factory=dict)  # modules in whose forward a layer's weight is used
     # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
     products: dict[str, int] = field(default_factory=dict)
@@ -51,19 +57,22 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
     sample = map_tensors(lambda tensor: tensor[:1], inputs)
     layers = {**neurons.layers, **neurons.fixed}
     with undisturbed(model):
-        model.eval()
         reached: set[str] = set()
         axes: dict[str, int | None] = {}
+        parameters = dict(model.named_parameters())
 
         def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
             reached.add(layer.name)
-            if layer.name not in axes and _overrides_forward(layer) and output.device.type != "meta":
-                axes[layer.name] = _find_axis(layer, inputs, output)
+            if layer.name not in axes and computes_its_own_way(layer) and output.device.type != "meta":
+                axes[layer.name] = find_axis(layer, parameters, inputs)
 
-        with torch.no_grad(), watch_calls(layers.values(), dict(model.named_parameters()), on_call):
-            model(map_tensors(torch.clone, sample))
+        with found_again(model), torch.no_grad():
+            model.eval()
+            with watch_calls(layers.values(), parameters, on_call):
+                model(map_tensors(torch.clone, sample))
         try:
-            trace = _trace_gradients(model, layers, sample, training=True)
+            with found_again(model):
+                trace = _trace_gradients(model, layers, sample, training=True)
         except Exception:
             # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
             trace = _trace_gradients(model, layers, sample, training=False)
@@ -74,7 +83,9 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
 def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any, *, training: bool) -> Trace:
     trace = Trace()
     producers: dict[Node, str] = {}
-    sources: dict[str, set[str | None]] = {}  # None: a parameter outside neurons
+    sources: dict[str, set[str]] = {}
+    before: dict[str, set[int]] = {}  # leaves of the graph, by the layer whose input depends on them
+    inside: dict[str, set[int]] = {}  # by the layer whose output does
     running: list[nn.Module] = []
     products = _Products()
 
@@ -92,7 +103,11 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
             products.backward[products.last] -= each * elements * (inputs.requires_grad + weight.requires_grad)
         products.last = name
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
-        sources.setdefault(name, set()).update(_sources_of([inputs], producers))
+        for tensor, leaves in ((inputs, before), (output, inside)):
+            found, known = _sources_of([tensor], producers)
+            leaves.setdefault(name, set()).update(known)
+            if tensor is inputs:
+                sources.setdefault(name, set()).update(found)
         trace.users[name] = trace.users.get(name, frozenset()) | {names[running[-1]]}
         if output.grad_fn is not None:
             producers[output.grad_fn] = name
@@ -103,7 +118,8 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     model.train(training)
     for module in model.modules():
         if next(module.children(), None) is None:
-            module.eval()
+            # Not by its own `eval`, which may merge weights: their parts would be cut from the graph.
+            module.training = False
     # Leaves of their own, so that no hook on the real parameters fires and no gradient is left behind.
     parameters = {
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
@@ -120,13 +136,21 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
     trace.reentrant = bool(seen_through)
     trace.products = {name: count for name, count in products.backward.items() if count > 0}
-    trace.before = {name: frozenset(source for source in found if source) for name, found in sources.items()}
-    trace.after_outside = frozenset(name for name, found in sources.items() if None in found)
+    trace.before = {name: frozenset(found) for name, found in sources.items()}
+    trace.after_outside = frozenset(name for name, leaves in before.items() if leaves)
+    by_id = {id(parameter): name for name, parameter in parameters.items()}
+
+    def named(leaves: set[int]) -> frozenset[str]:
+        return frozenset(by_id[leaf] for leaf in leaves if leaf in by_id)
+
+    trace.parameters_before = {name: named(leaves) for name, leaves in before.items()}
+    trace.parameters_inside = {name: named(leaves - before[name]) for name, leaves in inside.items()}
     used = _leaves_of(outputs)
     trace.unused = frozenset(
         name for name, parameter in parameters.items() if parameter.requires_grad and id(parameter) not in used
     )
-    producing = {name for name in _sources_of(outputs, producers) if name}
+    producing, after = _sources_of(outputs, producers)
+    trace.parameters_after = named(after)
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
     trace.output_layers = frozenset(producing or trace.order[-1:])
     return trace
@@ -182,9 +206,10 @@ def _keeping_track(model: nn.Module, running: list[nn.Module]) -> Iterator[None]
         yield
 
 
-def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> set[str | None]:
-    """Walk the graph back from ``tensors`` and return the first layer met on every path, None for a parameter."""
-    found: set[str | None] = set()
+def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> tuple[set[str], set[int]]:
+    """Walk the graph back from ``tensors``; return the first layer met on every path, or the leaf's identity."""
+    found: set[str] = set()
+    leaves: set[int] = set()
     seen: set[Node] = set()
     pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     while pending:
@@ -195,10 +220,10 @@ def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> set[str
         if node in producers:
             found.add(producers[node])
         elif hasattr(node, "variable"):
-            found.add(None)
+            leaves.add(id(node.variable))
         else:
             pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
-    return found
+    return found, leaves
 
 
 def _leaves_of(tensors: list[Tensor]) -> set[int]:
@@ -211,46 +236,3 @@ def _leaves_of(tensors: list[Tensor]) -> set[int]:
             seen.add(node)
             pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
     return {id(node.variable) for node in seen if hasattr(node, "variable")}
-
-
-def _overrides_forward(layer: Layer) -> bool:
-    """Whether the layer's class computes its output its own way, as torchvision's LayerNorm2d does."""
-    stock = next(kind for kind in STOCK_LAYERS if kind.__name__ == layer.kind) if not layer.functional else None
-    return stock is not None and type(layer.module).forward is not stock.forward
-
-
-def _find_axis(layer: Layer, inputs: Tensor, output: Tensor) -> int | None:
-    """Change neuron 0's parameters and see along which dimension of ``output`` only index 0 changes.
-
-    None where no dimension does, or more than one, or the layer takes more than ``inputs``.
-    """
-    own = {name: parameter.detach().clone() for name, parameter in layer.module.named_parameters(recurse=False)}
-    for parameter in own.values():
-        parameter.select(0, 0).add_(1)
-    kept = {name: layer.module._parameters[name] for name in own}
-    try:
-        layer.module._parameters.update({name: nn.Parameter(value) for name, value in own.items()})
-        changed = type(layer.module).forward(layer.module, inputs) != output
-    except Exception:
-        return None
-    finally:
-        layer.module._parameters.update(kept)
-    fitting = [
-        axis
-        for axis, size in enumerate(changed.shape)
-        if size == layer.neurons
-        and bool(changed.select(axis, 0).any())
-        and not bool(changed.narrow(axis, 1, size - 1).any())
-    ]
-    return fitting[0] - output.dim() if len(fitting) == 1 else None
-
-
-def with_found_axes(neurons: Neurons, trace: Trace) -> Neurons:
-    """Return ``neurons`` in the order of first call, with the axes that the trace found by experiment."""
-    place = {name: number for number, name in enumerate(trace.order)}
-    names = sorted(neurons.layers, key=lambda name: place.get(name, len(place)))
-    layers = {name: neurons.layers[name] for name in names}
-    for name, axis in trace.axes.items():
-        if name in layers and axis is not None:
-            layers[name] = replace(layers[name], axis=axis, axis_dimensions=1)
-    return replace(neurons, layers=layers)

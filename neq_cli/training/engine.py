@@ -205,7 +205,10 @@ class Trainer:
                 yield StepProgress(so_far.epoch, step, steps, "test", math.nan, math.nan)
                 # Of several processes, which may have more batches than others, all end the epoch first.
                 if self.processes.count == 1 and self.wish() == STOP:
+                    model.train()
                     yield Pause(so_far.epoch, so_far.steps, stop=True)
+        # What is saved and averaged is what trains: some modules merge their weights in eval mode.
+        model.train()
         return self.task.results(self.processes.sum(totals))
 
     def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:

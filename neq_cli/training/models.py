@@ -6,7 +6,8 @@ import inspect
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from neq_cli.errors import NeqError, did_you_mean
+from neq_cli.freezing.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.training import cifar_resnet
 from neq_cli.training.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
@@ -26,6 +30,12 @@ if TYPE_CHECKING:
     from neq_cli.training.data import Data
 
 _SUPPLIED = ("weights", "weights_backbone", "progress")
+_NOT_FOR_RECIPES = {
+    "detection": "detects objects; recipes train classification and segmentation models only",
+    "video": "takes clips, and recipes train on images; in a training loop of your own, Freezer takes it",
+    "optical_flow": "takes pairs of images, and recipes train on single ones",
+    "quantization": "is made for inference with integers; take the model without 'quantized_'",
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,9 @@ def find_builder(section: ModelSection) -> Builder:
         return Builder(name, partial(cifar_resnet.cifar_resnet, depth))
     known = torchvision_names()
     if name not in known:
+        if name in torchvision.models.list_models():
+            kind = torchvision.models.get_model_builder(name).__module__.split(".")[2]
+            raise RecipeValueError("model.name", f"'{name}' {_NOT_FOR_RECIPES[kind]}")
         hint = did_you_mean(name, [*known, *cifar_resnet.NAMES]) or "; `neq recipes` and torchvision list what there is"
         raise RecipeValueError("model.name", f"no torchvision model '{section.name}'{hint}")
     make = torchvision.models.get_model_builder(name)
@@ -103,17 +116,60 @@ def build_model(section: ModelSection, num_classes: int | None = None) -> nn.Mod
     return call_builder(section, builder, _completed(section, builder, num_classes))
 
 
+def build_on_meta(section: ModelSection, num_classes: int | None = None) -> nn.Module:
+    """Build the network as ``build_model`` does, on the meta device: without numbers, nor memory for them."""
+    try:
+        with parameters_without_numbers():
+            model = build_model(section, num_classes)
+    except RecipeValueError:  # some read a weight while they are built; and if that is not it, this says so again
+        with torch.device("cpu"):
+            model = build_model(section, num_classes)
+        empty = _Emptied()
+        for module in model.modules():
+            module._parameters.update({key: empty.of(own) for key, own in module._parameters.items()})
+    return model.to("meta")  # the buffers
+
+
+@contextmanager
+def parameters_without_numbers() -> Iterator[None]:
+    """Put every parameter that is registered inside on the meta device, and nothing else.
+
+    Other tensors have their numbers, which some builders read: RegNet's widths, rates of stochastic depth.
+    """
+    empty = _Emptied()
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        return empty.of(parameter)
+
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        hook = register_module_parameter_registration_hook(on_meta)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+class _Emptied:
+    """Parameters on the meta device in place of others; one that is registered twice stays one."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or isinstance(parameter, nn.UninitializedParameter):
+            return parameter
+        if parameter not in self._known:
+            self._known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        found: nn.Parameter = self._known[parameter]
+        return found
+
+
 def try_builder(section: ModelSection, builder: Builder) -> None:
-    """Raise RecipeValueError where the builder, tried on the meta device, refuses its arguments."""
+    """Raise RecipeValueError where the builder, tried without memory for parameters, refuses its arguments."""
     if section.entrypoint is not None:  # what it does is not known
         return
-    try:
-        with torch.device("meta"):
-            call_builder(section, builder, _completed(section, builder, None))
-    except RecipeValueError as error:
-        # RegNet computes its widths with tensors, which the meta device cannot read: nothing is known then.
-        if not (isinstance(error.__cause__, RuntimeError) and "meta" in str(error.__cause__)):
-            raise
+    with parameters_without_numbers():
+        call_builder(section, builder, _completed(section, builder, None))
 
 
 def too_few_classes(given: int, classes: int) -> str:
@@ -169,21 +225,17 @@ def check_fit(model: nn.Module, data: Data) -> None:
     """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
 
     The output must be [1, at least num_classes], and of the image's height and width where the data has masks. Runs
-    where the model is; modes are put back.
+    where the model is, which is left as it was.
     """
     image = data.probe[0][0]
     shape = "x".join(str(size) for size in image.shape)
-    modes = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), torch.empty(0))
-    model.eval()
     try:
-        with torch.no_grad():
+        with found_again(model), torch.no_grad():
+            model.eval()
             outputs = main_output(model(image.unsqueeze(0).to(parameter.device)))
     except Exception as error:
         raise misfit(model, data.name, image.shape, error) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     task, size = ("segmentation", list(image.shape[1:])) if data.masked else ("classification", [])
     if outputs.ndim != 2 + len(size) or outputs.shape[0] != 1 or list(outputs.shape[2:]) != size:
         raise NeqError(

@@ -5,20 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection, ModelSection
 from neq_cli.training.catalogue import Shape, sample_shape
 from neq_cli.training.models import build_model, first_convolution, misfit
 from neq_cli.training.outputs import main_output
-
-
-def build_outline(section: ModelSection, num_classes: int | None = None) -> nn.Module:
-    """Build the network on the meta device; on the CPU where that fails, as builders that read numbers back do."""
-    try:
-        with torch.device("meta"):
-            return build_model(section, num_classes)
-    except NeqError:
-        return build_model(section, num_classes)
 
 
 def images_shape(section: DataSection, model: nn.Module) -> Shape | None:
@@ -36,7 +26,7 @@ def images_shape(section: DataSection, model: nn.Module) -> Shape | None:
 def count_outputs(section: ModelSection, outline: nn.Module, name: str, shape: Shape) -> int:
     """Return how many classes the model tells apart, tried on an image of ``name``; NeqError where it takes none.
 
-    ``outline`` is the model as ``build_outline`` returns it.
+    ``outline`` is the model as ``build_on_meta`` returns it.
     """
     given = section.kwargs.get("num_classes")
     if isinstance(given, int):

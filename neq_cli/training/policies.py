@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 from neq_cli.errors import NeqError
@@ -23,7 +24,10 @@ def build_policy(section: PolicySection, seed: int) -> Policy:
     if isinstance(section, BaselinePolicy):
         return Baseline()
     if isinstance(section, NEqPolicy):
-        return NEq(section.epsilon, section.mu, section.definition)
+        with warnings.catch_warnings():
+            # Whoever loads the recipe says it, with the key's name.
+            warnings.filterwarnings("ignore", message="mu=")
+            return NEq(section.epsilon, section.mu, section.definition)
     if isinstance(section, StochasticPolicy):
         return Stochastic(chosen_share(section), seed)
     make = load_entrypoint(section.entrypoint, "policy.entrypoint")

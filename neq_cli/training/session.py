@@ -26,9 +26,9 @@ from neq_cli.training.engine import Trainer
 from neq_cli.training.full_memory import full_memory_named
 from neq_cli.training.layout import choose_layout
 from neq_cli.training.loaders import make_loaders
-from neq_cli.training.models import build_model, check_fit
+from neq_cli.training.models import build_model, build_on_meta, check_fit
 from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
-from neq_cli.training.outline import build_outline, images_shape
+from neq_cli.training.outline import images_shape
 from neq_cli.training.policies import (
     build_policy,
     chosen_share,
@@ -220,11 +220,11 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     A stochastic policy is averaged over the epochs; the sets of any other are known only to training, so it counts as
     dense. Raises RecipeError where the data does not tell the size of its images.
     """
-    model = build_outline(recipe.model, class_count(recipe.data))
+    model = build_on_meta(recipe.model, class_count(recipe.data))
     shape = images_shape(recipe.data, model)
     if shape is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    sample = torch.zeros((1, *shape), device=next(model.parameters()).device)
+    sample = torch.zeros((1, *shape), device="meta")
     anatomy = study(model, sample, exclude=recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe, notes = match(recipe, model, (1, *shape), matched_flops)

@@ -220,13 +220,88 @@ def test_in_single_precision_too(workers: Any) -> None:
 @pytest.mark.parametrize("mode", ["exact", "truncated", "dense"])
 @pytest.mark.parametrize("views", [False, True])
 def test_a_model_that_is_wrapped_once_stays_in_one_graph(workers: Any, mode: str, views: bool) -> None:
-    # In truncated mode, a parameter outside neurons that no error reaches gets zeros here instead of no gradient.
-    script = {"script": [shares if shares.get("", 1) else {} for shares in SCRIPT]} if mode == "truncated" else {}
-    if mode == "truncated":
-        script["script"][2] = {"conv": 0.5}
-    alone = trained(mode, "adamw", "", 1, script)
-    options = {**script, "gradient_as_bucket_view": views}
+    # In truncated mode frozen layers cut the token off, which weight decay would move wherever it has a gradient.
+    alone = trained(mode, "adamw", "", 1, {})
+    options = {"gradient_as_bucket_view": views}
     compare(alone, workers(2, trained, mode, "adamw", "before", 2, options), 1e-10)
+
+
+class Beside(nn.Module):
+    """Parameters outside neurons: before layers, inside one that computes its own way, beside layers, at the end."""
+
+    class LowRank(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) + inputs @ self.down.T @ self.up.T
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.gate, self.scale = (nn.Parameter(torch.randn(4)) for _ in range(3))
+        self.first, self.own, self.second, self.third = (
+            nn.Linear(4, 4),
+            self.LowRank(),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+        )
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.own(torch.tanh(self.first(inputs + self.shift)))
+        left = torch.tanh(self.second(hidden))
+        right = torch.tanh(self.third(hidden * self.gate))
+        return self.head(left + right) * self.scale
+
+
+FROZEN_BESIDE: list[Mapping[str, float]] = [
+    {"first": 0}, {"second": 0, "third": 0}, {"third": 0}, {"second": 0.5, "third": 0}, {"own": 0, "third": 0}, {"": 0},
+    {"first": 0, "second": 0}, {},
+]  # fmt: skip
+
+
+def moved_beside(wrap: bool, set_to_none: bool, options: Mapping[str, Any]) -> list[tuple[list[str], list[Tensor]]]:
+    """Return after each epoch which parameters have no gradient, and all parameters."""
+    torch.manual_seed(4)
+    model = Beside().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    wrapped = DistributedDataParallel(model, **options) if wrap else model
+    freezer = Freezer(
+        wrapped, optimizer, [torch.randn(3, 4, dtype=torch.float64)], Scripted(FROZEN_BESIDE), backward="truncated",
+        dispatch=Dispatch(fixed=True), process_group=torch.distributed.group.WORLD if wrap else None,
+    )  # fmt: skip
+    found = []
+    for _ in range(len(FROZEN_BESIDE) + 1):
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            wrapped(own_part(torch.randn(4, 4, dtype=torch.float64))).square().mean().backward()
+            optimizer.step()
+        none = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        found.append((none, [parameter.detach().clone() for parameter in model.parameters()]))
+        freezer.step()
+    freezer.detach()
+    return found
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"bucket_cap_mb": 1e-4}]
+)
+def test_what_no_error_reaches_has_no_gradient_in_a_wrapped_model_either(
+    workers: Any, options: Mapping[str, Any], set_to_none: bool
+) -> None:
+    alone = moved_beside(False, set_to_none, {})
+    if set_to_none:
+        cut = [{"shift", "gate", "own.down", "own.up", "scale"} & set(none) for none, _ in alone]
+        both = {"shift", "gate", "own.down", "own.up"}
+        # In the first epoch nothing is frozen yet; "first" whole cuts off what lies before it.
+        assert cut == [set(), {"shift"}, both, {"gate"}, {"gate"}, {"gate"}, both, {"shift"}, set()]
+    for everyones in workers(2, moved_beside, True, set_to_none, options):
+        for epoch, ((none, parameters), (expected_none, expected)) in enumerate(zip(everyones, alone, strict=True)):
+            assert none == expected_none, epoch
+            for found, wanted in zip(parameters, expected, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def only_whole(mode: str) -> list[str]:

@@ -125,16 +125,16 @@ def test_a_share_may_be_empty_but_not_all(workers: Any) -> None:
 
 
 class Growing(nn.Module):
-    """A layer that is called once more than before by whoever counts."""
+    """A layer that is called once more by whoever looks at a weight, which was none at first."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head, self.calls, self.growing = nn.Linear(4, 4), nn.Linear(4, 2), 0, False
+        self.first, self.head, self.looks = nn.Linear(4, 4), nn.Linear(4, 2), False
+        self.calls = nn.Parameter(torch.zeros(()))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.calls += self.growing
         hidden = self.first(inputs)
-        for _ in range(self.calls % 2):
+        for _ in range(int(self.calls) if self.looks else 0):
             hidden = self.first(hidden)
         return self.head(hidden)
 
@@ -143,7 +143,9 @@ def unlike() -> tuple[list[float], list[float]]:
     model = Growing()
     group = torch.distributed.group.WORLD
     freezer = Freezer(model, torch.optim.SGD(model.parameters(), lr=0.1), [torch.ones(2, 4)], process_group=group)
-    model.growing = torch.distributed.get_rank() == 1
+    model.looks = torch.distributed.get_rank() == 1
+    with torch.no_grad():
+        model.calls.fill_(1)
     freezer.step()
     return tuple(freezer.dynamics[name].phi.tolist() for name in ("first", "head"))  # type: ignore[return-value]
 

@@ -53,8 +53,9 @@ def test_neq_checks_its_arguments() -> None:
             NEq(mu=mu)
     with pytest.raises(ValueError, match="definition is 'papr'"):
         NEq(definition="papr")  # type: ignore[arg-type]
-    with pytest.warns(UserWarning, match=r"mu=0\.9"):
+    with pytest.warns(UserWarning, match=r"mu=0\.9") as said:
         assert NEq(mu=0.9).mu == 0.9
+    assert [warning.filename for warning in said] == [__file__]  # where it was asked for
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         NEq(mu=0.5)

@@ -10,7 +10,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import segmentation
-from torchvision.models.convnext import LayerNorm2d
 
 from neq_cli.freezing.anatomy import Anatomy, study
 
@@ -305,75 +304,3 @@ def test_products_without_a_layer_are_counted_with_the_layer_called_before() -> 
 
     trace = study(Products(), torch.randn(1, 5, 4)).trace
     assert trace.products == {"": 5 * 4 * 4, "second": 2 * (6 * 5 * 6) + 2 * (5 * 6 * 6)}
-
-
-# Axes that a class chooses for itself.
-
-
-class Shifted(nn.Linear):
-    """Takes more than its input."""
-
-    def forward(self, inputs: Tensor, shift: float) -> Tensor:
-        return super().forward(inputs) + shift
-
-
-class Mixed(nn.Linear):
-    """Puts out a mixture of its neurons."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs).softmax(-1)
-
-
-class Transposing(nn.LayerNorm):
-    """Normalises over channels and puts out [samples, channels, positions], as channels-first code does."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs.transpose(1, 2)).transpose(1, 2)
-
-
-class Standardised(nn.Conv2d):
-    """The same axis as ever, from a weight that it changes first."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return nn.functional.conv2d(inputs, weight, self.bias)
-
-
-def test_axes_found_by_experiment() -> None:
-    cases: list[tuple[nn.Module, tuple[int, ...], int | None]] = [
-        (LayerNorm2d(4), (4, 4, 4), -3),
-        (Transposing(5), (5, 5), -2),
-        (Standardised(2, 3, 1), (2, 4, 4), -3),
-        (Mixed(4, 3), (4,), None),
-    ]
-    for module, shape, axis in cases:
-        net = nn.Sequential(module)
-        before = [parameter.detach().clone() for parameter in net.parameters()]
-        anatomy = study(net, torch.randn(2, *shape))
-        assert anatomy.trace.axes == {"0": axis}, module
-        if axis is not None:
-            assert (anatomy.neurons.layers["0"].axis, anatomy.neurons.layers["0"].axis_dimensions) == (axis, 1)
-        assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
-        assert all(isinstance(parameter, nn.Parameter) for parameter in net[0]._parameters.values())
-
-
-def test_layers_whose_axis_is_unknown_never_freeze() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shifted, self.mixed, self.head = Shifted(4, 4), Mixed(4, 4), nn.Linear(4, 2)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.head(self.mixed(self.shifted(inputs, 0.5)))
-
-    anatomy = study(Net(), torch.randn(2, 4))
-    assert set(anatomy.never_frozen) == {"shifted", "mixed", "head"}
-    assert "axis" in anatomy.never_frozen["shifted"]
-    assert anatomy.never_frozen["head"] == "output layer"
-
-
-def test_the_experiment_is_not_counted() -> None:
-    # 2 inputs x 3 outputs x 16 positions; nothing else multiplies.
-    trace = study(nn.Sequential(Standardised(2, 3, 1)), torch.randn(2, 2, 4, 4)).trace
-    assert trace.multiply_adds == {"0": 96}
-    assert trace.products == {}

@@ -340,3 +340,43 @@ def test_state_names_all_that_the_rest_of_a_run_depends_on() -> None:
     assert state["averaged"].keys() >= {"module.0.weight", "n_averaged"}
     for part in ("model", "optimizer", "scheduler", "scaler", "freezer", "processes"):
         assert state[part], part
+
+
+class Merging(nn.Linear):
+    """Adds a part to its weight in eval mode and takes it off again in training mode."""
+
+    merged = False
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.part = nn.Parameter(torch.ones(outputs, inputs))
+
+    def train(self, mode: bool = True) -> Merging:
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += self.part.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight if self.merged else self.weight + self.part, self.bias)
+
+
+def merging_network() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), Merging(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("ema", [None, 0.5])
+def test_what_a_run_saves_is_what_trains(ema: float | None) -> None:
+    trainer = make_trainer(network="merging_network", epochs=3, ema=ema)
+    other = make_trainer(network="merging_network", epochs=3, ema=ema)
+    records = trainer.run()
+    for record in records:
+        if isinstance(record, EpochRecord):
+            models = [trainer.model, trainer.tested_model]
+            assert not any(module.merged for model in models for module in model.modules() if hasattr(module, "merged"))
+            if record.epoch == 1:
+                other.load_state_dict(trainer.state_dict())
+    assert [record.epoch for record in epochs_of(other)] == [2, 3]
+    for name, tensor in weights_of(trainer).items():
+        assert torch.equal(weights_of(other)[name], tensor), name

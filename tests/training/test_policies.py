@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,6 +126,13 @@ def test_sections_become_policies() -> None:
     policy = build_policy(StochasticPolicy(p="match:somewhere", matched_p=0.4), 1)
     assert isinstance(policy, Stochastic)
     assert policy.p == 0.4
+
+
+def test_a_policy_of_a_recipe_is_warned_of_by_the_recipe_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(policy := build_policy(NEqPolicy(mu=0.9), 1), NEq)
+    assert policy.mu == 0.9
 
 
 def test_a_share_that_is_not_matched_yet() -> None:

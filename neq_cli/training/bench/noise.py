@@ -8,7 +8,8 @@ from neq_cli.recipe import Recipe
 from neq_cli.training.catalogue import Shape, class_count, find_name, has_masks
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.images import StoredImages
-from neq_cli.training.outline import build_outline, count_outputs, images_shape
+from neq_cli.training.models import build_on_meta
+from neq_cli.training.outline import count_outputs, images_shape
 from neq_cli.training.transforms import Preparation
 
 
@@ -20,7 +21,7 @@ def find_data(recipe: Recipe) -> tuple[Data, bool]:
     image, or the data has to be opened and cannot be.
     """
     classes = class_count(recipe.data)
-    model = build_outline(recipe.model, classes)
+    model = build_on_meta(recipe.model, classes)
     shape = images_shape(recipe.data, model)
     if shape is None:
         return load_data(recipe.data, recipe.seed), False
