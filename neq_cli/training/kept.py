@@ -169,8 +169,6 @@ def _decoded(images: Images, place: torch.device, reading: Reading) -> _Kept:
     for batch, batch_labels in _read(images, reading):
         if kept is None:
             kept = _room(len(images), batch, place)
-        if batch.dtype != kept.dtype:
-            raise DataError(f"data.cache: images of {kept.dtype} and {batch.dtype}; make all alike, or use none")
         kept[start : start + len(batch)] = batch
         start += len(batch)
         labels.append(batch_labels.clone())

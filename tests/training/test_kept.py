@@ -249,7 +249,7 @@ def passes_of_plain_floats(data: Stored) -> list[KeptBatches]:
     return [KeptBatches(part, CPU, CPU, Reading(4, 0, 1), sampler) for sampler in (None, ShuffledSampler(6, 1))]
 
 
-def test_images_of_two_types_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_two_types_are_refused_and_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mixedmodule.py").write_text(
         "import torch\n"
         "class Mixed(list): classes = ['a']\n"
@@ -259,8 +259,12 @@ def test_images_of_two_types_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     data = load_data(DataSection(entrypoint="mixedmodule:make", probe_size=1), 1)
-    with pytest.raises(TrainingError, match=r"^data.cache: images of torch.float32 and torch.uint8; make all alike"):
-        list(make_loaders(data, 4, 0, 1, CPU, cache="memory").test)
+    says = (
+        r"^image 0 of mixedmodule:make: more than 8 bits \(float32\), but others have 8 bits; store all images alike$"
+    )
+    for cache in ("memory", "none"):
+        with pytest.raises(TrainingError, match=says):
+            list(make_loaders(data, 4, 0, 1, CPU, cache=cache).test)
 
 
 def test_no_room_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
