@@ -145,7 +145,9 @@ class DataSection(Section):
         examples=["[0.25, 0.24, 0.26]"],
     )
     probe_size: Count = Field(default=50, description="held-out training inputs that neurons are observed on")
-    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="processes that load images; 0: none")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="processes that load images; 0: none; those that are kept are read once, by all cores"
+    )
     cache: Cache = Field(
         default="auto", description="where decoded images are kept: in memory, on the device; auto: where they fit"
     )

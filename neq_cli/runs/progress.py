@@ -12,12 +12,15 @@ from typing import Literal, Protocol
 
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, Record, RunStarted, StepProgress
+from neq_cli.records import EpochRecord, Preparing, Record, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_percent, printable, ratio_percent
 from neq_cli.runs.screen.pace import Pace, clock
 
 Mode = Literal["auto", "rich", "plain", "off"]
+
+_PREPARING_SECONDS = 5.0
+"""Between two lines on how far one part of a start is."""
 
 
 class Progress(Protocol):
@@ -44,6 +47,9 @@ class PlainProgress:
         self._now = now
         self._started: RunStarted | None = None
         self._pace = Pace(now())
+        self._preparing: Preparing | None = None  # what was said last
+        self._said = -math.inf
+        self._trained = False
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -61,12 +67,22 @@ class PlainProgress:
             self.message(started_line(record))
             for note in record.notes:
                 self.message(f"note: {note}")
+        elif isinstance(record, Preparing):
+            self._show_preparing(record)
         elif isinstance(record, StepProgress):
             self._pace.step(record, self._now())
         elif isinstance(record, EpochRecord) and self._started is not None:
+            self._trained = True
             self._pace.end_epoch(float(record.metrics["epoch_seconds"]), self._now())
             left = (self._started.epochs - record.epoch) * self._pace.epoch_total()
             self.message(epoch_line(record, self._started, left))
+
+    def _show_preparing(self, record: Preparing) -> None:
+        """Print what the run is busy with before its first epoch is over, and every few seconds how far it is."""
+        new = self._preparing is None or record.what != self._preparing.what
+        if not self._trained and (new or self._now() - self._said >= _PREPARING_SECONDS):
+            self._preparing, self._said = record, self._now()
+            self.message(record.text)
 
     def message(self, text: str) -> None:
         """Print a text, line by line."""

@@ -14,7 +14,7 @@ from neq_cli.errors import FreezingError, RecipeError
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.dispatch import Dispatch
+from neq_cli.freezing.dispatch import Choice, Dispatch
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.records import RunStarted
 from neq_cli.training.catalogue import class_count, sample_shape
@@ -29,6 +29,7 @@ from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_n
 from neq_cli.training.policies import build_policy, chosen_share, matching_p, mean_stochastic_flops
 from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.sampling import Share
+from neq_cli.training.startup import Startup
 from neq_cli.training.step import AUTOCAST
 from neq_cli.training.sync_batchnorm import synchronised
 from neq_cli.training.tasks import build_task
@@ -53,20 +54,28 @@ def prepare(
     *,
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
+    earlier: Mapping[str, Choice] | None = None,
+    startup: Startup | None = None,
 ) -> Session:
     """Build model, data, optimiser, schedule and Freezer of ``recipe``, called ``name``.
 
     ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. ``processes`` train it together.
     ``resumed``: a checkpoint will be loaded, so that no weights to start from are needed; ``choices``: the kernels
-    chosen so far. Raises RecipeError, one line, for whatever only the real data or model can show to be wrong.
+    chosen so far, and ``earlier`` what other runs have timed; ``startup`` is told what takes time. Raises RecipeError,
+    one line, for whatever only the real data or model can show to be wrong.
     """
     processes = Processes() if processes is None else processes
+    startup = Startup() if startup is None else startup
     device = resolve_device(recipe.device, processes.local_rank if processes.count > 1 else None)
     _check_device(recipe, device, processes)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.seed, deterministic=recipe.deterministic)
-    data = _load_data(recipe, processes)
+    if device.type == "cuda":
+        with startup.part("starting CUDA"):
+            torch.zeros((), device=device).item()
+    with startup.part("opening the data"):
+        data = _load_data(recipe, processes)
     loaders = make_loaders(
         data,
         recipe.batch_size,
@@ -75,21 +84,24 @@ def prepare(
         device,
         cache=recipe.data.cache,
         share=Share(processes.rank, processes.count, processes.local_count),
+        startup=startup,
     )
-    model = build_model(recipe.model, data.num_classes)
+    with startup.part("building the model"):
+        model = build_model(recipe.model, data.num_classes)
     notes = [loaders.note, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
     if not resumed:
         notes[1:1] = load_weights(model, recipe.model)
     check_fit(model, data)
     model.to(device)
     if recipe.channels_last == "auto":
-        chosen = choose_layout(
-            model,
-            data.image_shape,
-            recipe.batch_size,
-            autocast=AUTOCAST[recipe.precision],
-            fixed=recipe.deterministic,
-        )
+        with startup.part("timing memory formats"):
+            chosen = choose_layout(
+                model,
+                data.image_shape,
+                recipe.batch_size,
+                autocast=AUTOCAST[recipe.precision],
+                fixed=recipe.deterministic,
+            )
         channels_last, note = processes.shared(chosen)
         recipe = recipe.model_copy(update={"channels_last": channels_last})
         notes.append(note)
@@ -98,20 +110,21 @@ def prepare(
         model = synchronised(model, device)  # from here on, a forward pass in training is all processes'
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     recipe = match(recipe, model, (1, *data.image_shape), matched_flops)
-    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel)
+    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel, known=earlier)
     try:
         dispatch.load_state_dict(choices or {})
-        freezer = Freezer(
-            model,
-            optimizer,
-            loaders.probe,
-            build_policy(recipe.policy, recipe.seed),
-            backward=recipe.backward,
-            dispatch=dispatch,
-            compiled=recipe.compile,
-            exclude=recipe.exclude,
-            process_group=processes.group,
-        )
+        with startup.part("looking at the model"):
+            freezer = Freezer(
+                model,
+                optimizer,
+                loaders.probe,
+                build_policy(recipe.policy, recipe.seed),
+                backward=recipe.backward,
+                dispatch=dispatch,
+                compiled=recipe.compile,
+                exclude=recipe.exclude,
+                process_group=processes.group,
+            )
     except FreezingError as error:
         raise RecipeError([str(error)]) from error
     trainer = Trainer(
@@ -125,6 +138,7 @@ def prepare(
         scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
         freezer=freezer,
         processes=processes,
+        startup=startup,
     )
     if not processes.first:
         # What is random within the model, such as dropout, is each process's own.
@@ -134,7 +148,7 @@ def prepare(
         recipe_name=name,
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
         policy=_describe_policy(recipe),
-        device=describe_device(device) + (f" in {processes.count} processes" if processes.count > 1 else ""),
+        device=describe_device(device, processes.count),
         epochs=recipe.epochs,
         steps_per_epoch=len(loaders.train),
         metric=trainer.task.metric,

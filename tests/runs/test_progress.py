@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from neq_cli.records import EpochRecord, RunResumed, RunStarted, StepProgress
+from neq_cli.records import EpochRecord, Preparing, Record, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.progress import Mode, PlainProgress, Silent, choose_progress
 
@@ -50,13 +50,35 @@ def epoch(**changes: float) -> EpochRecord:
     return EpochRecord(int(metrics["epoch"]), metrics, ())
 
 
-def plain_lines(*records: RunStarted | StepProgress | EpochRecord) -> list[str]:
+def plain_lines(*records: Record) -> list[str]:
     file = io.StringIO()
     # A terminal, with colours and too narrow for a line: plain is plain there, too.
     with PlainProgress(Console(file=file, force_terminal=True, width=40), now=lambda: 0.0) as progress:
         for record in records:
             progress.show(record)
     return file.getvalue().splitlines()
+
+
+def test_a_start_is_told_part_by_part_and_not_too_often_until_an_epoch_is_over() -> None:
+    file, now = io.StringIO(), [0.0]
+    progress = PlainProgress(Console(file=file), now=lambda: now[0])
+    progress.show(Preparing("opening the data"))
+    progress.show(Preparing("reading images"))
+    for done in range(1000, 13_000, 1000):
+        now[0] += 1
+        progress.show(Preparing("reading images", done, 50_000))
+    progress.show(STARTED)
+    progress.show(epoch())
+    progress.show(Preparing("timing kernels"))
+    lines = file.getvalue().splitlines()
+    assert lines[:4] == [
+        "opening the data",
+        "reading images",
+        "reading images: 5,000 of 50,000, 10 %",
+        "reading images: 10,000 of 50,000, 20 %",
+    ]
+    assert lines[4].startswith("resnet32-cifar10")
+    assert lines[-1].startswith("epoch  12/250")
 
 
 def test_one_line_for_the_run_its_notes_and_one_per_epoch() -> None:

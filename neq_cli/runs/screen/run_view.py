@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neq_cli.records import EpochRecord, LayerState, RunResumed, RunStarted, StepProgress
+from neq_cli.records import EpochRecord, LayerState, Preparing, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.screen.pace import Pace
 
@@ -49,12 +49,16 @@ class RunView:
         self.velocity_bins = velocity_bins(np.zeros(0, dtype=np.float32))
         self.below_epsilon = math.nan  # share of observed neurons
         self.message = ""  # the latest
+        self.preparing: Preparing | None = None  # since the last step
         self.began = now
         self.ended: float | None = None  # when the last frame was due
         self.pace = Pace(now)
 
-    def show(self, record: RunResumed | StepProgress | EpochRecord, now: float) -> None:
+    def show(self, record: RunResumed | Preparing | StepProgress | EpochRecord, now: float) -> None:
         """Take in the next record."""
+        self.preparing = record if isinstance(record, Preparing) else None
+        if isinstance(record, Preparing):
+            return
         if isinstance(record, StepProgress):
             self.position = record
             self.pace.step(record, now)
