@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from threading import Timer
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -19,6 +20,8 @@ from neq_cli.runs.screen.pace import Pace, clock
 
 Mode = Literal["auto", "rich", "plain", "off"]
 
+_LONG_SECONDS = 2.0
+"""A part of a start that takes less is not worth a line."""
 _PREPARING_SECONDS = 5.0
 """Between two lines on how far one part of a start is."""
 
@@ -47,8 +50,9 @@ class PlainProgress:
         self._now = now
         self._started: RunStarted | None = None
         self._pace = Pace(now())
-        self._preparing: Preparing | None = None  # what was said last
+        self._preparing: Preparing | None = None  # the part of a start that is going on
         self._said = -math.inf
+        self._late = Timer(0, lambda: None)  # says what goes on for long; not yet started
         self._trained = False
 
     def __enter__(self) -> PlainProgress:
@@ -57,10 +61,12 @@ class PlainProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        pass
+        self._late.cancel()
 
     def show(self, record: Record) -> None:
         """Print what the record adds; steps only tell how long the rest will take."""
+        if not isinstance(record, Preparing):
+            self._late.cancel()
         if isinstance(record, RunStarted):
             self._started = record
             self._pace = Pace(self._now())
@@ -78,10 +84,18 @@ class PlainProgress:
             self.message(epoch_line(record, self._started, left))
 
     def _show_preparing(self, record: Preparing) -> None:
-        """Print what the run is busy with before its first epoch is over, and every few seconds how far it is."""
-        new = self._preparing is None or record.what != self._preparing.what
-        if not self._trained and (new or self._now() - self._said >= _PREPARING_SECONDS):
-            self._preparing, self._said = record, self._now()
+        """Print what the run is busy with before its first epoch is over where that takes long, and how far it is."""
+        now = self._now()
+        if self._trained:
+            return
+        if self._preparing is None or record.what != self._preparing.what:
+            self._late.cancel()
+            self._late = Timer(_LONG_SECONDS, self.message, [record.text])
+            self._late.daemon = True
+            self._late.start()
+            self._preparing, self._said = record, now
+        elif now - self._said >= _PREPARING_SECONDS:
+            self._said = now
             self.message(record.text)
 
     def message(self, text: str) -> None:
