@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neq_cli.errors import Terminated, TrainingError, described
-from neq_cli.records import EpochRecord, Pause, StepProgress
+from neq_cli.records import EpochRecord, Pause, Preparing, StepProgress
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import RunWriter, atomic_write, writing
 from neq_cli.signals import StopRequests
@@ -40,12 +40,15 @@ class Recording:
         self.requests = requests
         self.best = best
         self.saved = time.monotonic()
+        self.timed = 0.0  # seconds that went into timing kernels
         self.trainer.wish = self._wish
 
     def follow(self) -> None:
         """Train to the end. Raises Terminated where a signal asked to stop, once all is saved."""
         if self.writer is not None:
             _keep_kernel_choices(self.session, self.writer)
+        dispatch = self.trainer.freezer.dispatch
+        dispatch.on_timing = lambda: self.progress.show(Preparing("timing kernels", len(dispatch.choices)))
         for record in self.trainer.run():
             # Nothing is lost while the first images are waited for, which may take minutes.
             self.requests.set_at_once(isinstance(record, StepProgress) and record.phase == "load")
@@ -54,11 +57,21 @@ class Recording:
                 continue
             if isinstance(record, EpochRecord):
                 self._write_epoch(record)
+                self._say_what_took(record)
             self.progress.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
         if self.writer is not None:
             _save_weights(self.session, self.writer)
+
+    def _say_what_took(self, record: EpochRecord) -> None:
+        """Say what the epoch took that others need not, where it was much."""
+        startup, timed = self.trainer.startup, self.trainer.freezer.dispatch.seconds
+        startup.add("timing kernels", timed - self.timed)
+        self.timed = timed
+        took = startup.summary()
+        if took:
+            self.progress.message(f"epoch {record.epoch} spent {took} on what others need not")
 
     def _wish(self) -> int:
         from neq_cli.training.engine import GO_ON, SAVE, STOP

@@ -25,6 +25,22 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class Preparing:
+    """What a run is busy with where no step can be counted; sent a few times a second at most."""
+
+    what: str  # "reading images"
+    done: int = 0
+    total: int = 0  # 0 where it cannot be counted
+
+    @property
+    def text(self) -> str:
+        """The record in a few words: "reading images: 31,000 of 49,950, 62 %"."""
+        if not self.total:
+            return self.what
+        return f"{self.what}: {self.done:,} of {self.total:,}, {100 * self.done // self.total} %"
+
+
+@dataclass(frozen=True)
 class StepProgress:
     """Where the current epoch stands; sent a few times a second at most, never once per step."""
 
@@ -93,4 +109,4 @@ class Pause:
     stop: bool  # somebody asked the run to end here
 
 
-Record = RunStarted | RunResumed | StepProgress | EpochRecord | Compiling
+Record = RunStarted | RunResumed | Preparing | StepProgress | EpochRecord | Compiling

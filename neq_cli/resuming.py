@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from neq_cli.earlier import Earlier
 from neq_cli.errors import RecipeError, RunDirectoryError
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.file import LoadedRecipe
@@ -26,6 +27,7 @@ class Start:
     finished: bool = False
     messages: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()  # checkpoints that must not become the one before last
+    earlier: Earlier = field(default_factory=Earlier)
 
 
 def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, str]:

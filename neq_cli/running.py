@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from neq_cli.earlier import Earlier, earlier_choices
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.file import LoadedRecipe, dump_recipe
@@ -24,12 +25,15 @@ from neq_cli.runs.formatting import counted, format_metric, printable
 from neq_cli.runs.past_epochs import past_epochs
 from neq_cli.runs.progress import Progress
 from neq_cli.runs.run_dir import ELSEWHERE, RunWriter, default_run_directory, writing
+from neq_cli.runs.run_files import recipe_folder
 from neq_cli.runs.run_reader import Run, read_run
 from neq_cli.signals import StopRequests
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.problems import RecipeValueError
+from neq_cli.training.startup import Startup
 
 if TYPE_CHECKING:
+    from neq_cli.freezing.dispatch import Choice
     from neq_cli.runs.bench_view import BenchProgress
     from neq_cli.training.distributed import Processes
     from neq_cli.training.session import Session
@@ -37,12 +41,15 @@ if TYPE_CHECKING:
 _MATCH = "match:"
 
 
-def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False) -> Path:
+def train(
+    loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False, loading: float = 0.0
+) -> Path:
     """Train ``loaded`` into ``run_directory`` (None: one named after recipe, time and seed) and return that folder.
 
-    ``resume`` goes on where an earlier training of it ended, and begins where there was none. The run's status tells
-    afterwards how it ended. Raises NeqError for what is wrong, Terminated or KeyboardInterrupt where a signal ended it,
-    once what was reached is saved. Of several processes, all call it.
+    ``resume`` goes on where an earlier training of it ended, and begins where there was none. ``loading``: how many
+    seconds went by before this. The run's status tells afterwards how it ended. Raises NeqError for what is wrong,
+    Terminated or KeyboardInterrupt where a signal ended it, once what was reached is saved. Of several processes, all
+    call it.
     """
     from neq_cli.training.distributed import in_company, joined, restarted
 
@@ -55,13 +62,30 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
                 writer, start = _resumption(loaded, run_directory, processes.count)
             if writer is not None:
                 stack.enter_context(writer)
+            if processes.first and not start.finished:
+                path = run_directory if writer is None else writer.path
+                start = replace(start, earlier=_earlier_choices(loaded, path, processes))
             start = processes.shared(start)
             if start.finished:
                 return Path(processes.shared(_say_finished(writer, start, progress)))
             if writer is not None:
                 writer.check_writable()
             loaded = replace(loaded, recipe=start.recipe)
-            session = prepared(loaded, processes, resumed=start.state is not None, choices=start.choices)
+            stack.enter_context(progress)
+            stack.enter_context(_own_prints_on_stderr())  # once more: a display on a terminal prints them above itself
+            startup = Startup(progress.show)
+            if loading:
+                startup.add("loading PyTorch", loading)
+            session = prepared(
+                loaded,
+                processes,
+                resumed=start.state is not None,
+                choices=start.choices,
+                earlier=start.earlier.choices,
+                startup=startup,
+            )
+            started = replace(session.started, notes=(*session.started.notes, *start.earlier.notes))
+            session = replace(session, started=started)
             _load(session, start)
             if writer is not None:
                 writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), _environment(session))
@@ -71,16 +95,17 @@ def train(loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, 
             elif processes.first:
                 writer = stack.enter_context(_create_directory(run_directory, loaded.name, session))
         stack.enter_context(status_of(writer))
-        stack.enter_context(progress)
         if writer is not None:
             processes.last_words(partial(_give_up, writer, progress))
-        stack.enter_context(_own_prints_on_stderr())  # once more: a display on a terminal prints them above itself
         stack.enter_context(in_company(processes))
         for message in (*start.messages, *([writer.note] if writer is not None and writer.note else [])):
             progress.message(message)
         if writer is not None:
             _write_beginning(writer, loaded, session)
         progress.show(session.started)
+        took = startup.summary()
+        if took:
+            progress.message(f"started in {took}")
         past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
         if past:
             progress.show(RunResumed(past))
@@ -109,6 +134,18 @@ def _resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tu
         within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
         said += f" after epoch {start.state['epoch']}{within}"
     return writer, replace(start, messages=(said, *start.messages))
+
+
+def _earlier_choices(loaded: LoadedRecipe, path: Path | None, processes: Processes) -> Earlier:
+    """Return what the runs beside the one at ``path`` have timed, where that one is going to time anything."""
+    from neq_cli.training.device import machine, resolve_device
+
+    if loaded.recipe.deterministic or loaded.recipe.backward == "dense":
+        return Earlier()
+    device = resolve_device(loaded.recipe.device, processes.local_rank if processes.count > 1 else None)
+    own = None if path is None else path.absolute()
+    folder = recipe_folder(loaded.name) if own is None else own.parent
+    return earlier_choices(folder, machine(device, processes.count), own)
 
 
 def _say_finished(writer: RunWriter | None, start: Start, progress: Progress) -> Path | None:
@@ -171,12 +208,23 @@ def prepared(
     *,
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
+    earlier: Mapping[str, Choice] | None = None,
+    startup: Startup | None = None,
 ) -> Session:
     """Return the session of ``loaded``, ready to train; the keywords are those of ``training.session.prepare``."""
     from neq_cli.training.session import prepare
 
     with _located(loaded):
-        return prepare(loaded.recipe, loaded.name, matched_flops(loaded), processes, resumed=resumed, choices=choices)
+        return prepare(
+            loaded.recipe,
+            loaded.name,
+            matched_flops(loaded),
+            processes,
+            resumed=resumed,
+            choices=choices,
+            earlier=earlier,
+            startup=startup,
+        )
 
 
 def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,6 +49,7 @@ def train(
     from neq_cli.runs.progress import Silent, choose_progress
     from neq_cli.runs.run_dir import check_available, default_run_directory
 
+    began = time.perf_counter()
     changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
     alone = not _one_of_several()
     if output is not None and alone and not resume:
@@ -59,7 +61,9 @@ def train(
         return
     from neq_cli import running
 
-    run_directory = running.train(loaded, output, choose_progress(progress) if first else Silent(), resume=resume)
+    shown = choose_progress(progress) if first else Silent()
+    loading = time.perf_counter() - began
+    run_directory = running.train(loaded, output, shown, resume=resume, loading=loading)
     if first and not sys.stdout.isatty():
         print(run_directory)
 

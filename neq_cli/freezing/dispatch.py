@@ -55,8 +55,9 @@ class Dispatch:
     """The choices made so far, by a text that names the kind of call.
 
     ``fixed`` chooses by rule, without timing: the same in every run. ``on_choice`` is called after every new choice and
-    before its first use, so that it can be written down first. ``agree`` is given the kind of call and what times it,
-    and returns what several processes are to use together.
+    before its first use, so that it can be written down first; ``on_timing`` before a kind is timed. ``agree`` is given
+    the kind of call and what times it, and returns what several processes are to use together. ``known`` is what was
+    timed elsewhere, the same in all processes, and becomes a choice where it is asked for.
     """
 
     def __init__(
@@ -64,11 +65,15 @@ class Dispatch:
         *,
         fixed: bool = False,
         on_choice: Callable[[Dispatch], None] | None = None,
+        on_timing: Callable[[], None] | None = None,
         agree: Callable[[str, Callable[[], Choice]], Choice] | None = None,
+        known: Mapping[str, Choice] | None = None,
     ) -> None:
         self.fixed = fixed
         self.on_choice = on_choice
+        self.on_timing = on_timing
         self.agree = agree
+        self.known = {} if known is None else known
         self.choices: dict[str, Choice] = {}
         self.seconds = 0.0  # spent timing so far
 
@@ -84,13 +89,17 @@ class Dispatch:
         by_rule: Kernel,
         device: torch.device,
     ) -> Choice:
-        """Return the choice for ``kind``: the one made before, ``by_rule`` where fixed, else the fastest kernel."""
+        """Return the choice for ``kind``: that made before, ``by_rule`` if fixed, what is known, else the fastest."""
         found = self.find(kind)
         if found is not None:
             return found
         if self.fixed:
             choice = Choice(by_rule, {})
+        elif kind in self.known:
+            choice = self.known[kind]
         else:
+            if self.on_timing is not None:
+                self.on_timing()
             started = time.perf_counter()
             timing = partial(_fastest, kernels, run, device)
             choice = timing() if self.agree is None else self.agree(kind, timing)

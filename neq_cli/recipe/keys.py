@@ -49,6 +49,7 @@ Task = Annotated[
     Field(pattern=f"^(classification|segmentation|{_CALLABLE})$"),
     Words("classification, segmentation or pkg.mod:callable", ("classification", "segmentation")),
 ]
+PixelRange = Annotated[list[float], Field(min_length=2, max_length=2), Words("list of two numbers, low and high")]
 Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
 Cache = Literal["auto", "memory", "device", "none"]
 Device = Annotated[
@@ -128,6 +129,11 @@ class DataSection(Section):
     )
     cutmix: NotNegative = Field(default=0.0, description="alpha of CutMix; 0: none")
     ignore_index: int = Field(default=255, description="value of masks that is neither learnt nor measured")
+    value_range: PixelRange | None = Field(
+        default=None,
+        description="pixel values that become black and white; null: those of their type, such as 0 and 65535",
+        examples=["[0, 4095]"],
+    )
     mean: Annotated[list[float], Field(min_length=1)] | None = Field(
         default=None,
         description="per channel, of pixels in [0, 1]; null: the data's own",
@@ -139,7 +145,9 @@ class DataSection(Section):
         examples=["[0.25, 0.24, 0.26]"],
     )
     probe_size: Count = Field(default=50, description="held-out training inputs that neurons are observed on")
-    workers: Annotated[int, Field(ge=0)] = Field(default=2, description="processes that load images; 0: none")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="processes that load images; 0: none; those that are kept are read once, by all cores"
+    )
     cache: Cache = Field(
         default="auto", description="where decoded images are kept: in memory, on the device; auto: where they fit"
     )
@@ -154,6 +162,8 @@ class DataSection(Section):
             raise ValueError(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel"
             )
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range {self.value_range} is not from a lower to a higher value; turn it round")
         if self.base_size is not None and self.image_size is not None and self.base_size < self.image_size:
             raise ValueError(
                 f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it"

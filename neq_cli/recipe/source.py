@@ -19,7 +19,7 @@ def shipped_directory() -> Path:
 
 def shipped_names() -> list[str]:
     """Return the names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in shipped_directory().glob("*.yaml"))
+    return sorted(path.stem for path in shipped_directory().glob("[!.]*.yaml"))
 
 
 def find_recipe(reference: str) -> Path:

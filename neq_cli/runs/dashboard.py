@@ -15,10 +15,11 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
-from neq_cli.records import EpochRecord, Record, RunStarted
+from neq_cli.records import EpochRecord, Preparing, Record, RunStarted
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.screen.frame import Painter
 from neq_cli.runs.screen.frame_parts import text_of
+from neq_cli.runs.screen.pace import clock as time_text
 from neq_cli.runs.screen.run_view import RunView
 
 FRAMES_PER_SECOND = 4
@@ -31,6 +32,8 @@ class Dashboard:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console
         self.view: RunView | None = None
+        self._preparing: Preparing | None = None  # before there is a view
+        self._preparing_since = clock()
         self._clock = clock
         self._painter = Painter()
         self._lock = RLock()  # records come from the training thread, frames are drawn in another
@@ -55,6 +58,7 @@ class Dashboard:
         with self._lock:
             if self.view is not None:
                 self.view.ended = self._clock()
+            self._live.transient = self.view is None  # there is nothing worth a last frame
         self._live.stop()
         _on_screen.remove(self)
 
@@ -65,6 +69,10 @@ class Dashboard:
                 self.view = RunView(record, self._clock())
             elif self.view is not None:
                 self.view.show(record, self._clock())
+            elif isinstance(record, Preparing):
+                if self._preparing is None or record.what != self._preparing.what:
+                    self._preparing_since = self._clock()
+                self._preparing = record
         if isinstance(record, RunStarted):
             for note in record.notes:
                 self.message(f"note: {note}")
@@ -80,7 +88,7 @@ class Dashboard:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
             if self.view is None:
-                yield Segment(STARTING)
+                yield Segment(self._starting()[: options.max_width])
                 return
             # The last frame leaves a line for the shell's prompt, which would push its head off the screen.
             height = options.size.height - (self.view.ended is not None)
@@ -89,6 +97,11 @@ class Dashboard:
             if index:
                 yield Segment.line()
             yield from line
+
+    def _starting(self) -> str:
+        if self._preparing is None:
+            return STARTING
+        return f"{STARTING}: {self._preparing.text}, {time_text(self._clock() - self._preparing_since)}"
 
 
 class SteadyLive(Live):

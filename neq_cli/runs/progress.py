@@ -7,18 +7,24 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from threading import Timer
 from types import TracebackType
 from typing import Literal, Protocol
 
 from rich.console import Console
 
-from neq_cli.records import Compiling, EpochRecord, Record, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, Preparing, Record, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.formatting import MISSING, format_flops, format_metric, format_percent, printable, ratio_percent
 from neq_cli.runs.screen.pace import Pace, clock
 
 _FIRST_LINE = 10.0  # seconds
 Mode = Literal["auto", "rich", "plain", "off"]
+
+_LONG_SECONDS = 2.0
+"""A part of a start that takes less is not worth a line."""
+_PREPARING_SECONDS = 5.0
+"""Between two lines on how far one part of a start is."""
 
 
 class Progress(Protocol):
@@ -69,6 +75,10 @@ class PlainProgress:
         self._started: RunStarted | None = None
         self._pace = Pace(now())
         self._compiling = CompilingLines()
+        self._preparing: Preparing | None = None  # the part of a start that is going on
+        self._said = -math.inf
+        self._late = Timer(0, lambda: None)  # says what goes on for long; not yet started
+        self._trained = False
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -76,16 +86,20 @@ class PlainProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        pass
+        self._late.cancel()
 
     def show(self, record: Record) -> None:
         """Print what the record adds; steps only tell how long the rest will take."""
+        if not isinstance(record, Preparing):
+            self._late.cancel()
         if isinstance(record, RunStarted):
             self._started = record
             self._pace = Pace(self._now())
             self.message(started_line(record))
             for note in record.notes:
                 self.message(f"note: {note}")
+        elif isinstance(record, Preparing):
+            self._show_preparing(record)
         elif isinstance(record, StepProgress):
             self._pace.step(record, self._now())
         elif isinstance(record, Compiling):
@@ -93,9 +107,25 @@ class PlainProgress:
             if line is not None:
                 self.message(line)
         elif isinstance(record, EpochRecord) and self._started is not None:
+            self._trained = True
             self._pace.end_epoch(float(record.metrics["epoch_seconds"]), self._now())
             left = (self._started.epochs - record.epoch) * self._pace.epoch_total()
             self.message(epoch_line(record, self._started, left))
+
+    def _show_preparing(self, record: Preparing) -> None:
+        """Print what the run is busy with before its first epoch is over where that takes long, and how far it is."""
+        now = self._now()
+        if self._trained:
+            return
+        if self._preparing is None or record.what != self._preparing.what:
+            self._late.cancel()
+            self._late = Timer(_LONG_SECONDS, self.message, [record.text])
+            self._late.daemon = True
+            self._late.start()
+            self._preparing, self._said = record, now
+        elif now - self._said >= _PREPARING_SECONDS:
+            self._said = now
+            self.message(record.text)
 
     def message(self, text: str) -> None:
         """Print a text, line by line."""

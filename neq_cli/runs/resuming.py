@@ -14,7 +14,7 @@ from neq_cli.recipe.wording import shown
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.history import parse_time
 from neq_cli.runs.reading import damaged, read_json, read_yaml
-from neq_cli.runs.run_files import STATES, RunFiles, recipe_folder
+from neq_cli.runs.run_files import STATES, RunFiles, is_hidden, recipe_folder
 
 # What does not change what is trained, or may change in the middle. Whether another batch_size keeps the number of
 # images per update depends on the number of processes, which is not known here.
@@ -62,7 +62,7 @@ def candidates(recipe_name: str, seed: int, root: Path = Path("runs")) -> list[C
     found = []
     for path in paths:
         try:
-            if path.is_dir() and read_yaml(RunFiles(path).recipe).get("seed") == seed:
+            if not is_hidden(path) and path.is_dir() and read_yaml(RunFiles(path).recipe).get("seed") == seed:
                 state, began = _status(RunFiles(path))
                 # Two that began in the same second are called ...-s1 and ...-s1-2, ..., ...-s1-10.
                 found.append(((began, len(path.name), path.name), Candidate(path, stored_recipe(path), state)))

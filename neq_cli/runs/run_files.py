@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.runs.disk import PARTIAL, check_own
+from neq_cli.runs.disk import check_own
 from neq_cli.runs.formatting import printable
 
 STATES = ("running", "finished", "interrupted", "failed")
@@ -101,6 +101,11 @@ class RunFiles:
                 yield from folder.glob("*.safetensors")
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether the name begins with a dot: the lock, what a killed write leaves, and what file managers put anywhere."""
+    return path.name.startswith(".")
+
+
 def recipe_folder(recipe_name: str, root: Path = Path("runs")) -> Path:
     """Return where the runs of a recipe lie unless the user says otherwise."""
     return root / (re.sub(r"[^\w.+-]+", "-", recipe_name).strip(".-") or "recipe")
@@ -120,7 +125,7 @@ def default_run_directory(recipe_name: str, seed: int, now: datetime) -> Path:
 def check_available(path: Path) -> None:
     """Raise RunDirectoryError where ``path`` cannot become a run directory, before anything slow is begun."""
     try:
-        if _is_folder(path) and any(entry != RunFiles(path).lock for entry in path.iterdir()):
+        if _is_folder(path) and not all(map(is_hidden, path.iterdir())):  # the lock is hidden too
             raise RunDirectoryError(f"{printable(path)}: already exists and is not empty; choose another with -o")
     except OSError as error:
         raise cannot_be_made(path, error) from error
@@ -160,7 +165,7 @@ def _is_begun(files: RunFiles) -> bool:
         *files.root.iterdir(),
         *(entry for folder in files.folders if folder.exists() for entry in folder.iterdir()),
     ]
-    return all(entry in files.begun or entry.match(PARTIAL) for entry in entries)
+    return all(entry in files.begun or is_hidden(entry) for entry in entries)
 
 
 def cannot_be_made(path: Path, error: OSError) -> RunDirectoryError:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.runs.disk import PARTIAL, atomic_write, check_own, sync_folder, writing
+from neq_cli.runs.disk import atomic_write, check_own, sync_folder, writing
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.lock import Lock, acquire
 from neq_cli.runs.reading import damaged, read_json
-from neq_cli.runs.run_files import recipe_folder
+from neq_cli.runs.run_files import is_hidden, recipe_folder
 
 SCHEMA = 1
 MOST_RUNS = 2000  # of all calls together, so that sweep.json stays below what is read
@@ -82,8 +82,8 @@ def read_sweep(root: Path) -> SweepRecord | None:
             check_own(file)
         if files.record.exists():
             return _read_record(files.record)
-        # Before sweep.json there is nothing but the lock, also where a kill came in between.
-        if any(entry != files.lock and not entry.match(PARTIAL) for entry in root.iterdir()):
+        # Before sweep.json there is nothing but the lock, which is hidden, also where a kill came in between.
+        if not all(map(is_hidden, root.iterdir())):
             what = f"no {files.record.name}, but other files"
             raise RunDirectoryError(f"{printable(root)}: {what}: not a sweep to go on with; choose another with -o")
     except OSError as error:

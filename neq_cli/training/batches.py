@@ -80,7 +80,7 @@ class Batches(DataLoader[Any]):
 
     def _awaited(self, workers: list[BaseProcess]) -> Iterator[Any]:
         """Yield the batches, the caller's turn left out of what ``_deaths`` watches; tell which workers read them."""
-        with _deaths, _held_back():
+        with _deaths, _held_back(), _without_advice():
             batches = super().__iter__()
         _deaths.take_over()
         workers += getattr(batches, "_workers", [])
@@ -170,6 +170,14 @@ def _held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Leave out what torch says of the number of workers, which is the recipe's decision, also with fewer CPUs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*worker processes in total")
+        yield
+
+
 def _prepare_worker(_: int) -> None:
     """Leave it to the main process what a signal to all of them means, and end when it does, however it ends.
 
@@ -196,9 +204,7 @@ def in_batches(images: Dataset[Any], batch_size: int, workers: int, seed: int, *
     if chosen is not None:  # the batches themselves, as lists of positions
         batches, batch_size = len(chosen), 1
     workers = min(workers, batches)
-    with warnings.catch_warnings():
-        # How many workers there are is the recipe's decision, also where there are fewer CPUs.
-        warnings.filterwarnings("ignore", message=".*worker processes in total")
+    with _without_advice():
         return Batches(
             images,
             batch_size,

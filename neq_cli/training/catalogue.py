@@ -142,6 +142,16 @@ def masks_problems(section: DataSection, *, masks: bool) -> list[tuple[str, str]
     return problems
 
 
+def range_problems(section: DataSection) -> list[tuple[str, str]]:
+    """Return (key, problem) pairs of a ``value_range`` for data whose pixels are known to have 8 bits."""
+    if section.value_range is None or section.name is None:
+        return []
+    name = find_name(section.name)
+    if name in ("image_folder", "segmentation_folder", "COCO") or CATALOGUE[name].masks:
+        return []
+    return [("value_range", f"is for images in files, or data of your own; {name} has 8 bits, remove it")]
+
+
 def class_count(section: DataSection) -> int | None:
     """Return the number of classes where it is known without opening the data."""
     if section.name is None:

@@ -118,7 +118,8 @@ def _data(section: DataSection) -> Iterator[Problem]:
     if problems or section.name is None:
         return
     yield from _value_problem(lambda: catalogue.class_count(section))
-    for key, problem in catalogue.masks_problems(section, masks=bool(catalogue.has_masks(section))):
+    masks = bool(catalogue.has_masks(section))
+    for key, problem in (*catalogue.masks_problems(section, masks=masks), *catalogue.range_problems(section)):
         yield Problem(f"data.{key}", problem)
 
     def normalise() -> None:

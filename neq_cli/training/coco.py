@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from neq_cli.training.joint import IGNORED
+from neq_cli.training.pixels import Range, read_image
 from neq_cli.training.problems import RecipeValueError, one_line
 
 LAYOUT = "COCO holds train2017/, val2017/ and annotations/instances_{train,val}2017.json"
@@ -30,11 +30,12 @@ Object = tuple[int, Any]  # class, its outline as COCO writes it
 
 
 class CocoMasks:
-    """A part of COCO, as (RGB image, mask): each pixel the class of the object there, ignored where objects overlap."""
+    """A part of COCO, as (image, mask): each pixel the class of the object there, ignored where objects overlap."""
 
     classes = VOC_CLASSES
 
-    def __init__(self, root: Path, part: str, *, only_with_objects: bool) -> None:
+    def __init__(self, root: Path, part: str, *, only_with_objects: bool, value_range: Range | None = None) -> None:
+        self.value_range = value_range
         folder, annotations = root / f"{part}2017", root / "annotations" / f"instances_{part}2017.json"
         for path in (folder, annotations):
             if not path.exists():
@@ -65,8 +66,8 @@ class CocoMasks:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, NDArray[np.uint8]]:
-        with Image.open(self.samples[index][0]) as image:
-            return image.convert("RGB"), painted(self.objects[index], *self.sizes[index])
+        image = read_image(self.samples[index][0], self.value_range)
+        return image, painted(self.objects[index], *self.sizes[index])
 
 
 def painted(objects: Sequence[Object], height: int, width: int) -> NDArray[np.uint8]:

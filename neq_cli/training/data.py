@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +11,13 @@ import torch
 from torch import Tensor
 
 from neq_cli.recipe import DataSection
-from neq_cli.training.catalogue import masks_problems, statistics
-from neq_cli.training.images import Images, ReadImages, StoredImages, as_tensor
+from neq_cli.training.catalogue import masks_problems, range_problems, statistics
+from neq_cli.training.images import Images, ReadImages, StoredImages, place_of
 from neq_cli.training.joint import JointPreparation
 from neq_cli.training.masks import MaskedImages, is_mask
-from neq_cli.training.problems import RecipeValueError, one_line
-from neq_cli.training.sources import Source, Stored, open_source
+from neq_cli.training.pixels import Range, as_tensor, comes_as_floats
+from neq_cli.training.problems import DataError, RecipeValueError, one_line
+from neq_cli.training.sources import Source, Stored, open_source, range_of
 from neq_cli.training.transforms import Mixing, Preparation
 
 
@@ -59,11 +62,15 @@ def load_data(section: DataSection, seed: int) -> Data:
         if len(dataset) == 0:
             raise RecipeValueError("data", f"{source.name} has no {part} images")
     kept, probed = split(len(source.train), section.probe_size, seed)
+    own = section.entrypoint is not None
+    value_range = range_of(section) if own else None  # all others scale images as they read them
     image, target = _first(source)
     masked = is_mask(target)
-    for key, problem in masks_problems(section, masks=masked):
+    for key, problem in (*masks_problems(section, masks=masked), *range_problems(section)):
         raise RecipeValueError(f"data.{key}", problem)
-    preparation = _preparation(section, source, image, masked=masked)
+    first_image = _first_tensor(source, image, value_range)
+    finished = own and value_range is None and comes_as_floats(image)
+    preparation = _preparation(section, source, first_image.shape[0], masked=masked, finished=finished)
     everything = torch.arange(len(source.test))
     train: Images
     if isinstance(preparation, JointPreparation):
@@ -71,19 +78,20 @@ def load_data(section: DataSection, seed: int) -> Data:
             "name": source.name,
             "classes": len(source.classes),
             "ignore_index": section.ignore_index,
+            "value_range": value_range,
         }
         train = MaskedImages(source.train, kept, preparation, augmented=True, **options)
         probe: Images = MaskedImages(source.train, probed, preparation, **options)
         test: Images = MaskedImages(source.test, everything, preparation, whole=True, **options)
     else:
-        train = _images(source, source.train, kept, preparation, augmented=True)
-        probe = _images(source, source.train, probed, preparation, augmented=False)
-        test = _images(source, source.test, everything, preparation, augmented=False)
+        train = _images(source, source.train, kept, preparation, value_range, augmented=True)
+        probe = _images(source, source.train, probed, preparation, value_range, augmented=False)
+        test = _images(source, source.test, everything, preparation, value_range, augmented=False)
     first = probe.fixed([0])[0][0]
     channels, height, width = first.shape
     for images in (train, probe, test):
         if isinstance(images, ReadImages):
-            images.shape = first.shape
+            images.shape, images.dtype = first.shape, first.dtype
     return Data(
         name=source.name,
         train=train,
@@ -93,7 +101,7 @@ def load_data(section: DataSection, seed: int) -> Data:
         classes=source.classes,
         image_shape=(channels, height, width),
         image_bytes=first.nbytes + (height * width if masked else 0),
-        own=section.entrypoint is not None,
+        own=own,
         masked=masked,
         notes=source.notes,
     )
@@ -109,11 +117,11 @@ def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
     return order[probe_size:].sort().values, order[:probe_size].sort().values
 
 
-def _preparation(section: DataSection, source: Source, image: Tensor, *, masked: bool) -> Preparation:
-    """Return how images are prepared; tensors that come as floats are normalised only if the recipe says so."""
+def _preparation(section: DataSection, source: Source, channels: int, *, masked: bool, finished: bool) -> Preparation:
+    """Return how images are prepared; those that come ``finished`` are normalised only if the recipe says so."""
     options: dict[str, Any] = {"interpolation": section.interpolation}
-    if section.entrypoint is None or not image.is_floating_point() or section.mean or section.std:
-        options["mean"], options["std"] = statistics(section, image.shape[0])
+    if not finished or section.mean or section.std:
+        options["mean"], options["std"] = statistics(section, channels)
     if masked:
         return JointPreparation(section.image_size, section.augment, base_size=section.base_size, **options)
     mixing = None
@@ -122,25 +130,50 @@ def _preparation(section: DataSection, source: Source, image: Tensor, *, masked:
     return Preparation(section.image_size, section.augment, erasing=section.erasing, mixing=mixing, **options)
 
 
-def _first(source: Source) -> tuple[Tensor, Any]:
-    """Return the first training image and its target, as they are."""
+def _first(source: Source) -> tuple[Any, Any]:
+    """Return the first training image and its target, as the source has them."""
     if isinstance(source.train, Stored):
         return source.train.images[0], source.train.labels[0]
-    try:
+    with _named(source):
         image, target = source.train[0]
         if not is_mask(target):
             int(target)
-        return as_tensor(image), target
+        return image, target
+
+
+def _first_tensor(source: Source, image: Any, value_range: Range | None) -> Tensor:
+    with _named(source):
+        return as_tensor(image, value_range)
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Turn whatever is raised within into an error that names the first image, by its path where it has one."""
+    try:
+        yield
+    except DataError as error:
+        raise RecipeValueError("data", str(error)) from error
     except Exception as error:
+        place = place_of(source.train, 0, source.name)
+        if place.startswith("image 0 of "):
+            place = f"the first image of {source.name}"
         raise RecipeValueError(
             "data",
-            f"the first image of {source.name} cannot be used ({one_line(error)}); "
-            "items must be (image, integer label), or (image, mask)",
+            f"{place} cannot be used ({one_line(error)}); items must be (image, integer label), or (image, mask)",
         ) from error
 
 
-def _images(source: Source, part: Any, indices: Tensor, preparation: Preparation, *, augmented: bool) -> Images:
+def _images(
+    source: Source, part: Any, indices: Tensor, preparation: Preparation, value_range: Range | None, *, augmented: bool
+) -> Images:
     if isinstance(part, Stored):
         return StoredImages(part.images, part.labels, indices, preparation, augmented=augmented)
-    classes = len(source.classes)
-    return ReadImages(part, indices, preparation, name=source.name, classes=classes, augmented=augmented)
+    return ReadImages(
+        part,
+        indices,
+        preparation,
+        name=source.name,
+        classes=len(source.classes),
+        value_range=value_range,
+        augmented=augmented,
+    )

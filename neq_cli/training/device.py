@@ -7,6 +7,7 @@ import platform
 import random
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def describe_device(device: torch.device) -> str:
-    """Return the device in a few words: "cuda (NVIDIA H100 80GB HBM3)", "cpu (2 threads)"."""
+def describe_device(device: torch.device, processes: int = 1) -> str:
+    """Return the device in a few words: "cuda (NVIDIA H100 80GB HBM3)", "cpu (2 threads) in 4 processes"."""
+    together = f" in {processes} processes" if processes > 1 else ""
     if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+        return f"{device} ({torch.cuda.get_device_name(device)}){together}"
     threads = torch.get_num_threads()
-    return f"cpu ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)
+    return (f"cpu ({threads} thread{'s' * (threads > 1)})" if device.type == "cpu" else str(device)) + together
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
@@ -64,9 +66,30 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: version(name) for name in _RECORDED_PACKAGES},
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": describe_device(device),
+        "processor": _processor(),
         "git": _git_state(Path.cwd()),
         "argv": sys.argv,
     }
+
+
+def machine(device: torch.device, processes: int) -> dict[str, Any]:
+    """Return the part of a run's ``environment`` that the speed of kernels depends on, as the run has it written."""
+    return {
+        "neq": __version__,
+        "torch": version("torch"),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": describe_device(device, processes),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name, or its kind where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from neq_cli.training.full_memory import full_memory_named
 from neq_cli.training.loaders import Loaders
 from neq_cli.training.problems import divergence_mend
 from neq_cli.training.so_far import PLAIN, Clock, EpochSoFar
+from neq_cli.training.startup import Startup
 from neq_cli.training.step import TrainingStep
 from neq_cli.training.tasks import Task
 
@@ -49,6 +50,7 @@ class Trainer:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None
     freezer: Freezer
     processes: Processes = field(default_factory=Processes)
+    startup: Startup = field(default_factory=Startup)
     wish: Callable[[], int] = lambda: GO_ON
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Trainer:
             self.optimizer,
             replica,
             channels_last=self.channels_last,
+            startup=self.startup,
         )
 
     @property
@@ -116,6 +119,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.epoch, self.so_far = epoch, None
+        self.startup.finish()
         layers = tuple(
             _layer_state(name, self.freezer.layers[name].kind, trained[name], observation, flops.layers[name])
             for name, observation in observations.items()
@@ -162,7 +166,8 @@ class Trainer:
             update = step % group == 0 or step == steps
             # The last group of an epoch may be smaller.
             in_group = min(group, steps - (step - 1) // group * group)
-            loss = self.step.train(*batch, batches=in_group, update=update)
+            with self.startup.step(compiled=self.recipe.compile):
+                loss = self.step.train(*batch, batches=in_group, update=update)
             so_far.steps, so_far.images = step, so_far.images + images
             first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=step))
             agreed = GO_ON

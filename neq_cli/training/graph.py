@@ -37,7 +37,7 @@ class GraphedStep:
 
     def __init__(self, step: Step, *, capture: Capture | None = None) -> None:
         self.step = step
-        self.capture = _capture if capture is None else capture
+        self.capture = captured if capture is None else capture
         self.eager_steps = 0
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
@@ -89,7 +89,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _capture(step: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+def captured(step: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+    """Run ``step`` once into a CUDA graph; return that, and what the step returns at every replay."""
     graph = torch.cuda.CUDAGraph()
     # Only this thread is watched: another may be pinning the next batches' memory meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional
 
-from neq_cli.training.problems import DataError, of_the_disk, one_line
+from neq_cli.training.pixels import Range, as_tensor, cannot_be_used
+from neq_cli.training.problems import DataError
 from neq_cli.training.transforms import Preparation, drawn_from
 
 # What a dataset is asked for: a position, or a position and the random integer that decides the augmentation.
@@ -125,8 +125,9 @@ class StoredImages(Images):
 class ReadImages(Images):
     """Images of a dataset that yields (PIL image, array or tensor, label), read as they are asked for.
 
-    Raises DataError, naming the file, where an image cannot be read, has another shape than ``shape``, or a label that
-    is none of ``classes``.
+    ``value_range``: the values of their pixels that become 0 and 1, where those are not their type's. Raises DataError,
+    naming the file, where an image cannot be read, has another ``shape`` or ``dtype`` than the first one, or a label
+    that is none of ``classes``.
     """
 
     def __init__(
@@ -137,14 +138,18 @@ class ReadImages(Images):
         *,
         name: str,
         shape: torch.Size | None = None,
+        dtype: torch.dtype | None = None,
         classes: int | None = None,
+        value_range: Range | None = None,
         augmented: bool,
     ) -> None:
         super().__init__(indices, preparation, augmented=augmented)
         self.source = source
         self.name = name
         self.shape = shape
+        self.dtype = dtype
         self.classes = classes
+        self.value_range = value_range
 
     @property
     def differ(self) -> bool:
@@ -163,6 +168,7 @@ class ReadImages(Images):
     def read_from(self, kept: Any) -> None:
         """Read from ``kept`` from now on, which holds what ``fixed`` returned of each image in turn."""
         self.source, self.indices = kept, torch.arange(len(self))
+        self.value_range = None  # they are scaled already
 
     def _source_item(self, index: int, draw: int) -> tuple[Any, Any]:
         with drawn_from(draw):  # a dataset of the user's own may hold chance too
@@ -177,14 +183,12 @@ class ReadImages(Images):
         except DataError:
             raise
         except Exception as error:
-            place = self._place(index, which)
-            mend = "make it readable" if of_the_disk(error) else "mend or remove it"
-            raise DataError(f"{place}: cannot be used ({one_line(error)}); {mend}") from error
+            raise cannot_be_used(self._place(index, which), error) from error
 
     def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
         with self._named(index):
             source_image, label = self._source_item(index, draw)
-            image, label = as_tensor(source_image), int(label)
+            image, label = self._as_tensor(source_image, index), int(label)
         if self.shape is not None:
             sized = self.preparation.size is not None
             if image.shape != ((self.shape[0], *image.shape[1:]) if sized else self.shape):
@@ -196,27 +200,37 @@ class ReadImages(Images):
             raise DataError(f"{self._place(index)}: label {label}, but there are {self.classes} classes, from 0 on")
         return image, label
 
+    def _as_tensor(self, image: Any, index: int) -> Tensor:
+        tensor = as_tensor(image, self.value_range)
+        if self.dtype is not None and tensor.dtype is not self.dtype:
+            raise DataError(
+                f"{self._place(index)}: {_depth(tensor.dtype)}, but others have {_depth(self.dtype)}; "
+                "store all images alike"
+            )
+        return tensor
+
     def _place(self, index: int, which: int = 0) -> str:
-        """Name the file of an image; ``which`` part of a sample is of no matter here."""
-        for attribute in ("samples", "_samples", "_image_files"):
-            entries = getattr(self.source, attribute, None)
-            if isinstance(entries, Sequence):
-                path = entries[index][0] if isinstance(entries[index], tuple) else entries[index]
-                if isinstance(path, str | Path):
-                    return str(path)
-        return f"image {index} of {self.name}"
+        """Name the file of an image, or (``which`` 1) of its mask."""
+        return place_of(self.source, index, self.name, which)
+
+
+def place_of(source: Any, index: int, name: str, which: int = 0) -> str:
+    """Name the file of an image of ``source``, or (``which`` 1) of its mask: its path, else its number in ``name``."""
+    for attribute in ("samples", "_samples", "_image_files"):
+        entries = getattr(source, attribute, None)
+        if isinstance(entries, Sequence):
+            path = entries[index][which] if isinstance(entries[index], tuple) else entries[index]
+            if isinstance(path, str | Path):
+                return str(path)
+    return f"{'mask' if which else 'image'} {index} of {name}"
+
+
+def _depth(dtype: torch.dtype) -> str:
+    return "8 bits" if dtype is torch.uint8 else f"more than 8 bits ({str(dtype).removeprefix('torch.')})"
 
 
 def _shape(shape: torch.Size) -> str:
     return "x".join(map(str, shape))
-
-
-def as_tensor(image: Any) -> Tensor:
-    """Return an image [channels, height, width] of a PIL image, an array [height, width, channels] or a tensor."""
-    if hasattr(image, "convert") and image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    tensor: Tensor = functional.to_image(image).as_subclass(Tensor)
-    return tensor
 
 
 class KeptImages(Dataset[tuple[Tensor, int]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,18 +12,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from neq_cli.training.batches import in_batches
+from neq_cli.training.cores import usable_cores
 from neq_cli.training.images import Images, ReadImages, StoredImages
 from neq_cli.training.problems import DataError
 from neq_cli.training.sampling import ShuffledSampler
+from neq_cli.training.startup import READING, Startup
+
+_LEAST_SHARE = 100
+"""Images for which one more process is worth its start."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are decoded before they are kept."""
+    """How images are decoded before they are kept.
+
+    ``sharing``: how many processes that do so have this machine's cores in common.
+    """
 
     batch_size: int
     workers: int
     seed: int
+    sharing: int = 1
+    startup: Startup = field(default_factory=Startup)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class KeptBatches:
         if not len(self.images):
             return
         if self._kept is None:
-            self._kept = _decoded(self.images, self.place, self.reading)
+            with self.reading.startup.part(READING):
+                self._kept = _decoded(self.images, self.place, self.reading)
         order = draws = torch.arange(len(self.images))  # without a sampler nothing is augmented, so no draw is used
         if self.sampler is not None:
             order, draws = self.sampler.begin()
@@ -122,7 +133,8 @@ class KeptApart:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(self.images.source, _Decoded):
             # Before the first pass over ``batches``: workers take the images along when they start.
-            self.images.read_from(_Decoded(self.images, self.reading))
+            with self.reading.startup.part(READING):
+                self.images.read_from(_Decoded(self.images, self.reading))
         return iter(self.batches)
 
 
@@ -169,8 +181,6 @@ def _decoded(images: Images, place: torch.device, reading: Reading) -> _Kept:
     for batch, batch_labels in _read(images, reading):
         if kept is None:
             kept = _room(len(images), batch, place)
-        if batch.dtype != kept.dtype:
-            raise DataError(f"data.cache: images of {kept.dtype} and {batch.dtype}; make all alike, or use none")
         kept[start : start + len(batch)] = batch
         start += len(batch)
         labels.append(batch_labels.clone())
@@ -186,16 +196,24 @@ def _room(count: int, batch: Tensor, place: torch.device) -> Tensor:
 
 
 def _read(images: Images, reading: Reading) -> Iterator[tuple[Tensor, ...]]:
-    """Yield what ``_Fixed`` makes of one batch after the other, decoded by the workers, which then end."""
-    batches = in_batches(
-        _Fixed(images),
-        reading.batch_size,
-        reading.workers,
-        reading.seed,
-        collate_fn=_as_it_is,
-        persistent_workers=False,
-    )
-    return iter(batches)
+    """Yield what ``_Fixed`` makes of one batch after the other, decoded by processes that then end.
+
+    By as many as there are cores, for it is done once: threads would not do, as most of the work on a small image is
+    Python's. ``workers`` 0 asks for none. Smaller batches leave what they hold together as it is.
+    """
+    processes = _processes(len(images), reading)
+    size = max(1, reading.batch_size * reading.workers // processes) if processes else reading.batch_size
+    batches = in_batches(_Fixed(images), size, processes, reading.seed, collate_fn=_as_it_is, persistent_workers=False)
+    for number, batch in enumerate(batches, 1):
+        reading.startup.count(READING, min(number * size, len(images)), len(images))
+        yield batch
+
+
+def _processes(images: int, reading: Reading) -> int:
+    if not reading.workers:
+        return 0
+    worthwhile = -(-images // _LEAST_SHARE)
+    return max(reading.workers, min(usable_cores() // reading.sharing, worthwhile))
 
 
 class _Fixed(Dataset[Any]):

@@ -17,6 +17,7 @@ from neq_cli.training.images import Images, KeptImages, ReadImages, StoredImages
 from neq_cli.training.kept import KeptApart, KeptBatches, Reading
 from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.sampling import ALONE, Share, ShuffledSampler
+from neq_cli.training.startup import Startup
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch
 
@@ -65,23 +66,26 @@ def make_loaders(
     *,
     cache: Cache = "auto",
     share: Share = ALONE,
+    startup: Startup | None = None,
 ) -> Loaders:
     """Return the batches of a run on ``device``, the same ones whatever ``cache`` and ``workers`` are.
 
     ``share`` tells which of them, of ``batch_size`` images each, are this process's: step by step, those of W processes
     are together what one process with W times the ``batch_size`` would have. The rest of an epoch that fills no step
     of all is left out of it: a batch of few images would make BatchNorm's statistics, and so the step, an outlier.
-    Nothing is decoded before the first pass, and no pass touches the global random state. Raises RecipeValueError where
-    the training or the probe images are too few, or where ``cache`` cannot be had.
+    Nothing is decoded before the first pass, which tells ``startup`` how far it is, and no pass touches the global
+    random state. Raises RecipeValueError where the training or the probe images are too few, or where ``cache`` cannot
+    be had.
     """
     _check_sizes(data, batch_size, share.processes)
     data = replace(data, probe=_part(data.probe, share), test=_part(data.test, share))
     choice = choose_cache(data, cache, device, share.local_processes)
     shuffled = ShuffledSampler(len(data.train), seed, batch_size, share)
-    reading = Reading(batch_size, workers, seed)
+    startup = Startup() if startup is None else startup
+    reading = Reading(batch_size, workers, seed, share.local_processes, startup)
     # The probe set is so small that starting workers for it takes longer than reading it.
     few = 4 * prod(data.image_shape) * len(data.probe) <= _KEPT_BYTES
-    probe_reading = Reading(batch_size, 0 if few else workers, seed)
+    probe_reading = replace(reading, workers=0 if few else workers)
     if choice.place == "none":
         probed = KeptImages(data.probe) if few else data.probe
         return Loaders(

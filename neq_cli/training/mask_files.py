@@ -9,7 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from neq_cli.training.hidden import Hidden
 from neq_cli.training.masks import MOST_CLASSES, as_mask
+from neq_cli.training.pixels import Range, cannot_be_used, read_image
 from neq_cli.training.problems import RecipeValueError, one_line
 
 LAYOUT = "a segmentation folder holds train/images/*, train/masks/<same names>.png, and val/ or test/ likewise"
@@ -17,11 +19,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", "
 
 
 class MaskFiles:
-    """Pairs of files, read as (RGB image, PIL mask as it is); ``sizes`` are read from the images' headers."""
+    """Pairs of files, read as (image in three channels, PIL mask as it is); ``sizes`` are read from images' headers."""
 
-    def __init__(self, samples: Sequence[tuple[Path, Path]], classes: Sequence[str] = ()) -> None:
+    def __init__(self, samples: Sequence[tuple[Path, Path]], value_range: Range | None = None) -> None:
         self.samples = list(samples)
-        self.classes = tuple(classes)
+        self.value_range = value_range
+        self.classes: tuple[str, ...] = ()
         self._sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
@@ -29,9 +32,13 @@ class MaskFiles:
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         image, mask = self.samples[index]
-        with Image.open(image) as opened, Image.open(mask) as opened_mask:
-            opened_mask.load()
-            return opened.convert("RGB"), opened_mask
+        read = read_image(image, self.value_range)
+        try:
+            with Image.open(mask) as opened:
+                opened.load()
+                return read, opened
+        except Exception as error:
+            raise cannot_be_used(mask, error) from error
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -57,19 +64,23 @@ class MaskFiles:
         return largest
 
 
-def open_folder(root: Path, kwargs: Mapping[str, Any], ignore_index: int) -> tuple[MaskFiles, MaskFiles, str]:
-    """Return the training and the test part under ``root``, and a note on where the number of classes comes from.
+def open_folder(
+    root: Path, kwargs: Mapping[str, Any], ignore_index: int, value_range: Range | None = None
+) -> tuple[MaskFiles, MaskFiles, list[str]]:
+    """Return the training and the test part under ``root``, and notes on how they were understood.
 
-    It is ``kwargs["num_classes"]``, else the lines of classes.txt, else one more than the largest number in the masks.
+    The number of classes is ``kwargs["num_classes"]``, else that of the lines of classes.txt, else one more than the
+    largest number in the masks. Names that begin with a dot are left out.
     """
     if not root.is_dir():
         raise RecipeValueError("data.root", f"no folder '{root}'; {LAYOUT}")
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    parts = [MaskFiles(_pairs(root / "train")), MaskFiles(_pairs(held_out))]
+    hidden = Hidden(root)
+    parts = [MaskFiles(_pairs(part, hidden), value_range) for part in (root / "train", held_out)]
     classes, note = _classes(root, parts, kwargs.get("num_classes"), ignore_index)
     for part in parts:
         part.classes = classes
-    return parts[0], parts[1], note
+    return parts[0], parts[1], [*([note] if note else ()), *hidden.notes]
 
 
 def _classes(root: Path, parts: Sequence[MaskFiles], given: Any, ignore_index: int) -> tuple[tuple[str, ...], str]:
@@ -90,16 +101,16 @@ def _classes(root: Path, parts: Sequence[MaskFiles], given: Any, ignore_index: i
     return tuple(map(str, range(count))), f"data: {count} classes, as {count - 1} is the largest number in the masks"
 
 
-def _pairs(part: Path) -> list[tuple[Path, Path]]:
+def _pairs(part: Path, hidden: Hidden) -> list[tuple[Path, Path]]:
     """Return every image of a part with the mask of its name."""
     images, masks = part / "images", part / "masks"
     for folder in (part, images, masks):
         if not folder.is_dir():
             raise RecipeValueError("data.root", f"no folder '{folder}'; {LAYOUT}")
     try:
-        by_name = {path.stem: path for path in _files(masks)}
+        by_name = {path.stem: path for path in _files(masks, hidden)}
         pairs = []
-        for image in _files(images):
+        for image in _files(images, hidden):
             if image.stem not in by_name:
                 raise RecipeValueError("data.root", f"{image}: has no mask '{masks / image.stem}.png'")
             pairs.append((image, by_name[image.stem]))
@@ -114,8 +125,9 @@ def _pairs(part: Path) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+def _files(folder: Path, hidden: Hidden) -> list[Path]:
+    paths = [str(path) for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return sorted(map(Path, hidden.without(paths)))
 
 
 def _size(path: Path) -> tuple[int, int]:

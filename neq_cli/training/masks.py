@@ -11,8 +11,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from neq_cli.training.images import Key, ReadImages, as_tensor
+from neq_cli.training.images import Key, ReadImages
 from neq_cli.training.joint import IGNORED, JointPreparation
+from neq_cli.training.pixels import Range
 from neq_cli.training.problems import DataError
 
 MOST_CLASSES = 255
@@ -37,10 +38,13 @@ class MaskedImages(ReadImages):
         name: str,
         classes: int,
         ignore_index: int = IGNORED,
+        value_range: Range | None = None,
         whole: bool = False,
         augmented: bool = False,
     ) -> None:
-        super().__init__(source, indices, preparation, name=name, classes=classes, augmented=augmented)
+        super().__init__(
+            source, indices, preparation, name=name, classes=classes, value_range=value_range, augmented=augmented
+        )
         self.ignore_index = ignore_index
         self.whole = whole
         self.checked = False
@@ -81,7 +85,7 @@ class MaskedImages(ReadImages):
     def _pair(self, index: int, draw: int) -> tuple[Tensor, Tensor]:
         with self._named(index):
             read, target = self._source_item(index, draw)
-            image = as_tensor(read)
+            image = self._as_tensor(read, index)
         if self.checked:
             return image, target
         with self._named(index, 1):
@@ -151,13 +155,6 @@ class MaskedImages(ReadImages):
         sizes = self._sizes() if self.whole else None
         return None if sizes is None else sum(height * width for height, width in sizes)
 
-    def _place(self, index: int, which: int = 0) -> str:
-        """Name the file of an image, or (``which`` 1) of its mask."""
-        samples = getattr(self.source, "samples", None)
-        if isinstance(samples, Sequence) and isinstance(samples[index], tuple):
-            return str(samples[index][which])
-        return f"{'mask' if which else 'image'} {index} of {self.name}"
-
 
 def as_mask(mask: Any) -> Tensor:
     """Return a mask [height, width] of integers of a PIL image, an array or a tensor, which may have one channel.
@@ -165,9 +162,10 @@ def as_mask(mask: Any) -> Tensor:
     Raises ValueError where it is a colour image, or holds anything but integers.
     """
     if isinstance(mask, Image):
-        if mask.mode not in ("L", "P", "1", "I", "I;16"):
+        if mask.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
             raise ValueError(f"a colour image ({mask.mode}); a mask is grey or has a palette, and holds class numbers")
         mask = np.array(mask)
+        mask = mask.astype(mask.dtype.newbyteorder("="))
     tensor = torch.as_tensor(mask)
     if tensor.ndim == 3 and tensor.shape[0] == 1:
         tensor = tensor[0]

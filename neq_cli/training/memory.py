@@ -46,23 +46,29 @@ def _machine(root: Path) -> int:
 
 def _groups(root: Path) -> Iterator[int]:
     """Yield what each control group above this process has left, in version 1 and 2 of their interface."""
+    for folder, second in group_folders(root, "memory"):
+        if second:
+            yield from _left(folder, "memory.max", "memory.current", "inactive_file")
+        else:
+            yield from _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def group_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folder of each control group above this process, and whether its interface is version 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = root / "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        top = root / "sys/fs/cgroup"
+        top = top / controller if controllers else top
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(top):
-                yield from _left(folder, *files)
+                yield folder, not controllers
 
 
 def _left(group: Path, limit: str, used: str, dropped: str) -> Iterator[int]:

@@ -15,7 +15,7 @@ from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.dispatch import Dispatch
+from neq_cli.freezing.dispatch import Choice, Dispatch
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.records import RunStarted
 from neq_cli.training.catalogue import class_count
@@ -38,6 +38,7 @@ from neq_cli.training.policies import (
 )
 from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.sampling import Share
+from neq_cli.training.startup import Startup
 from neq_cli.training.step import AUTOCAST
 from neq_cli.training.sync_batchnorm import synchronised
 from neq_cli.training.tasks import build_task
@@ -64,20 +65,28 @@ def prepare(
     *,
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
+    earlier: Mapping[str, Choice] | None = None,
+    startup: Startup | None = None,
 ) -> Session:
     """Build model, data, optimiser, schedule and Freezer of ``recipe``, called ``name``.
 
     ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. ``processes`` train it together.
     ``resumed``: a checkpoint will be loaded, so that no weights to start from are needed; ``choices``: the kernels
-    chosen so far. Raises RecipeError, one line, for whatever only the real data or model can show to be wrong.
+    chosen so far, and ``earlier`` what other runs have timed; ``startup`` is told what takes time. Raises RecipeError,
+    one line, for whatever only the real data or model can show to be wrong.
     """
     processes = Processes() if processes is None else processes
+    startup = Startup() if startup is None else startup
     device = resolve_device(recipe.device, processes.local_rank if processes.count > 1 else None)
     _check_device(recipe, device, processes)
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.seed, deterministic=recipe.deterministic)
-    data = _load_data(recipe, processes)
+    if device.type == "cuda":
+        with startup.part("starting CUDA"):
+            torch.zeros((), device=device).item()
+    with startup.part("opening the data"):
+        data = _load_data(recipe, processes)
     loaders = make_loaders(
         data,
         recipe.batch_size,
@@ -86,21 +95,24 @@ def prepare(
         device,
         cache=recipe.data.cache,
         share=Share(processes.rank, processes.count, processes.local_count),
+        startup=startup,
     )
-    model = build_model(recipe.model, data.num_classes)
+    with startup.part("building the model"):
+        model = build_model(recipe.model, data.num_classes)
     notes = [loaders.note, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
     if not resumed:
         notes[1:1] = load_weights(model, recipe.model)
     check_fit(model, data)
     model.to(device)
     if recipe.channels_last == "auto":
-        chosen = choose_layout(
-            model,
-            data.image_shape,
-            recipe.batch_size,
-            autocast=AUTOCAST[recipe.precision],
-            fixed=recipe.deterministic,
-        )
+        with startup.part("timing memory formats"):
+            chosen = choose_layout(
+                model,
+                data.image_shape,
+                recipe.batch_size,
+                autocast=AUTOCAST[recipe.precision],
+                fixed=recipe.deterministic,
+            )
         channels_last, note = processes.shared(chosen)
         recipe = recipe.model_copy(update={"channels_last": channels_last})
         notes.append(note)
@@ -110,20 +122,21 @@ def prepare(
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     recipe, said = match(recipe, model, (1, *data.image_shape), matched_flops)
     notes += said
-    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel)
+    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel, known=earlier)
     try:
         dispatch.load_state_dict(choices or {})
-        freezer = Freezer(
-            model,
-            optimizer,
-            loaders.probe,
-            build_policy(recipe.policy, recipe.seed),
-            backward=recipe.backward,
-            dispatch=dispatch,
-            compiled=recipe.compile,
-            exclude=recipe.exclude,
-            process_group=processes.group,
-        )
+        with startup.part("looking at the model"):
+            freezer = Freezer(
+                model,
+                optimizer,
+                loaders.probe,
+                build_policy(recipe.policy, recipe.seed),
+                backward=recipe.backward,
+                dispatch=dispatch,
+                compiled=recipe.compile,
+                exclude=recipe.exclude,
+                process_group=processes.group,
+            )
     except FreezingError as error:
         raise RecipeError([str(error)]) from error
     trainer = Trainer(
@@ -137,6 +150,7 @@ def prepare(
         scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
         freezer=freezer,
         processes=processes,
+        startup=startup,
     )
     if not processes.first:
         # What is random within the model, such as dropout, is each process's own.
@@ -146,7 +160,7 @@ def prepare(
         recipe_name=name,
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
         policy=_describe_policy(recipe),
-        device=describe_device(device) + (f" in {processes.count} processes" if processes.count > 1 else ""),
+        device=describe_device(device, processes.count),
         epochs=recipe.epochs,
         steps_per_epoch=len(loaders.train),
         metric=trainer.task.metric,

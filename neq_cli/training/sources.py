@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import DatasetFolder
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
@@ -21,8 +23,9 @@ from neq_cli.training.catalogue import CATALOGUE, classes_above, find_name, kwar
 from neq_cli.training.coco import VOC_CLASSES, CocoMasks
 from neq_cli.training.digits import load_digits
 from neq_cli.training.entrypoints import accepted_arguments, load_entrypoint
-from neq_cli.training.images import as_tensor
+from neq_cli.training.hidden import Hidden, NoImagesError, folder_maker
 from neq_cli.training.mask_files import MaskFiles, open_folder
+from neq_cli.training.pixels import Range, as_tensor, read_image
 from neq_cli.training.problems import RecipeValueError, of_the_disk, one_line
 
 
@@ -70,6 +73,11 @@ def open_source(section: DataSection) -> Source:
     return _from_torchvision(section, name)
 
 
+def range_of(section: DataSection) -> Range | None:
+    """Return the pixel values that become 0 and 1, None where it is those of their type."""
+    return None if section.value_range is None else (section.value_range[0], section.value_range[1])
+
+
 def data_root(section: DataSection) -> Path:
     """Return ``section.root`` with ~ and $VARIABLES expanded."""
     return Path(os.path.expandvars(section.root)).expanduser()
@@ -85,40 +93,45 @@ def _from_folder(section: DataSection) -> Source:
     for part in (train, test):
         if not part.is_dir():
             raise RecipeValueError("data.root", f"'{root}' has no folder '{part.name}'; {layout}")
-    train_images, test_images = _image_folder(train, section.kwargs), _image_folder(test, section.kwargs)
+    hidden = Hidden(root)
+    make = partial(folder_maker(ImageFolder, hidden), loader=partial(read_image, value_range=range_of(section)))
+    train_images, test_images = (_image_folder(part, make, section.kwargs) for part in (train, test))
     differing = sorted(set(train_images.classes) ^ set(test_images.classes))
     if differing:
         raise RecipeValueError(
             "data.root",
             f"'{train}' and '{test}' differ in classes: {_some(differing)}; every class needs a folder in both",
         )
-    return Source(f"image_folder {root.name}", train_images, test_images, tuple(train_images.classes))
+    return Source(f"image_folder {root.name}", train_images, test_images, tuple(train_images.classes), hidden.notes)
 
 
-def _image_folder(folder: Path, kwargs: Mapping[str, Any]) -> ImageFolder:
+def _image_folder(folder: Path, make: Callable[..., ImageFolder], kwargs: Mapping[str, Any]) -> ImageFolder:
     try:
-        return ImageFolder(str(folder), **kwargs)
+        return make(str(folder), **kwargs)
+    except NoImagesError as error:
+        raise RecipeValueError(
+            "data.root", f"'{folder}' has no images for the classes {_some(error.classes)}"
+        ) from error
     except FileNotFoundError as error:
-        classes = [entry.name for entry in sorted(folder.iterdir()) if entry.is_dir()]
-        if not classes:
-            raise RecipeValueError(
-                "data.root", f"'{folder}' has no class folders; put images in {folder.name}/<class>/"
-            ) from error
-        empty = str(error).partition("classes ")[2].partition(". Supported")[0].split(", ")
-        raise RecipeValueError("data.root", f"'{folder}' has no images for the classes {_some(empty)}") from error
+        raise RecipeValueError(
+            "data.root", f"'{folder}' has no class folders; put images in {folder.name}/<class>/"
+        ) from error
     except OSError as error:
         raise RecipeValueError("data.root", f"'{folder}' cannot be read ({one_line(error)})") from error
 
 
 def _from_segmentation_folder(section: DataSection) -> Source:
     root = data_root(section)
-    train, test, note = open_folder(root, section.kwargs, section.ignore_index)
-    return Source(f"segmentation_folder {root.name}", train, test, train.classes, (note,) if note else ())
+    train, test, notes = open_folder(root, section.kwargs, section.ignore_index, range_of(section))
+    return Source(f"segmentation_folder {root.name}", train, test, train.classes, tuple(notes))
 
 
 def _from_coco(section: DataSection) -> Source:
     root = data_root(section)
-    train, test = (CocoMasks(root, part, only_with_objects=part == "train") for part in ("train", "val"))
+    train, test = (
+        CocoMasks(root, part, only_with_objects=part == "train", value_range=range_of(section))
+        for part in ("train", "val")
+    )
     return Source("COCO", train, test, CocoMasks.classes)
 
 
@@ -138,20 +151,24 @@ def _fake(section: DataSection) -> Source:
 def _from_torchvision(section: DataSection, name: str) -> Source:
     entry = CATALOGUE[name]
     kind = getattr(datasets, name)
-    train, test = (_torchvision_part(section, kind, {**section.kwargs, **part}) for part in (entry.train, entry.test))
+    hidden = Hidden(data_root(section))
+    train, test = (
+        _torchvision_part(section, kind, hidden, {**section.kwargs, **part}) for part in (entry.train, entry.test)
+    )
     if entry.masks:  # Pascal VOC
-        return Source(name, _voc_files(train), _voc_files(test), VOC_CLASSES)
+        return Source(name, _voc_files(train, section), _voc_files(test, section), VOC_CLASSES)
     names = getattr(train, "classes", None)
     classes = _class_names(names) if names else _numbered(entry.classes or 0)
-    return Source(name, _in_memory(train) or train, _in_memory(test) or test, classes)
+    return Source(name, _in_memory(train) or train, _in_memory(test) or test, classes, hidden.notes)
 
 
-def _torchvision_part(section: DataSection, kind: type[Any], arguments: dict[str, Any]) -> Any:
+def _torchvision_part(section: DataSection, kind: type[Any], hidden: Hidden, arguments: dict[str, Any]) -> Any:
     """Open what is there, and only then download: some datasets fetch again whenever they may."""
     root = data_root(section)
     name = kind.__name__
+    make = folder_maker(kind, hidden) if issubclass(kind, DatasetFolder) else kind
     try:
-        return kind(str(root), **arguments)
+        return make(str(root), **arguments)
     except ImportError as error:
         raise RecipeValueError("data.name", f"{name} needs a package that is missing ({one_line(error)})") from error
     except (ValueError, TypeError) as error:
@@ -166,7 +183,7 @@ def _torchvision_part(section: DataSection, kind: type[Any], arguments: dict[str
     else:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            return kind(str(root), download=True, **arguments)
+            return make(str(root), download=True, **arguments)
         except Exception as error:
             mend = "or check the network"
             if of_the_disk(error):
@@ -179,8 +196,9 @@ def _torchvision_part(section: DataSection, kind: type[Any], arguments: dict[str
     raise RecipeValueError("data.root", f"{name} is not in '{root}' ({one_line(missing)}); {mend}") from missing
 
 
-def _voc_files(part: Any) -> MaskFiles:
-    return MaskFiles([(Path(image), Path(mask)) for image, mask in zip(part.images, part.masks, strict=True)])
+def _voc_files(part: Any, section: DataSection) -> MaskFiles:
+    pairs = [(Path(image), Path(mask)) for image, mask in zip(part.images, part.masks, strict=True)]
+    return MaskFiles(pairs, range_of(section))
 
 
 def _in_memory(dataset: Any) -> Stored | None:

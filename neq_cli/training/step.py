@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
 from typing import Any, cast
@@ -13,7 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neq_cli.freezing.communication import Replica
 from neq_cli.recipe import Recipe
-from neq_cli.training.graph import GraphedStep
+from neq_cli.training.graph import Graph, GraphedStep, captured
+from neq_cli.training.startup import Startup
 from neq_cli.training.tasks import Task
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +38,7 @@ class TrainingStep:
         replica: Replica | None,
         *,
         channels_last: bool,
+        startup: Startup | None = None,
     ) -> None:
         self.recipe = recipe
         self.device = device
@@ -45,6 +48,7 @@ class TrainingStep:
         self.optimizer = optimizer
         self.replica = replica
         self.channels_last = channels_last
+        self.startup = Startup() if startup is None else startup
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.averaged: AveragedModel | None = None
         if recipe.ema is not None:
@@ -57,7 +61,7 @@ class TrainingStep:
         self.totals = totals
         if self.replica is not None:
             self.forward = self.replica.current()
-        self._graphed = GraphedStep(self._whole) if self.recipe.cuda_graph else None
+        self._graphed = GraphedStep(self._whole, capture=self._capture) if self.recipe.cuda_graph else None
 
     def train(self, inputs: Any, targets: Any, *, batches: int, update: bool) -> Tensor:
         """Train on one of the ``batches`` of an update, which follows the last of them; returns the loss, detached."""
@@ -76,6 +80,10 @@ class TrainingStep:
         loss = self._backward(inputs, targets, 1, update=True)
         self._update()
         return loss
+
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        with self.startup.part("capturing the step"):
+            return captured(step)
 
     def _backward(self, inputs: Tensor, targets: Any, batches: int, *, update: bool) -> Tensor:
         # Gradients of several batches are sent once, with the last.

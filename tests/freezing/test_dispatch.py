@@ -289,3 +289,27 @@ def test_fixed_runs_choose_alike() -> None:
         assert all(use.reason == "by rule" for use in freezer.kernels().values())
     assert tables[0] == tables[1]
     assert len(tables[0]) == 2
+
+
+def test_what_is_known_is_not_timed_but_becomes_a_choice() -> None:
+    written: list[list[str]] = []
+    known = {"kind": Choice("rounded", {"rounded": 1.0, "dense": 2.0}), "other": Choice("dense", {"dense": 1.0})}
+    dispatch = Dispatch(known=known, on_choice=lambda dispatch: written.append(list(dispatch.choices)))
+    timed = Timed(dense=0, sliced=0, rounded=0)
+    assert dispatch.find("kind") is None
+    assert choose(dispatch, timed) == "rounded"
+    assert (timed.ran, written, dispatch.seconds) == ([], [["kind"]], 0)
+    assert dispatch.find("kind") == known["kind"]
+    assert choose(Dispatch(known=known, fixed=True), timed) == "sliced"
+    own = Dispatch(known=known)
+    own.load_state_dict({"kind": {"kernel": "sliced", "milliseconds": {}}})
+    assert choose(own, timed) == "sliced"
+
+
+def test_timing_is_announced() -> None:
+    said: list[int] = []
+    timed = Timed(dense=0, sliced=0, rounded=0)
+    dispatch = Dispatch(on_timing=lambda: said.append(len(timed.ran)))
+    for _ in range(2):
+        choose(dispatch, timed)
+    assert said == [0]

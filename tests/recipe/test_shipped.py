@@ -89,6 +89,7 @@ def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytes
     inside = tmp_path / "neq_cli" / "recipes"
     inside.mkdir(parents=True)
     (inside / "digits.yaml").write_bytes((checkout / "digits.yaml").read_bytes())
+    (inside / "._digits.yaml").write_bytes(b"what macOS keeps beside a file")
     assert source.shipped_directory() == inside
     assert source.find_recipe("digits") == inside / "digits.yaml"
     assert source.shipped_names() == ["digits"]

@@ -18,7 +18,16 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from neq_cli.records import Compiling, EpochRecord, LayerState, Record, RunResumed, RunStarted, StepProgress
+from neq_cli.records import (
+    Compiling,
+    EpochRecord,
+    LayerState,
+    Preparing,
+    Record,
+    RunResumed,
+    RunStarted,
+    StepProgress,
+)
 from neq_cli.runs.dashboard import Dashboard, render_frame
 from neq_cli.runs.screen.frame import Painter
 from neq_cli.runs.screen.frame_parts import text_of
@@ -426,6 +435,36 @@ def test_names_are_not_markup_and_cannot_control_the_terminal() -> None:
     whole = "\n".join([*screen.history, *screen.text()])
     for literal in ("[red]tiny[/red]", "[bold]layer[/bold]", "note: note with [link]", "b�[2Jx"):
         assert literal in whole
+
+
+def test_before_a_run_has_started_the_screen_says_what_it_is_busy_with_and_then_nothing() -> None:
+    terminal, screen = Terminal(80, 24), Screen(80, 24)
+    with terminal.dashboard as dashboard:
+        for record, says in (
+            (Preparing("timing memory formats"), "starting: timing memory formats, 0:00"),
+            (Preparing("reading images", 31_000, 50_000), "starting: reading images: 31,000 of 50,000, 62 %, 0:00"),
+        ):
+            dashboard.show(record)
+            dashboard._live.refresh()
+            screen.feed(terminal.written())
+            assert says in screen.text()
+    screen.feed(terminal.written())
+    # The reason why it did not start is all there is to read.
+    assert not [line for line in screen.text() if "starting" in line]
+
+
+def test_what_a_started_run_is_busy_with_stands_where_its_steps_do() -> None:
+    terminal, screen = Terminal(80, 24), Screen(80, 24)
+    with terminal.dashboard as dashboard:
+        show_all(dashboard, records(SMALL, 2))
+        for record, says in (
+            (Preparing("reading images", 31_000, 50_000), "reading images"),
+            (StepProgress(3, 1, 100, "train", 100.0, 1.0), "train 1/100"),
+        ):
+            dashboard.show(record)
+            dashboard._live.refresh()
+            screen.feed(terminal.written())
+            assert screen.text()[3].startswith(f" {says} ")
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from neq_cli.records import Compiling, EpochRecord, RunResumed, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, Preparing, Record, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.dashboard import Dashboard
 from neq_cli.runs.progress import Mode, PlainProgress, Silent, choose_progress
 
@@ -50,13 +51,61 @@ def epoch(**changes: float) -> EpochRecord:
     return EpochRecord(int(metrics["epoch"]), metrics, ())
 
 
-def plain_lines(*records: RunStarted | StepProgress | EpochRecord | Compiling) -> list[str]:
+def plain_lines(*records: Record) -> list[str]:
     file = io.StringIO()
     # A terminal, with colours and too narrow for a line: plain is plain there, too.
     with PlainProgress(Console(file=file, force_terminal=True, width=40), now=lambda: 0.0) as progress:
         for record in records:
             progress.show(record)
     return file.getvalue().splitlines()
+
+
+def test_a_start_is_told_where_it_takes_long_until_an_epoch_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neq_cli.runs.progress._LONG_SECONDS", 0.05)
+    file, now = io.StringIO(), [0.0]
+
+    def wait_for(text: str) -> None:
+        ends = time.monotonic() + 10
+        while text not in file.getvalue():
+            assert time.monotonic() < ends
+            time.sleep(0.005)
+
+    with PlainProgress(Console(file=file), now=lambda: now[0]) as progress:
+        progress.show(Preparing("timing memory formats"))
+        wait_for("timing memory formats")
+        progress.show(Preparing("reading images"))
+        wait_for("reading images")
+        for done in range(1000, 13_000, 1000):
+            now[0] += 1
+            progress.show(Preparing("reading images", done, 50_000))
+        progress.show(STARTED)
+        progress.show(epoch())
+        progress.show(Preparing("timing kernels"))
+        time.sleep(0.1)
+    lines = file.getvalue().splitlines()
+    assert lines[:4] == [
+        "timing memory formats",
+        "reading images",
+        "reading images: 5,000 of 50,000, 10 %",
+        "reading images: 10,000 of 50,000, 20 %",
+    ]
+    assert lines[4].startswith("resnet32-cifar10")
+    assert lines[-1].startswith("epoch  12/250")
+
+
+@pytest.mark.parametrize("ending", [STARTED, StepProgress(1, 1, 2, "train", 1.0, 1.0), None])
+def test_what_is_quick_is_not_told(monkeypatch: pytest.MonkeyPatch, ending: Record | None) -> None:
+    monkeypatch.setattr("neq_cli.runs.progress._LONG_SECONDS", 0.05)
+    file = io.StringIO()
+    with PlainProgress(Console(file=file)) as progress:
+        progress.show(Preparing("opening the data"))
+        progress.show(Preparing("building the model"))
+        if ending is not None:
+            progress.show(ending)
+            time.sleep(0.1)
+    time.sleep(0.1)
+    assert "opening" not in file.getvalue()
+    assert "building" not in file.getvalue()
 
 
 def test_one_line_for_the_run_its_notes_and_one_per_epoch() -> None:

@@ -241,6 +241,7 @@ def test_what_is_damaged_or_foreign_is_left_out(tmp_path: Path) -> None:
         ]
     ):
         (begin(tmp_path, str(number), "2026-02-01T00:00:00") / name).write_text(content)
+    begin(tmp_path, ".trash", "2026-03-01T00:00:00")
     oldest = begin(tmp_path, "oldest", "0001-01-01T00:00:00")
     (tmp_path / "digits" / "empty").mkdir()
     (tmp_path / "digits" / "file").touch()

@@ -61,6 +61,7 @@ def test_taken_directories_are_refused_in_one_line(tmp_path: Path) -> None:
     assert list(full.iterdir()) == [full / "x"]
     check_available(tmp_path / "free")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").touch()  # a file manager looked
     RunWriter.create(tmp_path / "empty", "", {})
 
 

@@ -41,6 +41,7 @@ def test_one_sweep_at_a_time(tmp_path: Path) -> None:
 def test_a_sweep_killed_as_it_began_can_begin_again(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".sweep.json.partial").touch()
+    (tmp_path / ".DS_Store").touch()  # a file manager looked
     assert read_sweep(tmp_path) is None
     open_sweep(tmp_path, RECORD).release()
     assert read_sweep(tmp_path) == RECORD

@@ -222,3 +222,11 @@ def test_a_program_that_is_forked_does_not_end_the_workers() -> None:
         os._exit(len(module._started))
     assert os.waitpid(child, 0)[1] == 0
     assert len(list(loaded)) == 10
+
+
+@pytest.mark.filterwarnings("error:.*worker processes in total")
+def test_more_workers_than_cpus_are_the_recipes_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    batches = in_batches(torch.arange(6), 2, 3, 1, collate_fn=torch.stack)  # type: ignore[arg-type]
+    assert torch.cat(list(batches)).tolist() == list(range(6))

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from neq_cli.errors import TrainingError
-from neq_cli.training.images import Images, KeptImages, ReadImages, StoredImages, as_tensor
+from neq_cli.training.images import Images, KeptImages, ReadImages, StoredImages
+from neq_cli.training.pixels import as_tensor
 from neq_cli.training.transforms import Preparation
 
 PIXELS = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from neq_cli.errors import TrainingError
 from neq_cli.recipe import DataSection
+from neq_cli.records import Preparing
 from neq_cli.training import data as data_module
+from neq_cli.training import kept as kept_module
 from neq_cli.training.data import Data, load_data
 from neq_cli.training.images import StoredImages
 from neq_cli.training.kept import KeptApart, KeptBatches, Reading
 from neq_cli.training.loaders import Loaders, make_loaders
 from neq_cli.training.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.sources import Source, Stored
+from neq_cli.training.startup import Startup
 from neq_cli.training.transforms import Preparation
 
 CPU = torch.device("cpu")
@@ -91,6 +94,38 @@ def test_the_same_batches_where_images_are_cut_at_random(
     assert isinstance(kept.train, KeptApart) == (kind == "folder")
     assert len(kept.train) == len(read.train)
     assert_same(passes(kept), passes(read))
+
+
+@pytest.mark.parametrize("augment", ["cifar", "imagenet"])
+@pytest.mark.parametrize(("workers", "sharing", "processes"), [(0, 1, 0), (2, 1, 4), (2, 2, 2), (1, 5, 1), (6, 1, 6)])
+def test_what_is_kept_is_read_by_all_cores_and_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: str, workers: int, sharing: int, processes: int
+) -> None:
+    data = open_data("folder", tmp_path, monkeypatch, augment=augment, image_size=6)
+    told: list[Preparing] = []
+    seconds = iter(range(10**6))
+    startup = Startup(told.append, lambda: float(next(seconds)))
+    expected = passes(make_loaders(data, 4, 0, 1, CPU, cache="none"))
+    monkeypatch.setattr(kept_module, "usable_cores", lambda: 4)
+    monkeypatch.setattr(kept_module, "_LEAST_SHARE", 1)
+    started = []
+    in_batches = kept_module.in_batches
+
+    def noted(images: Any, batch_size: int, workers: int, *arguments: Any, **options: Any) -> Any:
+        if options.get("collate_fn") is not None:  # for reading
+            started.append((batch_size, workers))
+        return in_batches(images, batch_size, workers, *arguments, **options)
+
+    monkeypatch.setattr(kept_module, "in_batches", noted)
+    made = make_loaders(data, 4, workers, 1, CPU, cache="memory", share=Share(local_processes=sharing), startup=startup)
+    assert_same(passes(made), expected)
+    read = [count for size, count in started if count or not workers]
+    assert set(read) == {processes}
+    for size, count in started:
+        assert size * max(count, 1) <= 4 * max(workers, 1)  # no more in memory at once than before
+    counts = [record for record in told if record.total == 15]  # 18 less 3 that are probed
+    assert counts[-1] == Preparing("reading images", 15, 15)
+    assert startup.seconds["reading images"] > 0
 
 
 # What keeps them: read anew, kept alike, kept apart.
@@ -249,7 +284,7 @@ def passes_of_plain_floats(data: Stored) -> list[KeptBatches]:
     return [KeptBatches(part, CPU, CPU, Reading(4, 0, 1), sampler) for sampler in (None, ShuffledSampler(6, 1))]
 
 
-def test_images_of_two_types_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_two_types_are_refused_and_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mixedmodule.py").write_text(
         "import torch\n"
         "class Mixed(list): classes = ['a']\n"
@@ -259,8 +294,12 @@ def test_images_of_two_types_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     data = load_data(DataSection(entrypoint="mixedmodule:make", probe_size=1), 1)
-    with pytest.raises(TrainingError, match=r"^data.cache: images of torch.float32 and torch.uint8; make all alike"):
-        list(make_loaders(data, 4, 0, 1, CPU, cache="memory").test)
+    says = (
+        r"^image 0 of mixedmodule:make: more than 8 bits \(float32\), but others have 8 bits; store all images alike$"
+    )
+    for cache in ("memory", "none"):
+        with pytest.raises(TrainingError, match=says):
+            list(make_loaders(data, 4, 0, 1, CPU, cache=cache).test)
 
 
 def test_no_room_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torchvision import datasets
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
-from neq_cli.training.images import as_tensor
+from neq_cli.training.pixels import as_tensor
 from neq_cli.training.sources import Stored, open_source
 
 RANDOM = np.random.default_rng(0)

@@ -81,9 +81,12 @@ def progress_lines(view: RunView, width: int, now: float) -> list[Line]:
     run_share = min((view.epoch - 1 + within) / max(epochs, 1), 1.0)
     labels = [f"epoch {min(view.epoch, epochs)}/{epochs}", f"{phase} {step}/{steps}"]
     shares = [run_share, step / max(steps, 1)]
+    if view.preparing is not None:
+        done, total = view.preparing.done, view.preparing.total
+        labels[1], shares[1] = printable(view.preparing.what), done / max(total, 1)
     if view.finished:
         labels[1], shares = "done", [1.0, 1.0]
-    label_width = max(len(f"epoch {epochs}/{epochs}"), len(f"train {steps}/{steps}"))
+    label_width = max(len(f"epoch {epochs}/{epochs}"), len(f"train {steps}/{steps}"), len(labels[1]))
     tails = _progress_tails(view, width, now)
     tail_width = max(*map(len, tails), 34 if width >= 70 else 0)
     return [

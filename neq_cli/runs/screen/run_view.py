@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neq_cli.records import Compiling, EpochRecord, LayerState, RunResumed, RunStarted, StepProgress
+from neq_cli.records import Compiling, EpochRecord, LayerState, Preparing, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.formatting import printable
 from neq_cli.runs.screen.pace import Pace
 
@@ -50,15 +50,20 @@ class RunView:
         self.below_epsilon = math.nan  # share of observed neurons
         self.compiling: Compiling | None = None  # what steps wait for
         self.message = ""  # the latest
+        self.preparing: Preparing | None = None  # since the last step
         self.began = now
         self.ended: float | None = None  # when the last frame was due
         self.pace = Pace(now)
 
-    def show(self, record: RunResumed | StepProgress | EpochRecord | Compiling, now: float) -> None:
+    def show(self, record: RunResumed | Preparing | StepProgress | EpochRecord | Compiling, now: float) -> None:
         """Take in the next record."""
         if isinstance(record, Compiling):
             self.compiling = None if record.ended else record
-        elif isinstance(record, StepProgress):
+            return
+        self.preparing = record if isinstance(record, Preparing) else None
+        if isinstance(record, Preparing):
+            return
+        if isinstance(record, StepProgress):
             self.position = record
             self.pace.step(record, now)
         elif isinstance(record, RunResumed):
