@@ -67,8 +67,8 @@ def normalised_in_double() -> nn.Module:
     return InDouble(*normalised_network()).double()  # type: ignore[misc]
 
 
-# No value here is rounded more than 100 times forward (64 of them in the linear layer), as often backward, and 32 images
-# of 16 positions are added up. Momentum is not used.
+# No value here is rounded more than 100 times forward (64 of them in the linear layer) and as often backward, and 32
+# images of 16 positions are added up.
 ROUNDINGS = 1000
 
 
@@ -110,9 +110,8 @@ def train_by_hand(trainer: Trainer, groups: list[int], clip: float | None = None
         del batches[:group]
         gradients = torch.autograd.grad(functional.cross_entropy(model(inputs), targets), list(model.parameters()))
         norm = torch.sqrt(sum(((gradient**2).sum() for gradient in gradients), torch.zeros(())))
-        scale = (
-            1.0 if clip is None else min(1.0, clip / (float(norm) + 1e-6))
-        )  # as torch.nn.utils.clip_grad_norm_ has it
+        norm = float(norm) + 1e-6  # as torch's own clipping has it
+        scale = 1.0 if clip is None else min(1.0, clip / norm)
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= rate * scale * gradient
