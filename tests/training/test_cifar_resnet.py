@@ -67,7 +67,7 @@ def test_a_block_is_two_convolutions_and_its_shortcut() -> None:
     hidden = normalised(block.bn2, functional.conv2d(hidden, block.conv2.weight, padding=1))
     hidden[:, 2:6] += inputs[:, :, ::2, ::2]
     # 36 and 72 products, four roundings in each norm, and the sum.
-    close = apart_behind_layers(120, magnitude=float(hidden.abs().max()))
+    close = apart_behind_layers(120, magnitude=float(hidden.detach().abs().max()))
     torch.testing.assert_close(block(inputs), hidden.clamp(min=0), atol=close, rtol=0)
     assert torch.equal(inputs, kept)
 
