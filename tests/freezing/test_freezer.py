@@ -230,14 +230,7 @@ def trained(
     return weights(model), sets
 
 
-@pytest.fixture
-def _double_precision() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("optimizer_name", ["sgd", "adam"])
 @pytest.mark.parametrize("make", [Net, Tokens])
 def test_exact_trains_as_dense_does(make: Callable[[], nn.Module], optimizer_name: str) -> None:

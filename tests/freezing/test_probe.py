@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,8 @@ PHI = phi_apart(roundings=500, values=1000) + unit(torch.float32)
 VELOCITY = 8 * PHI  # delta: two errors; their differences: four; and 1 / (1 - mu) of them, mu being 0.4
 
 
-@pytest.fixture(autouse=True)
-def _double_precision() -> Iterator[None]:
-    """All nets and inputs, but where a test says otherwise: libraries round in other ways than one another."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
+# All nets and inputs are in double precision, but where a test says otherwise.
+pytestmark = pytest.mark.usefixtures("double")
 
 # The oracle below shares nothing with neq: it loads the weights saved after two consecutive epochs into two fresh
 # networks, records what their modules put out with hooks of its own, and works in float64 with NumPy only.

@@ -6,7 +6,7 @@ import io
 import math
 import pickle
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,6 @@ def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "large":
         monkeypatch.setattr(holding, "_SMALL", {"cpu": 0})
         monkeypatch.setattr(holding, "_SHORT_ROW", 0)
-
-
-@pytest.fixture
-def _double_precision() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Dense(Dispatch):
@@ -329,7 +322,7 @@ def test_gradients_when_backward_ends() -> None:
             assert torch.equal(ours, theirs), (layer, name)
 
 
-@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.usefixtures("double")
 def test_gradients_accumulate_over_several_backwards() -> None:
     net, optimizer, _ = prepared(SGD)
     twin, _ = twin_of(net, optimizer, SGD)
@@ -416,7 +409,7 @@ def test_a_hook_of_the_user_after_the_step_sees_the_rows_as_they_are_held() -> N
     assert torch.equal(seen[0], seen[2])
 
 
-@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.usefixtures("double")
 def test_clipping_sees_only_what_trains() -> None:
     net, optimizer, _ = prepared(SGD)
     twin, _ = twin_of(net, optimizer, SGD)
@@ -556,7 +549,7 @@ def test_state_that_appears_later_is_held_from_then_on() -> None:
 # From one epoch to the next.
 
 
-@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.usefixtures("double")
 def test_a_thawed_neuron_goes_on_with_the_momentum_it_was_frozen_with() -> None:
     net, optimizer, freezer = prepared(SGD, FROZEN, {})
     held = optimizer.state[net.conv.weight]["momentum_buffer"][1].clone()
@@ -575,7 +568,7 @@ def test_a_thawed_neuron_goes_on_with_the_momentum_it_was_frozen_with() -> None:
         assert torch.allclose(parameter, expected, rtol=0, atol=apart(6, magnitude=10))  # all below 10
 
 
-@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.usefixtures("double")
 def test_a_thawed_neuron_goes_on_with_adams_moments_and_the_parameters_step() -> None:
     net, optimizer, freezer = prepared(ADAM, FROZEN, {})
     state = optimizer.state[net.conv.weight]
@@ -772,7 +765,7 @@ def test_a_parameter_whose_gradient_the_user_switches_off_is_left_alone() -> Non
 # The authors' code.
 
 
-@pytest.mark.usefixtures("_double_precision")
+@pytest.mark.usefixtures("double")
 def test_reference_definition_zeroes_momentum() -> None:
     net, optimizer, freezer = prepared(SGD, FROZEN, {}, definition="reference")
     buffer = optimizer.state[net.conv.weight]["momentum_buffer"]
