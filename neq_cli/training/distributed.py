@@ -20,7 +20,7 @@ from neq_cli.errors import NeqError, Terminated, TrainingError, described
 from neq_cli.freezing.agreement import overwrite_from_first
 from neq_cli.freezing.dispatch import Choice, read_choice
 from neq_cli.training.lifeline import Lifeline, open_lifeline
-from neq_cli.training.meeting import met
+from neq_cli.training.meeting import met, without_stdout
 from neq_cli.training.problems import one_line
 
 _FAILURE = "failure"
@@ -230,7 +230,8 @@ def join() -> Processes:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(minutes=10)))
         store = PrefixStore(met(store, rank, count), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
+        with without_stdout():
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
         own = PrefixStore("neq", store)
         lifeline = open_lifeline(rank, own)
         if cuda:

@@ -1,10 +1,15 @@
-"""How the processes that are started together find each other in a store that earlier ones may have used."""
+"""How processes started together find each other, in a store that earlier ones may have used, and without a sound."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neq_cli.errors import TrainingError
@@ -38,3 +43,20 @@ def met(store: Store, rank: int, count: int) -> str:
             seen = key
         time.sleep(0.02)
     raise TrainingError(f"{count} processes were to come, and some did not; start all of them with torchrun")
+
+
+@contextmanager
+def without_stdout() -> Iterator[None]:
+    """Drop what a library prints on stdout below Python: gloo, in torch 2.9, whom it met. Stdout is for results."""
+    if sys.stdout is None:  # closed from the start
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)

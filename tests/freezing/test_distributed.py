@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import phi_apart
 from torch import Tensor, nn
 
 from neq_cli import Freezer, NEq, Observation
@@ -51,16 +52,21 @@ def moved(model: nn.Module, number: int) -> None:
 def observed(
     shares: list[list[int]], definition: Any, batch: int, dtype: torch.dtype
 ) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """Return phi and set of every layer after each of three epochs, with a share of the probe set for each process."""
+    """Return phi and set of every layer after each of three epochs, with a share of the probe set for each process.
+
+    One process alone takes all shares, one after another, each cut into batches as its process would.
+    """
     together = torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if together else 0
     torch.manual_seed(3)
     model = Net().eval().to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     # A batch never mixes inputs that reach the rare layer with others: the model looks at the first one only.
-    own = torch.tensor(shares[rank])
     loader = [
-        probe().to(dtype)[part] for group in (own[own < 9], own[own >= 9]) for part in group.split(batch) if len(part)
+        probe().to(dtype)[part]
+        for own in map(torch.tensor, [shares[torch.distributed.get_rank()]] if together else shares)
+        for group in (own[own < 9], own[own >= 9])
+        for part in group.split(batch)
+        if len(part)
     ]
     group = torch.distributed.group.WORLD if together else None
     freezer = Freezer(model, optimizer, loader, NEq(0.004, definition=definition), process_group=group)
@@ -73,8 +79,7 @@ def observed(
 
 
 @pytest.mark.parametrize("definition", ["paper", "reference"])
-# In single precision layers' outputs depend on the batch's size, by which libraries choose how to add up.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     "shares",
     [
@@ -83,9 +88,15 @@ def observed(
     ],
 )
 def test_many_processes_find_what_one_does(
-    workers: Any, shares: list[list[int]], definition: str, dtype: torch.dtype, tolerance: float
+    workers: Any, shares: list[list[int]], definition: str, dtype: torch.dtype
 ) -> None:
-    alone = observed([list(range(12))], definition, 4, dtype)
+    # Libraries choose by the batch's size how to add up. In double precision other batches may do so: no output is
+    # rounded more than 150 times. In single precision, the same batches give the same outputs, here as there, and
+    # what is left is how their sums, in double precision, come together: of 9 positions in 12 inputs at most.
+    if dtype == torch.float64:
+        alone, tolerance = observed([list(range(12))], definition, 4, dtype), phi_apart(150, 108)
+    else:
+        alone, tolerance = observed(shares, definition, 2, dtype), phi_apart(0, 108)
     everyone = workers(len(shares), observed, shares, definition, 2, dtype)
     frozen = 0
     for epoch, expected in enumerate(alone):
@@ -93,7 +104,7 @@ def test_many_processes_find_what_one_does(
             for rank, found in enumerate(everyone):
                 if definition == "reference" and name.startswith("attention"):
                     continue  # attention inside counts positions first, and these layers never freeze there
-                assert (found[epoch][name][0] - phi).abs().max() < tolerance, (epoch, name, rank)
+                assert (found[epoch][name][0] - phi).abs().max() <= tolerance, (epoch, name, rank)
                 assert torch.equal(found[epoch][name][0], everyone[0][epoch][name][0])
                 assert torch.equal(found[epoch][name][1], trainable), (epoch, name, rank)
             frozen += int((~trainable).sum())
@@ -294,7 +305,7 @@ def statistics() -> tuple[list[float], float, float]:
 
 def test_the_statistics_are_process_0_s_while_it_looks_and_each_one_s_own_afterwards(workers: Any) -> None:
     found = workers(2, statistics)
-    assert found[0][0] == pytest.approx([1, 1, 1], abs=1e-12)  # process 0 has not moved
+    assert found[0][0] == pytest.approx([1, 1, 1], abs=phi_apart(0, 16))  # process 0 has not moved
     assert [(mean, before) for _, mean, before in found] == [(0.0, 0.0), (1.0, 0.0)]
 
 

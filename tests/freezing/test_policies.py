@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import apart
 from torch import Tensor, nn
 
 from neq_cli import Baseline, Freezer, NEq, Observation, Policy, Stochastic
@@ -268,6 +269,8 @@ def test_velocity_is_computed_with_the_policys_mu_and_definition_where_it_has_th
     class Reference(Own):
         mu, definition = 0.25, "reference"
 
+    # Observations are rounded to single precision: the velocity, and up to five deltas of 2 at most that make it up.
+    deltas = apart(1, torch.float32, magnitude=12)
     for policy, mu, definition in ((Own(), 0.5, "paper"), (Careless(), 0.0, "paper"), (Reference(), 0.25, "reference")):
         freezer = freezer_with(policy)
         steps = []
@@ -279,7 +282,7 @@ def test_velocity_is_computed_with_the_policys_mu_and_definition_where_it_has_th
         for t in range(1, 4):
             change = delta[t] if definition == "paper" else delta[t] - delta[t - 1]
             velocity = change + (mu if definition == "reference" else -mu) * velocity
-        assert float(steps[-1].velocity[0]) == pytest.approx(velocity, abs=1e-6)
+        assert float(steps[-1].velocity[0]) == pytest.approx(velocity, abs=deltas)
 
 
 def test_without_a_policy_neq_is_used() -> None:

@@ -7,14 +7,17 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from rounding import apart, apart_behind_layers
 from torch import Tensor, nn, optim
 
 from neq_cli import Freezer, Observation
 from neq_cli.freezing import holding
+from neq_cli.freezing.dispatch import Choice, Dispatch
 
 
 @pytest.fixture(autouse=True, params=["small", "large"])
@@ -23,6 +26,13 @@ def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "large":
         monkeypatch.setattr(holding, "_SMALL", {"cpu": 0})
         monkeypatch.setattr(holding, "_SHORT_ROW", 0)
+
+
+class Dense(Dispatch):
+    """Never another kernel than PyTorch's own, so that gradients have the bits of a net without a Freezer."""
+
+    def choose(self, *_: Any) -> Choice:
+        return Choice("dense", {})
 
 
 class Fixed:
@@ -114,7 +124,8 @@ def prepared(make: Make, *epochs: Mapping[str, Iterable[int]], definition: str =
     """Return a net, its optimiser and its Freezer after an epoch of two steps: state is there, FROZEN is in force."""
     net = Net()
     optimizer = make(net.parameters())
-    freezer = Freezer(net, optimizer, [torch.randn(5, 2, 4, 4)], Fixed(*(epochs or (FROZEN,)), definition=definition))
+    policy = Fixed(*(epochs or (FROZEN,)), definition=definition)
+    freezer = Freezer(net, optimizer, [torch.randn(5, 2, 4, 4)], policy, dispatch=Dense())
     for _ in range(2):
         step(net, optimizer, batch())
     freezer.step()
@@ -311,6 +322,7 @@ def test_gradients_when_backward_ends() -> None:
             assert torch.equal(ours, theirs), (layer, name)
 
 
+@pytest.mark.usefixtures("double")
 def test_gradients_accumulate_over_several_backwards() -> None:
     net, optimizer, _ = prepared(SGD)
     twin, _ = twin_of(net, optimizer, SGD)
@@ -324,7 +336,8 @@ def test_gradients_accumulate_over_several_backwards() -> None:
         if layer != "whole":
             assert not rows(layer, name, parameter.grad, frozen=True).any()
             ours, theirs = (rows(layer, name, p.grad, frozen=False) for p in (parameter, dense))
-            assert torch.allclose(ours, theirs, atol=1e-7), (layer, name)
+            # Three times a sum over 6 samples of 9 positions, behind 300 roundings forward and backward.
+            assert (ours - theirs).abs().max() <= apart_behind_layers(500) * dense.grad.abs().max(), (layer, name)
     start = frozen_bits(net, optimizer)
     optimizer.step()
     assert all(torch.equal(bits, start[name]) for name, bits in frozen_bits(net, optimizer).items())
@@ -396,6 +409,7 @@ def test_a_hook_of_the_user_after_the_step_sees_the_rows_as_they_are_held() -> N
     assert torch.equal(seen[0], seen[2])
 
 
+@pytest.mark.usefixtures("double")
 def test_clipping_sees_only_what_trains() -> None:
     net, optimizer, _ = prepared(SGD)
     twin, _ = twin_of(net, optimizer, SGD)
@@ -408,7 +422,7 @@ def test_clipping_sees_only_what_trains() -> None:
     )
     squares += sum(float(p.grad.double().pow(2).sum()) for p in twin.head.parameters())
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
-    assert float(norm) == pytest.approx(math.sqrt(squares), rel=1e-5)
+    assert float(norm) == pytest.approx(math.sqrt(squares), rel=apart_behind_layers(1000))
     assert float(norm) < 0.99 * float(nn.utils.clip_grad_norm_(twin.parameters(), 1e-3))
 
 
@@ -467,8 +481,9 @@ def test_state_born_after_gradients_were_written_anew_knows_none_of_a_frozen_row
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     momentum = optimizer.state[net.conv.weight]["momentum_buffer"]
-    assert torch.allclose(momentum[[1, 2]], 0.1 * weight[[1, 2]])  # the decay's part alone
-    assert torch.allclose(momentum[[0, 3]], 1 + 0.1 * weight[[0, 3]])
+    close = partial(torch.allclose, rtol=0, atol=apart(2, torch.float32, magnitude=2))
+    assert close(momentum[[1, 2]], 0.1 * weight[[1, 2]])  # the decay's part alone
+    assert close(momentum[[0, 3]], 1 + 0.1 * weight[[0, 3]])
 
 
 # What is kept may be put elsewhere in the middle of an epoch.
@@ -534,6 +549,7 @@ def test_state_that_appears_later_is_held_from_then_on() -> None:
 # From one epoch to the next.
 
 
+@pytest.mark.usefixtures("double")
 def test_a_thawed_neuron_goes_on_with_the_momentum_it_was_frozen_with() -> None:
     net, optimizer, freezer = prepared(SGD, FROZEN, {})
     held = optimizer.state[net.conv.weight]["momentum_buffer"][1].clone()
@@ -549,9 +565,10 @@ def test_a_thawed_neuron_goes_on_with_the_momentum_it_was_frozen_with() -> None:
         (net.whole.weight, whole, held_whole, net.whole.weight.grad),
     ):
         expected = before - 0.1 * (0.9 * momentum + gradient + 0.1 * before)
-        assert torch.allclose(parameter, expected, rtol=0, atol=1e-7)
+        assert torch.allclose(parameter, expected, rtol=0, atol=apart(6, magnitude=10))  # all below 10
 
 
+@pytest.mark.usefixtures("double")
 def test_a_thawed_neuron_goes_on_with_adams_moments_and_the_parameters_step() -> None:
     net, optimizer, freezer = prepared(ADAM, FROZEN, {})
     state = optimizer.state[net.conv.weight]
@@ -567,7 +584,7 @@ def test_a_thawed_neuron_goes_on_with_adams_moments_and_the_parameters_step() ->
     first = 0.9 * first + 0.1 * gradient
     second = 0.999 * second + 0.001 * gradient**2
     expected = weight - 0.01 * (first / (1 - 0.9**6)) / ((second / (1 - 0.999**6)).sqrt() + 1e-8)
-    assert torch.allclose(net.conv.weight[2], expected, rtol=0, atol=1e-7)
+    assert torch.allclose(net.conv.weight[2], expected, rtol=0, atol=apart_behind_layers(20))
     assert optimizer.state[net.whole.weight]["step"] == 3
 
 
@@ -748,6 +765,7 @@ def test_a_parameter_whose_gradient_the_user_switches_off_is_left_alone() -> Non
 # The authors' code.
 
 
+@pytest.mark.usefixtures("double")
 def test_reference_definition_zeroes_momentum() -> None:
     net, optimizer, freezer = prepared(SGD, FROZEN, {}, definition="reference")
     buffer = optimizer.state[net.conv.weight]["momentum_buffer"]
@@ -766,7 +784,7 @@ def test_reference_definition_zeroes_momentum() -> None:
     before = net.conv.weight.detach()[1].clone()
     step(net, optimizer, batch())
     expected = before - 0.1 * (net.conv.weight.grad[1] + 0.1 * before)
-    assert torch.allclose(net.conv.weight[1], expected, rtol=0, atol=1e-7)
+    assert torch.allclose(net.conv.weight[1], expected, rtol=0, atol=apart(6, magnitude=10))
 
 
 @pytest.mark.parametrize("frozen", [[1, 2], range(4)])
@@ -780,10 +798,11 @@ def test_reference_definition_lets_the_second_moment_decay(frozen: Iterable[int]
     held = list(frozen)
     second = state["exp_avg_sq"][held].clone()
     weights = net.conv.weight.detach()[held].clone()
+    decay = apart(8, torch.float32)  # three factors of 0.9, themselves rounded, and three products
     for number in range(1, 4):
         step(net, optimizer, batch())
         assert not state["exp_avg"][held].any()
-        assert torch.allclose(state["exp_avg_sq"][held], second * 0.9**number, rtol=1e-5, atol=0)
+        assert torch.allclose(state["exp_avg_sq"][held], second * 0.9**number, rtol=decay, atol=0)
         assert torch.equal(net.conv.weight[held], weights)
 
 
@@ -800,7 +819,7 @@ def test_second_moments_do_not_decay_in_a_fused_step_that_is_skipped() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert state["step"] == 4
-    assert torch.allclose(state["exp_avg_sq"][[1, 2]], second * 0.9**2, rtol=1e-5, atol=0)
+    assert torch.allclose(state["exp_avg_sq"][[1, 2]], second * 0.9**2, rtol=apart(6, torch.float32), atol=0)
 
 
 # Wrappers.

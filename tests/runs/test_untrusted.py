@@ -208,6 +208,8 @@ def test_damaged_bytes(runs: list[Path], name: str, examples: int) -> None:
 def test_text_is_neither_obeyed_nor_taken_as_markup(
     make_run: Callable[..., Run], recipe: Any, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
+    if text == "\x00" and sys.version_info < (3, 11):
+        pytest.skip("the csv module of Python 3.10 writes no NUL")
     monkeypatch.setenv("NEQ_TRACEBACK", "1")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "400")

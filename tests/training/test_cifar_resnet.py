@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import apart_behind_layers
 from torch.nn import functional
 
 from neq_cli.training.cifar_resnet import DEPTHS, BasicBlock, OptionAShortcut, cifar_resnet
@@ -49,12 +50,12 @@ def test_the_shortcut_takes_every_second_pixel_and_adds_empty_channels(size: int
 
 
 def test_a_block_is_two_convolutions_and_its_shortcut() -> None:
-    block = BasicBlock(4, 8, stride=2).eval()
+    block = BasicBlock(4, 8, stride=2).eval().double()
     with torch.no_grad():
         for norm in (block.bn1, block.bn2):
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
-    inputs = torch.randn(2, 4, 6, 6)
+    inputs = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     kept = inputs.clone()
 
     def normalised(norm: torch.nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,9 @@ def test_a_block_is_two_convolutions_and_its_shortcut() -> None:
     hidden = normalised(block.bn1, hidden).clamp(min=0)
     hidden = normalised(block.bn2, functional.conv2d(hidden, block.conv2.weight, padding=1))
     hidden[:, 2:6] += inputs[:, :, ::2, ::2]
-    torch.testing.assert_close(block(inputs), hidden.clamp(min=0))
+    # 36 and 72 products, four roundings in each norm, and the sum.
+    close = apart_behind_layers(120, magnitude=float(hidden.detach().abs().max()))
+    torch.testing.assert_close(block(inputs), hidden.clamp(min=0), atol=close, rtol=0)
     assert torch.equal(inputs, kept)
 
 

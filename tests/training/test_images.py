@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import apart
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -18,6 +19,8 @@ from neq_cli.training.pixels import as_tensor
 from neq_cli.training.transforms import Preparation
 
 PIXELS = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+# A byte divided by 255, or multiplied by what 1 / 255 is rounded to.
+SCALED = {"rtol": apart(2, torch.float32), "atol": 0.0}
 LABELS = torch.tensor([3, 1, 4, 1, 5, 9])
 INDICES = torch.tensor([5, 0, 2])
 
@@ -35,7 +38,7 @@ def test_the_chosen_images_in_order(which: int) -> None:
     assert len(images) == 3
     for position, index in enumerate([5, 0, 2]):
         image, label = images[position]
-        torch.testing.assert_close(image, PIXELS[index].float() / 255)
+        torch.testing.assert_close(image, PIXELS[index].float() / 255, **SCALED)
         assert label == LABELS[index]
 
 
@@ -82,8 +85,8 @@ def test_without_a_draw_chance_decides_in_training_only(which: int) -> None:
     augmented = both(Preparation(augment="cifar"), augmented=True)[which]
     assert len({augmented[0][0].numpy().tobytes() for _ in range(12)}) > 1
     plain = both(Preparation(augment="cifar"), augmented=False)[which]
-    torch.testing.assert_close(plain[0][0], PIXELS[5].float() / 255)
-    torch.testing.assert_close(plain[0, 77][0], PIXELS[5].float() / 255)
+    torch.testing.assert_close(plain[0][0], PIXELS[5].float() / 255, **SCALED)
+    torch.testing.assert_close(plain[0, 77][0], PIXELS[5].float() / 255, **SCALED)
 
 
 def test_chance_in_a_dataset_of_the_users_own_is_seeded() -> None:
@@ -148,7 +151,7 @@ def test_an_image_of_another_size_is_named_unless_all_are_scaled(folder: Path) -
     batch = read(folder, Preparation(image_size=5)).__getitems__([0, 2, 3])
     assert [image.shape for image, _ in batch] == [(3, 5, 5)] * 3
     for (image, _), value in zip(batch, [0, 120, 180], strict=True):
-        torch.testing.assert_close(image, torch.full((3, 5, 5), value / 255))
+        torch.testing.assert_close(image, torch.full((3, 5, 5), value / 255), **SCALED)
 
 
 def test_an_image_without_a_file_is_named_by_its_number() -> None:

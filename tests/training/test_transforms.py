@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from rounding import apart
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
@@ -17,6 +18,10 @@ from neq_cli.training.transforms import Mixing, Preparation, crop_and_mirror, dr
 def pictures(batch: int = 6, channels: int = 3, height: int = 8, width: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+# A byte divided by 255, or multiplied by what 1 / 255 is rounded to.
+SCALED = {"rtol": apart(2, torch.float32), "atol": 0.0}
 
 
 def draws(count: int, seed: int = 0) -> Tensor:
@@ -95,7 +100,7 @@ def test_normalising_leaves_its_input_alone() -> None:
     images = torch.rand(2, 1, 4, 4)
     before = images.clone()
     out = Preparation(mean=(0.5,), std=(0.25,)).finished(images)
-    torch.testing.assert_close(out, (before - 0.5) * 4)
+    torch.testing.assert_close(out, (before - 0.5) * 4, rtol=0, atol=apart(3, torch.float32, magnitude=6))
     assert torch.equal(images, before)
 
 
@@ -124,7 +129,8 @@ def test_pixels_are_scaled_to_one_and_normalised_by_channel() -> None:
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     out = Preparation(mean=mean, std=std).test(images)
     expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    torch.testing.assert_close(out, expected.float())
+    # Scaled to one, less at most 0.3, divided by at least 0.5; what they are divided by or added is rounded itself.
+    torch.testing.assert_close(out, expected.float(), rtol=0, atol=apart(6, torch.float32, magnitude=2.6))
 
 
 def test_floats_are_taken_as_they_are() -> None:
@@ -136,8 +142,8 @@ def test_crop_pads_an_eighth_and_cifar_four() -> None:
     images, chances = pictures(height=16, width=16), draws(6)
     crop = Preparation(augment="crop").train(images, chances)
     cifar = Preparation(augment="cifar").train(images, chances)
-    torch.testing.assert_close(crop, crop_and_mirror(images, chances, padding=2, mirror=False).float() / 255)
-    torch.testing.assert_close(cifar, crop_and_mirror(images, chances, padding=4, mirror=True).float() / 255)
+    torch.testing.assert_close(crop, crop_and_mirror(images, chances, padding=2, mirror=False).float() / 255, **SCALED)
+    torch.testing.assert_close(cifar, crop_and_mirror(images, chances, padding=4, mirror=True).float() / 255, **SCALED)
     assert not torch.equal(crop, cifar)
 
 
@@ -154,7 +160,7 @@ def test_images_are_scaled_by_their_shorter_side_and_cut_in_the_middle() -> None
     images = pictures(height=20, width=40)
     out = Preparation(image_size=10).test(images)
     scaled = functional.resize(images, [10, 20], antialias=True)
-    torch.testing.assert_close(out, scaled[..., 5:15].float() / 255)
+    torch.testing.assert_close(out, scaled[..., 5:15].float() / 255, **SCALED)
 
 
 def test_imagenet_tests_scale_to_256_and_cut_224() -> None:
@@ -162,7 +168,7 @@ def test_imagenet_tests_scale_to_256_and_cut_224() -> None:
     assert preparation.size == 224
     images = pictures(1, height=300, width=300)
     scaled = functional.resize(images, [256, 256], antialias=True)
-    torch.testing.assert_close(preparation.test(images), scaled[..., 16:240, 16:240].float() / 255)
+    torch.testing.assert_close(preparation.test(images), scaled[..., 16:240, 16:240].float() / 255, **SCALED)
     assert Preparation(image_size=64, augment="imagenet").test(images).shape == (1, 3, 64, 64)
 
 
@@ -232,8 +238,9 @@ def test_mixed_labels_are_the_shares_of_mixed_images(mixup: float, cutmix: float
     for draw in range(30):
         mixed, shares = Mixing(mixup, cutmix, 5).mixed(images, labels, draw)
         assert shares.shape == (4, 5)
-        torch.testing.assert_close(shares.sum(1), torch.ones(4))
-        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(5.0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(shares.sum(1), torch.ones(4), rtol=apart(6, torch.float32), atol=0)
+        close = apart(256 + 8, torch.float32, magnitude=4)  # a mean of 256 pixels of 3 at most
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(5.0), rtol=0, atol=close)
         if len(mixed[1].unique()) > 1:
             ways.add("cut")
         if (mixed[1] % 1).any():
