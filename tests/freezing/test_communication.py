@@ -317,6 +317,33 @@ def test_what_no_error_reaches_has_no_gradient_in_a_wrapped_model_either(
                 torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+def suspended_beside() -> list[bool]:
+    torch.manual_seed(4)
+    model = Beside()
+    wrapped = DistributedDataParallel(model)
+    freezer = Freezer(
+        wrapped, torch.optim.SGD(model.parameters(), lr=0.1), [torch.randn(3, 4)], Scripted([{"first": 0}]),
+        backward="truncated", process_group=torch.distributed.group.WORLD, dispatch=Dispatch(fixed=True),
+    )  # fmt: skip
+    freezer.step()
+
+    def has_gradient() -> bool:
+        model.zero_grad()
+        wrapped(torch.randn(2, 4)).square().mean().backward()
+        return model.shift.grad is not None and bool(model.shift.grad.any())
+
+    found = [has_gradient()]
+    with freezer.suspended():
+        found.append(has_gradient())
+        freezer.step()
+        found.append(has_gradient())
+    return [*found, has_gradient()]
+
+
+def test_a_wrapped_model_that_is_suspended_has_every_gradient(workers: Any) -> None:
+    assert workers(2, suspended_beside) == [[False, True, True, False]] * 2
+
+
 def only_whole(mode: str) -> list[str]:
     training = Training(mode, "sgd", "before", script=[{"hidden": 0, "conv": 0}])
     training.epoch(0)
