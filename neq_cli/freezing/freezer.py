@@ -33,6 +33,7 @@ from neq_cli.freezing.observing import (
     undisturbed,
     unwrap,
 )
+from neq_cli.freezing.optimizers import unwrap_optimizer
 from neq_cli.freezing.policies import NEq, Observation, Policy
 from neq_cli.freezing.probe import copied, device_of, overwrite, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
@@ -76,6 +77,9 @@ class Freezer:
     A model wrapped in DistributedDataParallel keeps every layer in its graph, for the wrapper to find it there; that
     costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost.
 
+    ``row_wise`` vouches for an optimiser that is not known, which would be tried: that what it does to a row depends on
+    that row alone. ``notes`` are lines on what a user should know of, such as this.
+
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
 
@@ -93,12 +97,13 @@ class Freezer:
         exclude: Sequence[str] = (),
         probe_autocast: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
+        row_wise: bool = False,
     ) -> None:
         if backward not in MODES:
             hint = did_you_mean(str(backward), MODES) or f"; use {', '.join(MODES)}"
             raise FreezingError(f"backward: {backward!r} is not a backward mode{hint}")
         self.model = unwrap(model)
-        self.optimizer = optimizer
+        self.optimizer = unwrap_optimizer(optimizer)
         self.probe_loader = probe_loader
         self.policy: Policy = NEq() if policy is None else policy
         self.mu: float = getattr(self.policy, "mu", 0.5)
@@ -106,11 +111,15 @@ class Freezer:
         self.probe_autocast = probe_autocast
         self.process_group = process_group
         self.epoch = 0
+        self.notes: list[str] = []
+        if row_wise:
+            kind = type(self.optimizer).__name__
+            self.notes.append(f"optimizer: {kind} was not tried; the user vouches that it updates row by row")
 
         self.anatomy = study(
             self.model,
             self._first_probe_input(),
-            optimized=[parameter for group in optimizer.param_groups for parameter in group["params"]],
+            optimized=[parameter for group in self.optimizer.param_groups for parameter in group["params"]],
             exclude=exclude,
             definition=self.definition,
             attached=is_wrapped(model),
@@ -118,7 +127,13 @@ class Freezer:
         self.layers: dict[str, Layer] = self.anatomy.neurons.layers
         self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
         self.trainable: dict[str, Tensor] = self._everything()
-        self.keeper = RowKeeper(self.model, optimizer, self.layers, discard_momentum=self.definition == "reference")
+        self.keeper = RowKeeper(
+            self.model,
+            self.optimizer,
+            self.layers,
+            discard_momentum=self.definition == "reference",
+            row_wise=row_wise,
+        )
         self.backward: Mode = backward
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
@@ -133,7 +148,7 @@ class Freezer:
             attached=self.anatomy.attached,
         )
         self.slicing.put_in_force(self.trainable)
-        self._settling = self.keeper.optimizer.register_step_post_hook(self.slicing.settle)
+        self._settling = [one.register_step_post_hook(self.slicing.settle) for one in self.keeper.optimizers]
         self._suspensions = 0
         self.wrapped, self.unreached = is_wrapped(model), Unreached([], [])
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
@@ -243,7 +258,8 @@ class Freezer:
     @outside_inference_mode
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
-        self._settling.remove()
+        for hook in self._settling:
+            hook.remove()
         self.keeper.remove()
         self.slicing.remove()
         self.unreached.remove()
