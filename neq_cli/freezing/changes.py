@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.equilibrium import Dynamics
 from neq_cli.freezing.neurons import Layer
 
 
@@ -50,6 +52,29 @@ class Standing:
             or self.shapes.get(name) != now.shapes.get(name)
         ]
 
+    def carried(
+        self,
+        now: Standing,
+        before: Mapping[str, Layer],
+        layers: Mapping[str, Layer],
+        dynamics: Mapping[str, Dynamics],
+        trainable: Mapping[str, Tensor],
+    ) -> tuple[dict[str, Dynamics], dict[str, Tensor]]:
+        """Return dynamics and sets of ``layers``: as ``before``, or unknown and trainable where a layer is new.
+
+        All are where parameters were replaced: what lies above is another network's, too.
+        """
+        known = {
+            name
+            for name, layer in layers.items()
+            if not self.replaced(now) and name in before and before[name].rows == layer.rows
+        }
+        everything = {name: torch.ones(one.neurons, dtype=torch.bool, device="cpu") for name, one in layers.items()}
+        return (
+            {name: dynamics[name] if name in known else Dynamics.unknown(layers[name].neurons) for name in layers},
+            {name: trainable[name] if name in known else everything[name] for name in layers},
+        )
+
     def told(self, now: Standing, layers: Mapping[str, Layer]) -> str:
         """Return in words what changed, where ``layers`` are those that neurons are observed in from now on."""
         if replaced := self.replaced(now):
@@ -88,7 +113,7 @@ def standing(model: nn.Module, optimizer: Optimizer, *, switched_off: bool = Fal
     return Standing(
         dict(model.named_modules()),
         parameters,
-        {name: one.shape for name, one in parameters.items()},
+        {name: one.shape for name, one in parameters.items() if not is_lazy(one)},
         {key: one for key, one in optimized.items() if switched_off or one.requires_grad},
     )
 

@@ -52,7 +52,7 @@ class Discarding:
 
     def attach(self) -> None:
         """Discard from now on."""
-        self.handles += [_put_on(parameter, hook) for parameter, hook in self.hooks]
+        self.handles += [put_on(parameter, hook) for parameter, hook in self.hooks]
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -101,7 +101,7 @@ def when_backward_has_ended(call: Callable[[], None]) -> None:
     queue(lambda: queue(call))
 
 
-def _put_on(parameter: nn.Parameter, hook: Hook) -> RemovableHandle:
+def put_on(parameter: nn.Parameter, hook: Hook) -> RemovableHandle:
     """Have ``hook`` called with each gradient, also where gradients are off now and come back later."""
     wanted = parameter.requires_grad
     # No tensor without gradients takes a hook, but every one keeps it.

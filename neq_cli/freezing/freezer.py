@@ -204,7 +204,7 @@ class Freezer:
         if self._standing.differs(now):
             with gradients_switched_on(now.optimized):
                 layers = find_neurons(self.model, now.optimized.values()).layers
-            dynamics, trainable = self._carried(layers, now)
+            dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
             if self._standing.replaced(now):
                 overwrite(previous := {}, snapshot(self.model))
         return {
@@ -336,34 +336,16 @@ class Freezer:
         self.keeper.remove()
         for hook in self._hooks:
             hook.remove()
-        keeper.seconds, keeper.suspended, slicing.suspended = (
-            self.keeper.seconds,
-            self.keeper.suspended,
-            self.slicing.suspended,
-        )
-        self.dynamics, trainable = self._carried(anatomy.neurons.layers, now)
+        keeper.seconds, keeper.suspended = self.keeper.seconds, self.keeper.suspended
+        slicing.suspended = self.slicing.suspended
+        layers = anatomy.neurons.layers
+        self.dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
         if self._standing.replaced(now):
             self._remember(snapshot(self.model))
-        self._say(self._standing.told(now, anatomy.neurons.layers))
-        self.anatomy, self.keeper, self.slicing, self._standing = anatomy, keeper, slicing, now
-        self.layers = anatomy.neurons.layers
+        self._say(self._standing.told(now, layers))
+        self.anatomy, self.layers, self.keeper, self.slicing, self._standing = anatomy, layers, keeper, slicing, now
         self._hooks = self._hook()
         self._put_in_force(trainable)
-
-    def _carried(self, layers: Mapping[str, Layer], now: Standing) -> tuple[dict[str, Dynamics], dict[str, Tensor]]:
-        """Return dynamics and sets of ``layers``: as they were, or unknown and trainable where a layer is new.
-
-        All are where parameters were replaced: what lies above is another network's, too.
-        """
-        anew = bool(self._standing.replaced(now))
-        dynamics, trainable = {}, {}
-        for name, layer in layers.items():
-            known = not anew and name in self.layers and self.layers[name].rows == layer.rows
-            dynamics[name] = self.dynamics[name] if known else Dynamics.unknown(layer.neurons)
-            trainable[name] = (
-                self.trainable[name] if known else torch.ones(layer.neurons, dtype=torch.bool, device="cpu")
-            )
-        return dynamics, trainable
 
     def _let_go(self) -> None:
         """Let layers train wholly, before an optimiser's step, whose parameters have been replaced since ``step()``."""
