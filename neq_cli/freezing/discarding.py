@@ -52,8 +52,7 @@ class Discarding:
 
     def attach(self) -> None:
         """Discard from now on."""
-        for parameter, hook in self.hooks:
-            self.handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self.handles += [put_on(parameter, hook) for parameter, hook in self.hooks]
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -100,6 +99,18 @@ def when_backward_has_ended(call: Callable[[], None]) -> None:
     """Have ``call`` called before the running backward pass returns, behind all that other hooks put off during it."""
     queue = Variable._execution_engine.queue_callback
     queue(lambda: queue(call))
+
+
+def put_on(parameter: nn.Parameter, hook: Hook) -> RemovableHandle:
+    """Have ``hook`` called with each gradient, also where gradients are off now and come back later."""
+    wanted = parameter.requires_grad
+    # No tensor without gradients takes a hook, but every one keeps it.
+    parameter.requires_grad_(True)
+    try:
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        parameter.requires_grad_(wanted)
+    return handle
 
 
 def _zeroing(frozen: FrozenRows) -> Zero:

@@ -40,6 +40,12 @@ class Dynamics:
         still = torch.zeros(neurons, dtype=torch.float64, device="cpu")
         return Dynamics(torch.ones_like(still), still, still.clone())
 
+    @staticmethod
+    def unknown(neurons: int) -> Dynamics:
+        """Return the dynamics of neurons never observed before: they train until there are two phi to compare."""
+        unknown = torch.full((neurons,), torch.nan, dtype=torch.float64, device="cpu")
+        return Dynamics(unknown, unknown.clone(), torch.zeros_like(unknown))
+
     def next(self, phi: Tensor, mu: float, definition: Definition = "paper") -> Dynamics:
         """Return the dynamics after the next epoch, whose similarity is ``phi``.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.freezing.agreement import (
@@ -19,12 +22,13 @@ from neq_cli.freezing.agreement import (
     overwrite_from_first,
     pack,
 )
-from neq_cli.freezing.anatomy import study
+from neq_cli.freezing.anatomy import Anatomy, study
 from neq_cli.freezing.backward import MODES, KernelUse, Mode, SlicedBackward
+from neq_cli.freezing.changes import Places, Standing, gradients_switched_on, standing
 from neq_cli.freezing.dispatch import Dispatch
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
-from neq_cli.freezing.neurons import Layer
+from neq_cli.freezing.neurons import Layer, find_neurons
 from neq_cli.freezing.observing import (
     first_input,
     is_compiled,
@@ -33,6 +37,7 @@ from neq_cli.freezing.observing import (
     undisturbed,
     unwrap,
 )
+from neq_cli.freezing.optimizers import unwrap_optimizer
 from neq_cli.freezing.policies import NEq, Observation, Policy
 from neq_cli.freezing.probe import copied, device_of, overwrite, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
@@ -41,6 +46,8 @@ from neq_cli.freezing.unreached import Unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 
 class Freezer:
@@ -76,6 +83,9 @@ class Freezer:
     A model wrapped in DistributedDataParallel keeps every layer in its graph, for the wrapper to find it there; that
     costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost.
 
+    ``row_wise`` vouches for an optimiser that is not known, which would be tried: that what it does to a row depends on
+    that row alone. ``notes`` are lines on what a user should know of, such as this.
+
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
 
@@ -93,12 +103,13 @@ class Freezer:
         exclude: Sequence[str] = (),
         probe_autocast: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
+        row_wise: bool = False,
     ) -> None:
         if backward not in MODES:
             hint = did_you_mean(str(backward), MODES) or f"; use {', '.join(MODES)}"
             raise FreezingError(f"backward: {backward!r} is not a backward mode{hint}")
         self.model = unwrap(model)
-        self.optimizer = optimizer
+        self.optimizer = unwrap_optimizer(optimizer)
         self.probe_loader = probe_loader
         self.policy: Policy = NEq() if policy is None else policy
         self.mu: float = getattr(self.policy, "mu", 0.5)
@@ -106,36 +117,25 @@ class Freezer:
         self.probe_autocast = probe_autocast
         self.process_group = process_group
         self.epoch = 0
+        self.notes: list[str] = []
+        if row_wise:
+            kind = type(self.optimizer).__name__
+            self.notes.append(f"optimizer: {kind} was not tried; the user vouches that it updates row by row")
 
-        self.anatomy = study(
-            self.model,
-            self._first_probe_input(),
-            optimized=[parameter for group in optimizer.param_groups for parameter in group["params"]],
-            exclude=exclude,
-            definition=self.definition,
-            attached=is_wrapped(model),
-        )
-        self.layers: dict[str, Layer] = self.anatomy.neurons.layers
-        self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
-        self.trainable: dict[str, Tensor] = self._everything()
-        self.keeper = RowKeeper(self.model, optimizer, self.layers, discard_momentum=self.definition == "reference")
         self.backward: Mode = backward
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
-        self.slicing = SlicedBackward(
-            self.model,
-            self.layers,
-            self.anatomy.functional,
-            self.anatomy.dense_because,
-            backward,
-            self.dispatch,
-            compiled=self.compiled,
-            attached=self.anatomy.attached,
-        )
-        self.slicing.put_in_force(self.trainable)
-        self._settling = self.keeper.optimizer.register_step_post_hook(self.slicing.settle)
-        self._suspensions = 0
+        self._exclude, self._row_wise = exclude, row_wise
         self.wrapped, self.unreached = is_wrapped(model), Unreached([], [])
+        self._standing = standing(self.model, self.optimizer)
+        self.anatomy, self.keeper, self.slicing = self._look(self._standing)
+        self.layers: dict[str, Layer] = self.anatomy.neurons.layers
+        self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
+        self.trainable: dict[str, Tensor] = self._everything()
+        self.slicing.put_in_force(self.trainable)
+        self._places = Places(self.model, ())
+        self._hooks = self._hook()
+        self._suspensions = 0
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
         if process_group is not None:
@@ -154,6 +154,7 @@ class Freezer:
         where the policy answers with an unknown layer, a wrong shape or a wrong type; then nothing has changed.
         """
         self._check_agreement("frozen sets")
+        self._look_anew()
         phi = similarity(
             self.model,
             self._previous,
@@ -197,6 +198,15 @@ class Freezer:
     @outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
+        # As the next step will find it; nothing of this Freezer changes by being saved.
+        now = self._standing.now(self.model, self.optimizer)
+        dynamics, trainable, previous = self.dynamics, self.trainable, self._previous
+        if self._standing.differs(now):
+            with gradients_switched_on(now.optimized):
+                layers = find_neurons(self.model, now.optimized.values()).layers
+            dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
+            if self._standing.replaced(now):
+                overwrite(previous := {}, snapshot(self.model))
         return {
             "version": STATE_VERSION,
             "epoch": self.epoch,
@@ -205,13 +215,13 @@ class Freezer:
                     "phi": moved.phi,
                     "delta_phi": moved.delta_phi,
                     "velocity": moved.velocity,
-                    "trainable": self.trainable[name],
+                    "trainable": trainable[name],
                 }
-                for name, moved in self.dynamics.items()
+                for name, moved in dynamics.items()
             },
-            "previous": dict(self._previous),
+            "previous": dict(previous),
             "policy": self.policy.state_dict(),
-            "computed": self._rows_computed(),
+            "computed": {name: rows for name, rows in self._rows_computed().items() if name in dynamics},
         }
 
     @outside_inference_mode
@@ -220,6 +230,7 @@ class Freezer:
 
         Raises FreezingError where the state is damaged or belongs to another model; then nothing has changed.
         """
+        self._look_anew()
         check_state(state, self.layers, self._previous, fixed_tensors(self.model))
         self._load_policy(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
         self.epoch = state["epoch"]
@@ -243,11 +254,13 @@ class Freezer:
     @outside_inference_mode
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
-        self._settling.remove()
+        for hook in self._hooks:
+            hook.remove()
         self.keeper.remove()
         self.slicing.remove()
         self.unreached.remove()
         self.trainable, self._computed = self._everything(), {}
+        self._places = Places(self.model, ())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -276,6 +289,79 @@ class Freezer:
             tensors = {**own, **named_from_first(buffers, device_of(self.model), self.process_group)}
         overwrite(self._previous, tensors, device)
 
+    def _look(self, there: Standing) -> tuple[Anatomy, RowKeeper, SlicedBackward]:
+        anatomy = study(
+            self.model,
+            self._first_probe_input(),
+            optimized=there.optimized.values(),
+            exclude=self._exclude,
+            definition=self.definition,
+            attached=self.wrapped,
+        )
+        layers, reference = anatomy.neurons.layers, self.definition == "reference"
+        keeper = RowKeeper(self.model, self.optimizer, layers, discard_momentum=reference, row_wise=self._row_wise)
+        slicing = SlicedBackward(
+            self.model,
+            layers,
+            anatomy.functional,
+            anatomy.dense_because,
+            self.backward,
+            self.dispatch,
+            compiled=self.compiled,
+            attached=anatomy.attached,
+        )
+        return anatomy, keeper, slicing
+
+    def _hook(self) -> list[RemovableHandle]:
+        settling = [one.register_step_post_hook(self.slicing.settle) for one in self.keeper.optimizers]
+        return [*settling, self.optimizer.register_step_pre_hook(lambda *_: self._let_go())]
+
+    def _look_anew(self) -> None:
+        """Take in what joined the optimiser, left it, or was replaced in the model since it was last looked at."""
+        for name, tensor in snapshot(self.model).items():
+            earlier = self._previous.get(name)
+            if tensor is not None and earlier is not None:  # the model may have gone to another device or type
+                self._previous[name] = earlier.to(tensor)
+        now = self._standing.now(self.model, self.optimizer)
+        if not self._standing.differs(now):
+            return
+        self._standing.check(now, self.layers)
+        self.slicing.remove()
+        try:
+            with gradients_switched_on(now.optimized):
+                anatomy, keeper, slicing = self._look(now)
+        except BaseException:
+            self.slicing.put_in_force(self.trainable)
+            raise
+        self.keeper.remove()
+        for hook in self._hooks:
+            hook.remove()
+        keeper.seconds, keeper.suspended = self.keeper.seconds, self.keeper.suspended
+        slicing.suspended = self.slicing.suspended
+        layers = anatomy.neurons.layers
+        self.dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
+        if self._standing.replaced(now):
+            self._remember(snapshot(self.model))
+        self._say(self._standing.told(now, layers))
+        self.anatomy, self.layers, self.keeper, self.slicing, self._standing = anatomy, layers, keeper, slicing, now
+        self._hooks = self._hook()
+        self._put_in_force(trainable)
+
+    def _let_go(self) -> None:
+        """Let layers train wholly, before an optimiser's step, whose parameters have been replaced since ``step()``."""
+        started = time.perf_counter()
+        left = self._places.left()
+        if left:
+            names = [name for name, layer in self.layers.items() if any(rows.parameter in left for rows in layer.rows)]
+            self._say(f"{', '.join(names)}: replaced in the model; trains wholly until step() takes it in")
+            everything = self._everything()
+            self._put_in_force({**self.trainable, **{name: everything[name] for name in names}})
+        self.keeper.seconds += time.perf_counter() - started
+
+    def _say(self, note: str) -> None:
+        self.notes.append(f"epoch {self.epoch + 1}: {note}")
+        logger.warning(note)
+
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}
         self.slicing.put_in_force(trainable)
@@ -285,6 +371,8 @@ class Freezer:
             self._leave_unreached(trainable)
             trainable = {name: rows & (name in reached) for name, rows in trainable.items()}
         self.keeper.keep(trainable)
+        frozen = {name for name, rows in trainable.items() if not bool(rows.all())}
+        self._places = Places(self.model, {rows.parameter for name in frozen for rows in self.layers[name].rows})
 
     def _leave_unreached(self, trainable: Mapping[str, Tensor]) -> None:
         """Leave parameters outside neurons that nothing reaches without a gradient; a wrapper would give them zeros."""
@@ -305,7 +393,10 @@ class Freezer:
 
     def _check_agreement(self, what: str) -> None:
         if self.process_group is not None:
-            about = f"{self.epoch} {self.backward} {self.mu} {self.definition} {list(self.layers)}"
+            now = self._standing.now(self.model, self.optimizer)
+            names = [name for name, one in now.parameters.items() if id(one) in now.optimized]
+            changed = f"{self._standing.replaced(now)} {names} {self._standing.differs(now)}"
+            about = f"{self.epoch} {self.backward} {self.mu} {self.definition} {list(self.layers)} {changed}"
             phi = torch.cat([moved.phi for moved in self.dynamics.values()])
             tensors = (pack(self.trainable), phi.view(torch.uint8))
             contents = [about.encode(), *(bytes(tensor.tolist()) for tensor in tensors)]

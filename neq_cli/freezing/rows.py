@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.discarding import Discarding
 from neq_cli.freezing.holding import FrozenRows, Writer
 from neq_cli.freezing.neurons import Layer, Layout
-from neq_cli.freezing.optimizers import check_optimizer, row_state
+from neq_cli.freezing.optimizers import check_optimizer, make_hookable, refuse_by_name, row_state, state_of, with_inner
 
 
 class RowKeeper:
@@ -25,13 +26,22 @@ class RowKeeper:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, layers: Mapping[str, Layer], *, discard_momentum: bool
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: Mapping[str, Layer],
+        *,
+        discard_momentum: bool,
+        row_wise: bool = False,
     ) -> None:
-        check_optimizer(optimizer)
-        self.optimizer = optimizer
+        self.parameters = dict(model.named_parameters())
+        if row_wise:
+            refuse_by_name(optimizer)
+        else:
+            check_optimizer(optimizer, layers, self.parameters)
+        self.optimizers = with_inner(optimizer)
         self.layers = layers
         self.discard_momentum = discard_momentum
-        self.parameters = dict(model.named_parameters())
         self.discarding = Discarding([])
         self.kept: list[FrozenRows] = []
         self.unborn: list[FrozenRows] = []  # those that no step has updated yet, so that state may still come
@@ -39,15 +49,22 @@ class RowKeeper:
         self.stale = False
         self.suspended = False
         self.seconds = 0.0
-        after_step = optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self.hooks: list[RemovableHandle] = []
+        for one in self.optimizers:
+            self._put_around_steps(one)
+        # On every module, for a part of the model may be loaded alone.
+        for module in model.modules():
+            self.hooks.append(module.register_load_state_dict_post_hook(_ForgetOnLoad(self)))  # type: ignore[no-untyped-call]
+
+    def _put_around_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        make_hookable(optimizer)
+        after_step = optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer))
         # Before other hooks there, which may average the weights: they shall see the rows as they are held.
         optimizer._optimizer_step_post_hooks.move_to_end(after_step.id, last=False)  # type: ignore[attr-defined]
-        self.hooks = [
+        self.hooks += [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
             after_step,
             optimizer.register_load_state_dict_post_hook(lambda *_: self.forget()),
-            # On every module, for a part of the model may be loaded alone.
-            *(m.register_load_state_dict_post_hook(_ForgetOnLoad(self)) for m in model.modules()),  # type: ignore[no-untyped-call]
         ]
 
     def keep(self, trainable: Mapping[str, Tensor]) -> None:
@@ -55,8 +72,7 @@ class RowKeeper:
         frozen = []
         for name, (layout, mask) in self._frozen_rows(trainable).items():
             parameter = self.parameters[name]
-            # Where gradients were switched off since, there is nothing to keep.
-            if mask.any() and parameter.requires_grad:
+            if mask.any():
                 frozen.append(FrozenRows(parameter, layout, mask))
         self.discarding.remove()
         self.discarding = Discarding(frozen)
@@ -66,6 +82,9 @@ class RowKeeper:
         # The optimiser skips what has no gradient: a parameter whose rows are all frozen stays as it is.
         self.kept = [one for one in frozen if not one.whole or self.discard_momentum]
         self.refresh()
+        if any(group.get("train_mode") is False for one in self.optimizers for group in one.param_groups):
+            # A schedule-free optimiser shows its average now; the weights that it trains come back before it steps.
+            self.forget()
 
     def suspend(self) -> None:
         """Leave gradients alone until ``resume``; what is frozen is held around the optimiser's steps all the same."""
@@ -124,11 +143,11 @@ class RowKeeper:
             self.discarding.drop_whole()
         self.seconds += time.perf_counter() - started
 
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         started = time.perf_counter()
         if self.discard_momentum:
-            self._decay_second_moments()
-        if any(one.changed(self.optimizer.state.get(one.parameter, {})) for one in self.kept):
+            self._decay_second_moments(optimizer)
+        if any(one.changed(state_of(self.optimizers, one.parameter)) for one in self.kept):
             self._look()
         self._write()
         self.unborn = [one for one in self.unborn if one.parameter.grad is None]
@@ -139,12 +158,12 @@ class RowKeeper:
         """Find what is to be written: after rows were frozen or loaded, and where state was born or replaced."""
         self.writer = Writer()
         for one in self.kept:
-            tensors = {"": one.parameter, **row_state(self.optimizer, one.parameter)}
-            one.look(self.optimizer.state.get(one.parameter, {}), tensors)
+            tensors = {"": one.parameter, **row_state(self.optimizers, one.parameter)}
+            one.look(state_of(self.optimizers, one.parameter), tensors)
             for key, tensor in tensors.items():
                 if key not in one.held:
                     one.held[key] = one.read(tensor)
-                    if self.discard_momentum and key in ("momentum_buffer", "exp_avg"):
+                    if self.discard_momentum and key.split(" ")[0] in ("momentum_buffer", "exp_avg"):
                         one.held[key].zero_()
                 self.writer.add(one, key, tensor)
 
@@ -153,11 +172,15 @@ class RowKeeper:
         self.writer.write()
 
     @torch.no_grad()
-    def _decay_second_moments(self) -> None:
-        held = {id(one.parameter): one.held["exp_avg_sq"] for one in self.kept if "exp_avg_sq" in one.held}
+    def _decay_second_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        alike = [number for number, one in enumerate(self.optimizers) if one.state is optimizer.state]
+        if self.optimizers[alike[-1]] is not optimizer:
+            return  # a wrapper, which has the very state of the one inside
+        key = f"exp_avg_sq {alike[0]}" if alike[0] else "exp_avg_sq"
+        held = {id(one.parameter): one.held[key] for one in self.kept if key in one.held}
         # Set by GradScaler while a fused optimiser steps: where it is not zero, the step is none.
-        skipped: Tensor | None = getattr(self.optimizer, "found_inf", None)
-        for group in self.optimizer.param_groups:
+        skipped: Tensor | None = getattr(optimizer, "found_inf", None)
+        for group in optimizer.param_groups:
             moments = [held[id(parameter)] for parameter in group["params"] if id(parameter) in held]
             if "betas" in group and moments:
                 decay = group["betas"][1]

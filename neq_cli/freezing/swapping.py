@@ -77,7 +77,14 @@ def _subclass(swapped: Any, own: Any) -> Any:
 
 
 def _own_class(kind: Any) -> Any:
-    return kind.__bases__[1]
+    """Return the class that ``kind`` would be had no module been swapped."""
+    if not issubclass(kind, _Swapped):
+        return kind
+    if issubclass(kind.__bases__[0], _Swapped) and kind.__bases__[0].__module__ == __name__:
+        return kind.__bases__[1]
+    # Made of the swapped class by others, as torch.nn.utils.parametrize does for each module.
+    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(map(_own_class, kind.__bases__)), members)
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

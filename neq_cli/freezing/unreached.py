@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from neq_cli.freezing.discarding import graph_task, when_backward_has_ended
+from neq_cli.freezing.discarding import graph_task, put_on, when_backward_has_ended
 
 
 class Unreached:
@@ -21,9 +21,9 @@ class Unreached:
         self._pass = -1
         me = weakref.ref(self)  # autograd keeps hooks where Python's garbage collector does not look
         self.handles = [
-            parameter.register_post_accumulate_grad_hook(_look(me))  # type: ignore[no-untyped-call]
+            put_on(parameter, _look(me))
             for parameter in (others if self.parameters else ())
-            if parameter.requires_grad
+            if parameter.is_floating_point() or parameter.is_complex()
         ]
 
     def look(self) -> None:

@@ -165,7 +165,7 @@ def prepare(
         steps_per_epoch=len(loaders.train),
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
-        notes=(*notes, *freezing_notes(freezer.anatomy, recipe.backward)),
+        notes=(*notes, *freezer.notes, *freezing_notes(freezer.anatomy, recipe.backward)),
     )
     return Session(recipe, trainer, started, _content(data), matched_flops)
 
