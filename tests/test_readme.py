@@ -52,11 +52,19 @@ def test_every_shipped_recipe_is_listed_with_its_description() -> None:
 
 def test_the_file_tree_has_every_module_and_nothing_else() -> None:
     tree = README.split("## The files")[1].split("```")[1]
-    named = {line.split()[0] for line in tree.strip().splitlines()}
+    named, folders = set(), [ROOT]
+    for line in tree.strip("\n").removeprefix("text\n").splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = folders[depth] / name
+        folders[depth + 1 :] = [path] if name.endswith("/") else []
+        named.add(path)
     package = ROOT / "neq_cli"
-    modules = {path.name for path in package.rglob("*.py") if path.name != "__init__.py"}
-    folders = {f"{path.parent.name}/" for path in package.rglob("__init__.py")}
-    assert named == modules | folders | {"recipes/", "tests/", "digits.safetensors", "page.css", "py.typed"}
+    modules = {path for path in package.rglob("*.py") if path.name != "__init__.py"}
+    modules |= {path.parent for path in package.rglob("__init__.py")}
+    others = {path.name for path in named - modules}
+    assert not modules - named
+    assert others == {"recipes", "tests", "digits.safetensors", "page.css", "py.typed"}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from neq_cli.freezing.observing import (
 )
 from neq_cli.freezing.optimizers import unwrap_optimizer
 from neq_cli.freezing.policies import NEq, Observation, Policy
-from neq_cli.freezing.probe import copied, device_of, overwrite, similarity, snapshot
+from neq_cli.freezing.probe import copied, device_of, follow, overwrite, similarity, snapshot
 from neq_cli.freezing.rows import RowKeeper
 from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
 from neq_cli.freezing.unreached import Unreached
@@ -273,6 +273,7 @@ class Freezer:
         if self._suspensions == 1:
             self.slicing.suspend()
             self.keeper.suspend()
+            self.unreached.remove()
         try:
             yield
         finally:
@@ -280,6 +281,7 @@ class Freezer:
             if not self._suspensions:
                 self.slicing.resume()
                 self.keeper.resume()
+                self._leave_unreached(self.trainable)
 
     def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
         if self.process_group is not None:
@@ -318,10 +320,7 @@ class Freezer:
 
     def _look_anew(self) -> None:
         """Take in what joined the optimiser, left it, or was replaced in the model since it was last looked at."""
-        for name, tensor in snapshot(self.model).items():
-            earlier = self._previous.get(name)
-            if tensor is not None and earlier is not None:  # the model may have gone to another device or type
-                self._previous[name] = earlier.to(tensor)
+        follow(self._previous, self.model)
         now = self._standing.now(self.model, self.optimizer)
         if not self._standing.differs(now):
             return
@@ -378,7 +377,8 @@ class Freezer:
         """Leave parameters outside neurons that nothing reaches without a gradient; a wrapper would give them zeros."""
         self.unreached.remove()
         # What is compiled passes zeros on to all of them, wrapped or not.
-        names = self.anatomy.unreached_outside(trainable) if self.wrapped and not self.compiled else []
+        cut_off = self.backward == "truncated" and self.wrapped and not self.compiled and not self._suspensions
+        names = self.anatomy.unreached_outside(trainable) if cut_off else []
         own = [self.keeper.parameters[name] for name in names]
         self.unreached = Unreached(own, [p for name, p in self.keeper.parameters.items() if name not in names])
 

@@ -61,6 +61,22 @@ def overwrite(
             kept[name] = tensor.detach().to(place, copy=True)
 
 
+def follow(kept: dict[str, Tensor | None], model: nn.Module) -> None:
+    """Bring ``kept`` to where ``model`` has gone since: another device, or another type.
+
+    A buffer alone that is of another type now was made so by its module, and stays what it was.
+    """
+    parameters = dict(model.named_parameters())
+    converted = any(
+        tensor is not None and name in parameters and tensor.dtype != parameters[name].dtype
+        for name, tensor in kept.items()
+    )
+    for name, tensor in snapshot(model).items():
+        earlier = kept.get(name)
+        if tensor is not None and earlier is not None:
+            kept[name] = earlier.to(tensor.device, tensor.dtype if converted else earlier.dtype)
+
+
 def similarity(
     model: nn.Module,
     previous: Mapping[str, Tensor | None],

@@ -281,7 +281,7 @@ def test_run_without_environment_and_status_reads(make_run: Callable[..., Run]) 
 @pytest.mark.parametrize(
     ("status", "says"),
     [
-        ({"pid": os.getpid()}, f"running: process {os.getpid()}"),
+        pytest.param({"pid": os.getpid()}, f"running: process {os.getpid()}", id="this process"),
         ({"pid": 2**22 + 1}, f"killed: process {2**22 + 1} is gone"),  # above Linux' largest
         ({"host": "far\x1baway", "pid": 1}, "running or killed: started on far�away, which cannot be asked from here"),
         ({"pid": 0}, "running or killed"),

@@ -177,7 +177,7 @@ SCHEDULES: list[tuple[dict[str, Any], Callable[[int, int], float]]] = [
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 3])
-@pytest.mark.parametrize(("values", "factor"), SCHEDULES, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("values", "factor"), SCHEDULES, ids=[str(values) for values, _ in SCHEDULES])
 def test_schedules_follow_their_formulas(
     values: dict[str, Any], factor: Callable[[int, int], float], warmup: int
 ) -> None:
