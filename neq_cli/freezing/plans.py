@@ -52,6 +52,7 @@ class Plan:
         self.choice: Choice | None = None
         self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
+        self._smaller: dict[tuple[Kernel, Operation], Operation] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
         self._chunks: dict[tuple[int, int], Plan] = {}
 
@@ -139,8 +140,10 @@ class Plan:
             return self._run(kernel, operation, grad_output, input, weight, wanted)
 
         kind = self._kind(operation, input, weight, of_input=wanted[0])
-        kernels, by_rule = self._candidates(operation, weight), self._by_rule(operation, weight)
-        choice = self.dispatch.choose(kind, kernels, run, by_rule, input.device)
+        choice = self.dispatch.find(kind)
+        if choice is None:
+            kernels, by_rule = self._candidates(operation, weight), self._by_rule(operation, weight)
+            choice = self.dispatch.choose(kind, kernels, run, by_rule, input.device)
         self._note(choice, operation, weight)
         return run(choice.kernel)
 
@@ -197,6 +200,15 @@ class Plan:
             )
         return self._parts[key]
 
+    def _smaller_operation(self, kernel: Kernel, operation: Operation, part: Slice) -> Operation:
+        found = self._smaller.get((kernel, operation))
+        if found is None:
+            found = operation.sliced(part)
+            if kernel == "pointwise" and isinstance(found, Convolution):
+                found = _pointwise(found)
+            self._smaller[kernel, operation] = found
+        return found
+
     def _run(
         self,
         kernel: Kernel,
@@ -214,10 +226,7 @@ class Plan:
                 grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
             )
         part = self._part(kernel, operation, weight)
-        smaller = operation.sliced(part)
-        if kernel == "pointwise" and isinstance(smaller, Convolution):
-            smaller = _pointwise(smaller)
-        rows = part.rows_of_weight(weight, operation.layout)
+        smaller = self._smaller_operation(kernel, operation, part)
         errors, seen = operation.outputs(grad_output, part), operation.inputs(input, part)
         input_gradient = None
         if of_input and not self.truncated:
@@ -226,7 +235,9 @@ class Plan:
             )[0]
         partly = of_input and self.truncated
         if partly:
-            rows = part.only_trainable(rows, operation.layout)
+            rows = part.only_trainable(part.rows_of_weight(weight, operation.layout), operation.layout)
+        else:
+            rows = part.in_place_of_weight(weight, operation.layout)
         through, of_rows, of_biases = smaller.backward(
             errors, seen, rows, of_input=partly, of_weight=of_weight, of_bias=of_bias
         )

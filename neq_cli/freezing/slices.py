@@ -31,6 +31,12 @@ class Slice:
         rows = layout.view(weight)[layout.index(weight, self.computed)]  # [rows, inputs per group, *kernel]
         return self._with_inputs_first(rows)
 
+    def in_place_of_weight(self, weight: Tensor, layout: Layout) -> Tensor:
+        """Return what looks like the smaller layer's weight, for kernels that do not read it; nothing is copied."""
+        return (
+            weight.narrow(0, 0, len(self.computed)) if layout.kind == "leading" else self.rows_of_weight(weight, layout)
+        )
+
     def _with_inputs_first(self, rows: Tensor) -> Tensor:
         """Swap rows and inputs within each group: [groups * a, b, *kernel] becomes [groups * b, a, *kernel]."""
         return rows.reshape(self.groups, -1, *rows.shape[1:]).transpose(1, 2).flatten(0, 1)
