@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -16,18 +15,35 @@ from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
 CPU = torch.device("cpu")
 
 
-class Timed:
-    """Kernels that take the milliseconds they are told to, and note that they ran."""
+class Clock:
+    """Stands still but for what is said to have passed, in seconds."""
 
-    def __init__(self, **milliseconds: float) -> None:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Timed]:
+    """Return what makes kernels that take the milliseconds they are told to, by the only clock that choices go by."""
+    clock = Clock()
+    monkeypatch.setattr("neq_cli.freezing.dispatch.time", clock)
+    return lambda **milliseconds: Timed(clock, milliseconds)
+
+
+class Timed:
+    """Kernels that take so many milliseconds, and note that they ran."""
+
+    def __init__(self, clock: Clock, milliseconds: Mapping[str, float]) -> None:
+        self.clock = clock
         self.milliseconds = milliseconds
         self.ran: list[str] = []
 
     def __call__(self, kernel: Kernel) -> None:
         self.ran.append(kernel)
-        end = time.perf_counter() + self.milliseconds[kernel] / 1e3
-        while time.perf_counter() < end:
-            pass
+        self.clock.now += self.milliseconds[kernel] / 1e3
 
 
 def choose(dispatch: Dispatch, run: Callable[[Kernel], object], kind: str = "kind", by_rule: Kernel = "sliced") -> str:
@@ -45,40 +61,50 @@ def choose(dispatch: Dispatch, run: Callable[[Kernel], object], kind: str = "kin
     ],
 )
 def test_the_fastest_kernel_is_chosen_and_the_dense_one_in_doubt(
-    dense: float, sliced: float, rounded: float, chosen: str
+    timed: Callable[..., Timed], dense: float, sliced: float, rounded: float, chosen: str
 ) -> None:
-    dispatch, run = Dispatch(), Timed(dense=dense, sliced=sliced, rounded=rounded)
+    dispatch, run = Dispatch(), timed(dense=dense, sliced=sliced, rounded=rounded)
     assert choose(dispatch, run) == chosen
-    choice = dispatch.choices["kind"]
-    for name, milliseconds in run.milliseconds.items():
-        assert milliseconds <= choice.milliseconds[name] < milliseconds + 10
-    assert dispatch.seconds >= sum(run.milliseconds.values()) / 1e3
+    assert dispatch.choices["kind"].milliseconds == pytest.approx(run.milliseconds)
+    assert dispatch.seconds == pytest.approx(sum(run.milliseconds[name] for name in run.ran) / 1e3)
 
 
-def test_every_kernel_is_warmed_up_before_it_is_timed() -> None:
-    started: set[str] = set()
-    timed = Timed(dense=2, sliced=1, rounded=3)
+def test_every_kernel_is_warmed_up_before_it_is_timed(timed: Callable[..., Timed]) -> None:
+    kernels = timed(dense=2, sliced=1, rounded=3)
 
     def run(kernel: Kernel) -> None:
-        if kernel not in started:
-            started.add(kernel)
-            time.sleep(0.05)  # as a library that compiles something first
-        timed(kernel)
+        if kernel not in kernels.ran:
+            kernels.clock.now += 0.05  # as a library that compiles something first
+        kernels(kernel)
 
     dispatch = Dispatch()
     assert choose(dispatch, run) == "sliced"
-    assert max(dispatch.choices["kind"].milliseconds.values()) < 40
+    assert dispatch.choices["kind"].milliseconds == pytest.approx(kernels.milliseconds)
 
 
-def test_a_hopeless_kernel_is_not_timed_again() -> None:
-    run = Timed(dense=1, sliced=0.5, rounded=20)
+def test_times_that_disagree_are_taken_again_and_the_shortest_counts(timed: Callable[..., Timed]) -> None:
+    kernels = timed(dense=30, sliced=25, rounded=26)
+
+    def run(kernel: Kernel) -> None:
+        if kernel == "sliced" and kernels.ran.count("sliced") < 4:
+            kernels.clock.now += 0.04 / (1 + kernels.ran.count("sliced"))  # as beside another program that ends
+        kernels(kernel)
+
+    dispatch = Dispatch()
+    assert choose(dispatch, run) == "sliced"
+    assert kernels.ran.count("dense") > 4  # warmed up, and timed oftener than the three times that would do
+    assert dispatch.choices["kind"].milliseconds == pytest.approx(kernels.milliseconds)
+
+
+def test_a_hopeless_kernel_is_not_timed_again(timed: Callable[..., Timed]) -> None:
+    run = timed(dense=1, sliced=0.5, rounded=20)
     choose(Dispatch(), run)
     assert run.ran.count("rounded") == 4  # warmed up and timed three times
     assert run.ran.count("sliced") > 4
 
 
-def test_a_kind_is_timed_once() -> None:
-    dispatch, run = Dispatch(), Timed(dense=1, sliced=0.1, rounded=2)
+def test_a_kind_is_timed_once(timed: Callable[..., Timed]) -> None:
+    dispatch, run = Dispatch(), timed(dense=1, sliced=0.1, rounded=2)
     assert choose(dispatch, run) == "sliced"
     number = len(run.ran)
     run.milliseconds = {"dense": 0.1, "sliced": 1, "rounded": 2}
@@ -120,14 +146,14 @@ def test_a_choice_is_announced_when_it_is_made() -> None:
     assert told == [first, {**first, "second": {"kernel": "sliced", "milliseconds": {}}}]
 
 
-def test_choices_survive_json() -> None:
+def test_choices_survive_json(timed: Callable[..., Timed]) -> None:
     dispatch = Dispatch()
-    choose(dispatch, Timed(dense=1, sliced=0.1, rounded=2))
-    choose(dispatch, Timed(dense=0.1, sliced=1, rounded=2), "another kind")
+    choose(dispatch, timed(dense=1, sliced=0.1, rounded=2))
+    choose(dispatch, timed(dense=0.1, sliced=1, rounded=2), "another kind")
     again = Dispatch()
     again.load_state_dict(json.loads(json.dumps(dispatch.state_dict())))
     assert again.choices == dispatch.choices
-    run = Timed()
+    run = timed()
     assert choose(again, run) == "sliced"
     assert choose(again, run, "another kind") == "dense"
     assert run.ran == []
@@ -291,25 +317,25 @@ def test_fixed_runs_choose_alike() -> None:
     assert len(tables[0]) == 2
 
 
-def test_what_is_known_is_not_timed_but_becomes_a_choice() -> None:
+def test_what_is_known_is_not_timed_but_becomes_a_choice(timed: Callable[..., Timed]) -> None:
     written: list[list[str]] = []
     known = {"kind": Choice("rounded", {"rounded": 1.0, "dense": 2.0}), "other": Choice("dense", {"dense": 1.0})}
     dispatch = Dispatch(known=known, on_choice=lambda dispatch: written.append(list(dispatch.choices)))
-    timed = Timed(dense=0, sliced=0, rounded=0)
+    run = timed(dense=0, sliced=0, rounded=0)
     assert dispatch.find("kind") is None
-    assert choose(dispatch, timed) == "rounded"
-    assert (timed.ran, written, dispatch.seconds) == ([], [["kind"]], 0)
+    assert choose(dispatch, run) == "rounded"
+    assert (run.ran, written, dispatch.seconds) == ([], [["kind"]], 0)
     assert dispatch.find("kind") == known["kind"]
-    assert choose(Dispatch(known=known, fixed=True), timed) == "sliced"
+    assert choose(Dispatch(known=known, fixed=True), run) == "sliced"
     own = Dispatch(known=known)
     own.load_state_dict({"kind": {"kernel": "sliced", "milliseconds": {}}})
-    assert choose(own, timed) == "sliced"
+    assert choose(own, run) == "sliced"
 
 
-def test_timing_is_announced() -> None:
+def test_timing_is_announced(timed: Callable[..., Timed]) -> None:
     said: list[int] = []
-    timed = Timed(dense=0, sliced=0, rounded=0)
-    dispatch = Dispatch(on_timing=lambda: said.append(len(timed.ran)))
+    run = timed(dense=0, sliced=0, rounded=0)
+    dispatch = Dispatch(on_timing=lambda: said.append(len(run.ran)))
     for _ in range(2):
-        choose(dispatch, timed)
+        choose(dispatch, run)
     assert said == [0]
