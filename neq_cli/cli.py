@@ -67,7 +67,7 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
 
 def _linger() -> None:
     """Stay until other processes have found out why this one ends, where it has joined any."""
-    distributed = sys.modules.get("neq_cli.training.distributed")
+    distributed = sys.modules.get("neq_cli.training.processes.joined")
     if distributed is not None:
         distributed.joined().linger()
 

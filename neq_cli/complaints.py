@@ -8,7 +8,7 @@ import sys
 def complain(message: str) -> None:
     """Print a line to stderr, once where several processes have the same one."""
     # Nobody has joined others before this module is there.
-    distributed = sys.modules.get("neq_cli.training.distributed")
+    distributed = sys.modules.get("neq_cli.training.processes.joined")
     if distributed is None or distributed.joined().say_once(message):
         print(message, file=sys.stderr)
 

@@ -244,7 +244,7 @@ def folder(tmp_path: Path, recipe_folder: Callable[[Path], Path]) -> Path:
 
 AT_A_STEP = """
 import os, shutil, signal, time, torch
-from neq_cli.training.step import TrainingStep
+from neq_cli.training.loop.step import TrainingStep
 
 train, done = TrainingStep.train, 0
 
@@ -276,7 +276,7 @@ def same_run() -> Callable[..., None]:
 
 def assert_same_run(one: Path, other: Path, context: str = "") -> None:
     """Assert that two run directories hold the same, but for clocks, process numbers and the checkpoint before last."""
-    from neq_cli.training.checkpoint import load_state
+    from neq_cli.training.loop.checkpoint import load_state
 
     names = [sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) for run in (one, other)]
     assert names[0] == names[1], context

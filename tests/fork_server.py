@@ -18,8 +18,8 @@ def main() -> None:
     import torch
 
     import neq_cli.cli
-    import neq_cli.running
-    import neq_cli.training.bench.measuring
+    import neq_cli.jobs.train
+    import neq_cli.training.bench.measure
     import neq_cli.training.session  # noqa: F401 - what every child needs
 
     torch.set_num_threads(1)

@@ -74,7 +74,7 @@ class Lossy:
     metric = "test_top1"
 
     def __init__(self, what):
-        from neq_cli.training.tasks import Classification
+        from neq_cli.training.loop.tasks import Classification
         self.inner, self.what, self.calls = Classification(), what, 0
         self.new_totals, self.update, self.results = self.inner.new_totals, self.inner.update, self.inner.results
 
@@ -113,7 +113,7 @@ def infinite():
 DRIVER = """
 import json, os, socket, sys, time, traceback
 import torch, torch.distributed, torchvision, scipy
-import neq_cli.running, neq_cli.training.session
+import neq_cli.jobs.train, neq_cli.training.session
 from neq_cli.cli import main
 
 torch.set_num_threads(1)

@@ -40,15 +40,15 @@ module.{name} = stuck
 """
 IMPATIENT = "import neq_cli.ending; neq_cli.ending._CLEANING_UP = 0.3"
 COMMANDS = {
-    "train": (("train", "rich.yaml"), "neq_cli.recipe.file", "load_recipe"),
-    "sweep": (("sweep", "rich.yaml", "seed=1,2"), "neq_cli.sweep.plan", "plan_sweep"),
-    "bench": (("bench", "rich.yaml"), "neq_cli.training.bench.measuring", "bench"),
+    "train": (("train", "rich.yaml"), "neq_cli.recipe.load", "load_recipe"),
+    "sweep": (("sweep", "rich.yaml", "seed=1,2"), "neq_cli.jobs.sweep.plan", "plan_sweep"),
+    "bench": (("bench", "rich.yaml"), "neq_cli.training.bench.measure", "bench"),
     "flops": (("flops", "rich.yaml"), "neq_cli.training.session", "estimate_flops"),
-    "validate": (("validate", "rich.yaml"), "neq_cli.recipe.file", "load_recipe"),
-    "inspect": (("inspect", "run"), "neq_cli.runs.run_reader", "read_run"),
-    "compare": (("compare", "run"), "neq_cli.runs.run_reader", "read_run"),
-    "report": (("report", "run", "-o", "page.html"), "neq_cli.runs.run_reader", "read_run"),
-    "export": (("export", "run", "-o", "weights.safetensors"), "neq_cli.runs.run_reader", "read_run"),
+    "validate": (("validate", "rich.yaml"), "neq_cli.recipe.load", "load_recipe"),
+    "inspect": (("inspect", "run"), "neq_cli.runs.store.run", "read_run"),
+    "compare": (("compare", "run"), "neq_cli.runs.store.run", "read_run"),
+    "report": (("report", "run", "-o", "page.html"), "neq_cli.runs.store.run", "read_run"),
+    "export": (("export", "run", "-o", "weights.safetensors"), "neq_cli.runs.store.run", "read_run"),
     "recipes": (("recipes",), "neq_cli.recipe.shipped", "list_recipes"),
     "init": (("init", "digits"), "neq_cli.recipe.shipped", "copy_recipe"),
 }
@@ -95,7 +95,7 @@ def test_a_first_signal_ends_what_has_nothing_to_save_though_it_does_not_answer(
 CATCHES_ALL = f"""
 {IMPATIENT}
 import os, signal, time
-import neq_cli.training.bench.measuring as module
+import neq_cli.training.bench.measure as module
 
 
 def bench(*arguments):
@@ -184,8 +184,8 @@ def test_a_second_sigterm_leaves_a_training_step_at_once(
 def test_a_second_signal_that_is_answered_leaves_time_to_clean_up(
     neq: Start, folder: Path, at_step: Callable[[int, str], str]
 ) -> None:
-    slow = "import neq_cli.recording as r; stock = r.status_of\n"
-    slow += "from neq_cli.runs.run_dir import RunWriter; interrupted = RunWriter.interrupted\n"
+    slow = "import neq_cli.jobs.recorder as r; stock = r.status_of\n"
+    slow += "from neq_cli.runs.store.writer import RunWriter; interrupted = RunWriter.interrupted\n"
     slow += "RunWriter.interrupted = lambda self, reason: (time.sleep(3), interrupted(self, reason))[1]\n"
     action = "open('asleep', 'w').close(); time.sleep(600)"
     process = neq("train", "rich.yaml", "-o", "run", before=f"import time\n{slow}" + at_step(5, action))
@@ -199,7 +199,7 @@ def test_a_second_signal_that_is_answered_leaves_time_to_clean_up(
 
 CONVERTING = """
 import os, signal
-import neq_cli.training.bench.measuring as module
+import neq_cli.training.bench.measure as module
 
 
 def bench(*arguments):

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from neq_cli.runs.run_dir import ELSEWHERE
-from neq_cli.training.checkpoint import load_state
+from neq_cli.runs.store.writer import ELSEWHERE
+from neq_cli.training.loop.checkpoint import load_state
 
 Start = Callable[..., Any]
 AtStep = Callable[[int, str], str]

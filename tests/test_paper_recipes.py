@@ -19,14 +19,14 @@ from safetensors.torch import load_file
 from torchvision import datasets
 from torchvision.models.swin_transformer import SwinTransformer
 
-from neq_cli import running
-from neq_cli.recipe.file import load_recipe
+from neq_cli.jobs import train as running
+from neq_cli.recipe.entrypoints import add_import_folder
+from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.source import shipped_directory, shipped_names
-from neq_cli.runs.formatting import format_flops
-from neq_cli.runs.progress import Silent
+from neq_cli.runs.views.live.progress import Silent
+from neq_cli.text import format_flops
 from neq_cli.training.checks import check_section
-from neq_cli.training.entrypoints import add_import_folder
-from neq_cli.training.optim import build_scheduler
+from neq_cli.training.loop.optimizers import build_scheduler
 
 RNG = np.random.default_rng(1)
 

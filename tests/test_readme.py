@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from neq_cli.recipe.file import load_recipe
+from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.reference import recipe_reference
 from neq_cli.recipe.shipped import list_recipes
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from neq_cli.recipe.file import load_recipe
+from neq_cli.recipe.entrypoints import add_import_folder
+from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.source import shipped_directory, shipped_names
 from neq_cli.training.checks import check_section
-from neq_cli.training.entrypoints import add_import_folder
 from neq_cli.training.session import prepare
 
 LARGE = ("resnet18-imagenet", "swin_b-imagenet", "deeplabv3_resnet50-coco", "segmentation-folder")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neq_cli.training.checkpoint import load_state
+from neq_cli.training.loop.checkpoint import load_state
 
 Start = Callable[..., Any]
 

@@ -20,8 +20,8 @@ from neq_cli.commands.shared import (
 
 def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count one sample's back-propagation without training, averaged over the recipe's epochs."""
-    from neq_cli.running import estimated_flops
-    from neq_cli.runs.flops_view import render_flops
+    from neq_cli.jobs.train import estimated_flops
+    from neq_cli.runs.views.tables.flops import render_flops
 
     loaded = load(recipe, overrides)
     estimate = estimated_flops(loaded)

@@ -28,14 +28,14 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """List a run's frozen neurons by layer, and what it saved."""
-    from neq_cli.runs.inspection import inspect_run, to_json
-    from neq_cli.runs.inspection_view import render
-    from neq_cli.runs.run_reader import read_run
+    from neq_cli.runs.compare.inspection import inspect_run, to_json
+    from neq_cli.runs.store.run import read_run
+    from neq_cli.runs.views.tables.inspection import render
 
     if plot:
         if as_json or epoch is not None or layer is not None:
             raise NeqError("neq inspect: --plot draws the whole run; leave out --json, --epoch and --layer")
-        from neq_cli.runs.plot import render_plot
+        from neq_cli.runs.views.tables.plot import render_plot
 
         show(render_plot(read_run(run_directory)), narrowest=1)
         return
@@ -56,8 +56,8 @@ def compare(
     as_latex: Annotated[bool, typer.Option("--latex", help="print a LaTeX table")] = False,
 ) -> None:
     """Set runs side by side: FLOPs, accuracy and seconds, seeds folded into mean and deviation."""
-    from neq_cli.runs import comparison_tables as tables
-    from neq_cli.runs.comparison import compare_runs, to_json
+    from neq_cli.runs.compare.comparison import compare_runs, to_json
+    from neq_cli.runs.views.tables import comparison as tables
 
     if as_json + as_csv + as_markdown + as_latex > 1:
         raise NeqError("neq compare: --json, --csv, --markdown and --latex exclude each other; choose one")
@@ -90,9 +90,9 @@ def report(
 
     Needs matplotlib: pip install 'neq[report]'.
     """
-    from neq_cli.runs.report.drawing import Format, require_matplotlib
-    from neq_cli.runs.report.figures import write_pictures
-    from neq_cli.runs.report.page import build_report, render_page, write_page
+    from neq_cli.runs.views.report.drawing import Format, require_matplotlib
+    from neq_cli.runs.views.report.files import write_pictures
+    from neq_cli.runs.views.report.page import build_report, render_page, write_page
 
     if output is None and png is None and svg is None:
         raise NeqError("neq report: nothing to write; give -o FILE.html, --png DIR or --svg DIR")
@@ -117,7 +117,7 @@ def export(
     ] = "final",
 ) -> None:
     """Write a run's weights as one plain state_dict in safetensors."""
-    from neq_cli.runs.run_reader import read_run
+    from neq_cli.runs.store.run import read_run
 
     run = read_run(run_directory)
     path = run.files.weights if source == "final" else run.files.checkpoint(source)
@@ -129,8 +129,8 @@ def export(
         raise NeqError(f"{output}: already exists; choose another with -o")
     if output.suffix != ".safetensors":
         raise NeqError(f"{output}: must end in .safetensors")
-    from neq_cli.runs.run_dir import atomic_write, writing
-    from neq_cli.training.checkpoint import read_weights, save_weights
+    from neq_cli.runs.store.writer import atomic_write, writing
+    from neq_cli.training.loop.checkpoint import read_weights, save_weights
 
     weights = read_weights(path)
     with writing(output, "choose another with -o"):

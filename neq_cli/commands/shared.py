@@ -14,8 +14,8 @@ from neq_cli.complaints import complain
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from neq_cli.recipe.file import LoadedRecipe
-    from neq_cli.runs.run_reader import Run
+    from neq_cli.recipe.load import LoadedRecipe
+    from neq_cli.runs.store.run import Run
 
 
 def recipe_names(incomplete: str) -> list[str]:
@@ -42,11 +42,11 @@ AllowDifferences = Annotated[bool, typer.Option("--allow-differences", help="als
 
 def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
-    from neq_cli.recipe.file import load_recipe
+    from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.keys import warnings
+    from neq_cli.recipe.load import load_recipe
     from neq_cli.recipe.source import find_recipe
     from neq_cli.training.checks import check_section
-    from neq_cli.training.entrypoints import add_import_folder
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
@@ -58,7 +58,7 @@ def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the runs in these folders; RunDirectoryError where one is none."""
-    from neq_cli.runs.run_reader import read_run
+    from neq_cli.runs.store.run import read_run
 
     return [read_run(path) for path in paths]
 

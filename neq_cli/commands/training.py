@@ -24,7 +24,7 @@ from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
-    from neq_cli.recipe.file import LoadedRecipe
+    from neq_cli.recipe.load import LoadedRecipe
 
 
 def train(
@@ -46,8 +46,8 @@ def train(
 
     On several processes: torchrun --nproc-per-node N -m neq_cli train RECIPE.
     """
-    from neq_cli.runs.progress import Silent, choose_progress
-    from neq_cli.runs.run_dir import check_available, default_run_directory
+    from neq_cli.runs.store.writer import check_available, default_run_directory
+    from neq_cli.runs.views.live.progress import Silent, choose_progress
 
     began = time.perf_counter()
     changes = [*(overrides or ()), *([f"device={device}"] if device else ())]
@@ -59,7 +59,7 @@ def train(
     if dry_run:
         _show_plan(loaded, output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now()))
         return
-    from neq_cli import running
+    from neq_cli.jobs import train as running
 
     shown = choose_progress(progress) if first else Silent()
     loading = time.perf_counter() - began
@@ -89,13 +89,13 @@ def sweep(
     The same command goes on with the same sweep, also with more values. Values with commas of their own:
     scheduler.milestones=[10,20],[20,30] or policy='{kind: baseline},{kind: stochastic, p: 0.5}'.
     """
+    from neq_cli.jobs.sweep.plan import plan_sweep
+    from neq_cli.jobs.sweep.run import run_sweep
+    from neq_cli.jobs.train import matched_flops
+    from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.source import find_recipe
-    from neq_cli.running import matched_flops
-    from neq_cli.runs.sweep_view import choose_sweep_view, plan_lines
-    from neq_cli.sweep.plan import plan_sweep
-    from neq_cli.sweep.running import run_sweep
+    from neq_cli.runs.views.live.sweep_view import choose_sweep_view, plan_lines
     from neq_cli.training.checks import check_section
-    from neq_cli.training.entrypoints import add_import_folder
 
     if _one_of_several():
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
@@ -137,8 +137,8 @@ def bench(
 
     On noise in the shape that the recipe gives, so that no data is needed, and with random weights.
     """
-    from neq_cli.running import measured_steps
-    from neq_cli.runs.bench_view import bench_progress, render_bench
+    from neq_cli.jobs.train import measured_steps
+    from neq_cli.runs.views.tables.bench import bench_progress, render_bench
     from neq_cli.training.bench.options import parse_options
 
     options = parse_options(fractions, modes, orders, rounds, layers)  # before torch is imported, which takes seconds
@@ -161,7 +161,7 @@ def _one_of_several() -> bool:
 
 def _join() -> bool:
     """Join the processes that torchrun started; returns whether this is the one that speaks for all."""
-    from neq_cli.training.distributed import join
+    from neq_cli.training.processes.joined import join
 
     return join().first
 
@@ -169,9 +169,9 @@ def _join() -> bool:
 def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:
     from rich.console import Console
 
-    from neq_cli.running import prepared
-    from neq_cli.runs.formatting import format_flops
-    from neq_cli.runs.progress import PlainProgress
+    from neq_cli.jobs.train import prepared
+    from neq_cli.runs.views.live.progress import PlainProgress
+    from neq_cli.text import format_flops
 
     session = prepared(loaded)
     PlainProgress(Console(file=sys.stdout)).show(session.started)

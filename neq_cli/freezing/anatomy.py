@@ -11,13 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
-from neq_cli.freezing.axes import with_found_axes
-from neq_cli.freezing.backward import Mode, why_dense
+from neq_cli.freezing.backward.sliced import Mode, why_dense
 from neq_cli.freezing.equilibrium import Definition
 from neq_cli.freezing.flops import Execution, Flops, count_flops
-from neq_cli.freezing.neurons import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Layer, Neurons, find_neurons
-from neq_cli.freezing.propagation import parameters_reached, propagate
-from neq_cli.freezing.trace import Trace, trace_model
+from neq_cli.freezing.model.axes import with_found_axes
+from neq_cli.freezing.model.neurons import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    Layer,
+    Neurons,
+    find_neurons,
+)
+from neq_cli.freezing.model.propagation import parameters_reached, propagate
+from neq_cli.freezing.model.trace import Trace, trace_model
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.neurons import Layer, Neurons
-from neq_cli.freezing.propagation import Propagation, propagate
-from neq_cli.freezing.trace import Trace
+from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.model.neurons import Layer, Neurons
+from neq_cli.freezing.model.propagation import Propagation, propagate
+from neq_cli.freezing.model.trace import Trace
 
 Shares = Mapping[str, Tensor | float]
 """By layer: the set of trainable neurons (bool, [neurons]), or their share."""

@@ -13,7 +13,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from neq_cli.errors import FreezingError, did_you_mean
-from neq_cli.freezing.agreement import (
+from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.backward.dispatch import Dispatch
+from neq_cli.freezing.backward.sliced import MODES, KernelUse, Mode, SlicedBackward
+from neq_cli.freezing.changes import Places, Standing, gradients_switched_on, standing
+from neq_cli.freezing.equilibrium import Definition, Dynamics
+from neq_cli.freezing.flops import Flops
+from neq_cli.freezing.model.neurons import Layer, find_neurons
+from neq_cli.freezing.model.observing import (
+    first_input,
+    is_compiled,
+    is_wrapped,
+    outside_inference_mode,
+    undisturbed,
+    unwrap,
+)
+from neq_cli.freezing.policies import NEq, Observation, Policy
+from neq_cli.freezing.probe import copied, device_of, follow, overwrite, similarity, snapshot
+from neq_cli.freezing.processes.agreement import (
     check_agreement,
     chosen_by_first,
     first_sample,
@@ -22,27 +39,10 @@ from neq_cli.freezing.agreement import (
     overwrite_from_first,
     pack,
 )
-from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward import MODES, KernelUse, Mode, SlicedBackward
-from neq_cli.freezing.changes import Places, Standing, gradients_switched_on, standing
-from neq_cli.freezing.dispatch import Dispatch
-from neq_cli.freezing.equilibrium import Definition, Dynamics
-from neq_cli.freezing.flops import Flops
-from neq_cli.freezing.neurons import Layer, find_neurons
-from neq_cli.freezing.observing import (
-    first_input,
-    is_compiled,
-    is_wrapped,
-    outside_inference_mode,
-    undisturbed,
-    unwrap,
-)
-from neq_cli.freezing.optimizers import unwrap_optimizer
-from neq_cli.freezing.policies import NEq, Observation, Policy
-from neq_cli.freezing.probe import copied, device_of, follow, overwrite, similarity, snapshot
-from neq_cli.freezing.rows import RowKeeper
+from neq_cli.freezing.rows.keeper import RowKeeper
+from neq_cli.freezing.rows.optimizers import unwrap_optimizer
+from neq_cli.freezing.rows.unreached import Unreached
 from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
-from neq_cli.freezing.unreached import Unreached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

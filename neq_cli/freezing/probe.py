@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.agreement import add_up, named_from_first
 from neq_cli.freezing.equilibrium import Definition, cosine
-from neq_cli.freezing.neurons import Layer, rows_by_neuron
-from neq_cli.freezing.observing import first_input, map_tensors, undisturbed, watch_calls
-from neq_cli.freezing.restoring import changing, found_again, install
+from neq_cli.freezing.model.neurons import Layer, rows_by_neuron
+from neq_cli.freezing.model.observing import first_input, map_tensors, undisturbed, watch_calls
+from neq_cli.freezing.model.restoring import changing, found_again, install
+from neq_cli.freezing.processes.agreement import add_up, named_from_first
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

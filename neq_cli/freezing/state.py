@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.neurons import STOCK_LAYERS, Layer
+from neq_cli.freezing.model.neurons import STOCK_LAYERS, Layer
 
 STATE_VERSION = 1
 MOST_EPOCHS = 10**9

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
+from neq_cli.recipe.describe import expected, shown
 from neq_cli.recipe.keys import DEFAULT_POLICY_KIND, POLICIES, ParameterGroup, Recipe, Section
-from neq_cli.recipe.wording import expected, shown
 
 Row = tuple[str, str, str, str]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neq_cli.errors import NeqError, did_you_mean
-from neq_cli.recipe.file import load_recipe
 from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.source import shipped_directory, shipped_names
 
 

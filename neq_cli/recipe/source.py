@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from neq_cli.errors import RecipeError, did_you_mean
-from neq_cli.recipe.wording import one_line
+from neq_cli.recipe.describe import one_line
 
 LARGEST = 1_000_000  # bytes; far above any recipe, and quickly read
 

@@ -18,8 +18,12 @@ from neq_cli.recipe import (
     SchedulerSection,
     Section,
 )
-from neq_cli.training import catalogue, models, optim, tasks, weights
-from neq_cli.training.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
+from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
+from neq_cli.training.data import catalogue
+from neq_cli.training.loop import optimizers as optim
+from neq_cli.training.loop import tasks
+from neq_cli.training.models import build as models
+from neq_cli.training.models import weights
 from neq_cli.training.problems import RecipeValueError
 
 _DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps", "gpu": "cuda"}  # what a word may mean

@@ -11,24 +11,27 @@ import torch
 from torch import nn
 
 from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.dispatch import Choice, Dispatch
+from neq_cli.freezing.backward.dispatch import Choice, Dispatch
+from neq_cli.freezing.backward.sliced import Mode
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
-from neq_cli.records import RunStarted
-from neq_cli.training.catalogue import class_count
-from neq_cli.training.data import Data, load_data
-from neq_cli.training.device import describe_device, resolve_device, seed_everything
-from neq_cli.training.distributed import Processes
-from neq_cli.training.engine import Trainer
-from neq_cli.training.full_memory import full_memory_named
-from neq_cli.training.layout import choose_layout
-from neq_cli.training.loaders import make_loaders
-from neq_cli.training.models import build_model, build_on_meta, check_fit
-from neq_cli.training.optim import build_optimizer, build_scheduler, scheduler_notes
-from neq_cli.training.outline import images_shape
+from neq_cli.training.data.catalogue import class_count
+from neq_cli.training.data.loaders import make_loaders
+from neq_cli.training.data.parts import Data, load_data
+from neq_cli.training.data.sampling import Share
+from neq_cli.training.loop.device import describe_device, resolve_device, seed_everything
+from neq_cli.training.loop.full_memory import full_memory_named
+from neq_cli.training.loop.memory_format import choose_layout
+from neq_cli.training.loop.optimizers import build_optimizer, build_scheduler, scheduler_notes
+from neq_cli.training.loop.step import AUTOCAST
+from neq_cli.training.loop.tasks import build_task
+from neq_cli.training.loop.trainer import Trainer
+from neq_cli.training.models.build import build_model, build_on_meta, check_fit
+from neq_cli.training.models.outline import images_shape
+from neq_cli.training.models.weights import load_weights
 from neq_cli.training.policies import (
     build_policy,
     chosen_share,
@@ -37,12 +40,9 @@ from neq_cli.training.policies import (
     mean_stochastic_flops,
 )
 from neq_cli.training.problems import RecipeValueError
-from neq_cli.training.sampling import Share
+from neq_cli.training.processes.joined import Processes
+from neq_cli.training.processes.sync_batchnorm import synchronised
 from neq_cli.training.startup import Startup
-from neq_cli.training.step import AUTOCAST
-from neq_cli.training.sync_batchnorm import synchronised
-from neq_cli.training.tasks import build_task
-from neq_cli.training.weights import load_weights
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from neq_cli.records import Preparing
+from neq_cli.events import Preparing
 
 _TELL_SECONDS = 0.25
 """Between two reports of one part's progress."""

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
-from neq_cli.freezing.plans import Plan
+from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.sliced import Mode
 
 SECONDS = 60
 KERNELS = ("dense", "dense from the start", "sliced", "rounded", "pointwise")

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from neq_cli import Freezer, Observation, Stochastic
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.backward import MODES, Mode
+from neq_cli.freezing.backward.sliced import MODES, Mode
 
 
 class Even:

@@ -14,10 +14,10 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from neq_cli import Freezer, Stochastic
 from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward import Mode
-from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.sliced import Mode
 from neq_cli.freezing.flops import Flops
-from neq_cli.training.cifar_resnet import cifar_resnet
+from neq_cli.training.models.cifar_resnet import cifar_resnet
 
 
 def dense(anatomy: Anatomy) -> Flops:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neq_cli import Baseline, Freezer, NEq, Observation, Stochastic
 from neq_cli.errors import FreezingError, NeqError
-from neq_cli.freezing.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
 
 
 class Net(nn.Module):

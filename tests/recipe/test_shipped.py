@@ -8,8 +8,8 @@ import pytest
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import source
-from neq_cli.recipe.file import load_recipe
 from neq_cli.recipe.keys import Recipe, warnings
+from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.shipped import copy_recipe, list_recipes
 
 NAMES = [

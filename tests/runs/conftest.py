@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from neq_cli.events import EpochRecord, LayerState, RunStarted
 from neq_cli.recipe import Recipe
-from neq_cli.records import EpochRecord, LayerState, RunStarted
-from neq_cli.runs.run_dir import RunWriter
-from neq_cli.runs.run_reader import Run, read_run
+from neq_cli.runs.store.run import Run, read_run
+from neq_cli.runs.store.writer import RunWriter
 
 Frozen = Mapping[str, Sequence[Sequence[int]]]
 SIZES = {"conv1": 4, "bn1": 3, "fc": 2}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from neq_cli.errors import RecipeError
 from neq_cli.freezing import Baseline, NEq, Observation, Stochastic
 from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward import MODES, Mode
+from neq_cli.freezing.backward.sliced import MODES, Mode
 from neq_cli.recipe import BaselinePolicy, CustomPolicy, NEqPolicy, StochasticPolicy
 from neq_cli.training.policies import (
     build_policy,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from neq_cli.errors import RecipeError
-from neq_cli.freezing.backward import MODES
+from neq_cli.freezing.backward.sliced import MODES
 from neq_cli.recipe import Recipe, StochasticPolicy
-from neq_cli.recipe.file import dump_recipe, load_recipe
+from neq_cli.recipe.load import dump_recipe, load_recipe
 from neq_cli.training.session import estimate_flops, match, prepare
 
 

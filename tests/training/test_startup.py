@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from neq_cli.records import Preparing
+from neq_cli.events import Preparing
 from neq_cli.training.startup import Startup
 
 

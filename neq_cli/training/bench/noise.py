@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from neq_cli.recipe import Recipe
-from neq_cli.training.catalogue import Shape, class_count, find_name, has_masks
-from neq_cli.training.data import Data, load_data
-from neq_cli.training.images import StoredImages
-from neq_cli.training.models import build_on_meta
-from neq_cli.training.outline import count_outputs, images_shape
-from neq_cli.training.transforms import Preparation
+from neq_cli.training.data.catalogue import Shape, class_count, find_name, has_masks
+from neq_cli.training.data.images import StoredImages
+from neq_cli.training.data.parts import Data, load_data
+from neq_cli.training.data.transforms import Preparation
+from neq_cli.training.models.build import build_on_meta
+from neq_cli.training.models.outline import count_outputs, images_shape
 
 
 def find_data(recipe: Recipe) -> tuple[Data, bool]:

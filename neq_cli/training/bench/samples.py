@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from neq_cli.training.bench.arms import Arm
-from neq_cli.training.bench.step import PARTS
+from neq_cli.training.bench.frozen_sets import Arm
+from neq_cli.training.bench.timed_step import PARTS
 
 
 @dataclass(frozen=True)

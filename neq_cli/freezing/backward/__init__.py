@@ -1,0 +1,1 @@
+"""Fewer gradients: swapped classes, sliced kernels, and which of them is chosen."""

@@ -1,0 +1,299 @@
+"""One layer's gradients while a frozen set is in force: which rows are computed, by which kernel, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from neq_cli.freezing.backward.dispatch import BLOCK, MOST_BLOCKS, Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.functions import InputOnly, SomeRows, cast_for_autocast, is_batch, memory_format_of
+from neq_cli.freezing.backward.operations import Convolution, Gradients, Operation, PointwiseConvolution
+from neq_cli.freezing.backward.slices import Slice, slice_rows
+
+FRIENDLY = {"cpu": 16, "cuda": 8}
+"""Channels that libraries compute at a time: a vector register's floats, a tensor core's side."""
+
+
+Operand = Literal["weight", "bias"]
+OPERANDS: frozenset[Operand] = frozenset(("weight", "bias"))
+
+
+class Plan:
+    """How the gradients of one use of a layer's weight are computed.
+
+    ``trainable``: bool, [rows of the weight], on the CPU. ``truncated``: frozen rows pass no error to the input.
+    ``attached``: the output stays part of autograd's graph where nothing of the layer trains either. ``owns``: which
+    operands are rows of the neurons; another one's gradient is computed whole. ``settled``: the choices, by kind of
+    call, that forward passes may go by. They change between steps only: within one, a forward pass that activation
+    checkpointing repeats must save what it saved the first time.
+    """
+
+    def __init__(
+        self,
+        trainable: Tensor,
+        *,
+        truncated: bool,
+        dispatch: Dispatch,
+        attached: bool = False,
+        owns: frozenset[Operand] = OPERANDS,
+        settled: Mapping[str, Choice] | None = None,
+    ) -> None:
+        self.trainable = trainable
+        self.truncated = truncated
+        self.attached = attached
+        self.dispatch = dispatch
+        self.owns = owns
+        self.settled = {} if settled is None else settled
+        self.rows = int(trainable.sum())
+        self.computed: int | None = None  # rows computed in the last backward; None before the first
+        self.choice: Choice | None = None
+        self._kinds: dict[object, str] = {}
+        self._parts: dict[tuple[object, ...], Slice] = {}
+        self._smaller: dict[tuple[Kernel, Operation], Operation] = {}
+        self._ones: dict[tuple[object, ...], Tensor] = {}
+        self._chunks: dict[tuple[int, int], Plan] = {}
+
+    def apply(
+        self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool = True
+    ) -> Tensor:
+        """Return the operation's output, recorded for the backward pass as the plan wants it.
+
+        ``owns_bias``: the bias is the one that the plan ``owns``, not another that was put in its place.
+        """
+        input, weight, bias = cast_for_autocast(input, weight, bias)
+        owns_bias = owns_bias and "bias" in self.owns
+        if self.rows == len(self.trainable):
+            return operation.forward(input, weight, bias)
+        if weight.requires_grad and "weight" not in self.owns:
+            self.computed = len(self.trainable)
+            return operation.forward(input, weight, bias)
+        if not self.rows:
+            return self._apply_frozen(operation, input, weight, bias, owns_bias=owns_bias)
+        choice = self._settled_choice(operation, input, weight)
+        if choice is not None and choice.kernel == "dense" and not self.truncated:
+            self._note(choice, operation, weight)
+            return operation.forward(input, weight, bias)
+        return cast(Tensor, SomeRows.apply(input, weight, bias, operation, self, owns_bias))
+
+    def _apply_frozen(
+        self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool
+    ) -> Tensor:
+        self.computed = 0
+        if self.attached:
+            return cast(Tensor, InputOnly.apply(input, weight, bias, operation, self.truncated, owns_bias))
+        weight = weight.detach()
+        if bias is not None and owns_bias:
+            bias = bias.detach()
+        if self.truncated:
+            input = input.detach()
+        # Autograd keeps a convolution's input even where its weight needs no gradient.
+        if isinstance(operation, Convolution) and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return cast(Tensor, InputOnly.apply(input, weight, bias, operation, self.truncated, owns_bias))
+        return operation.forward(input, weight, bias)
+
+    def chunk(self, first: int, count: int) -> Plan:
+        """Return the plan for ``count`` rows from ``first``, of a weight that is used piece by piece."""
+        if count == len(self.trainable):
+            return self
+        if (first, count) not in self._chunks:
+            trainable = self.trainable[first : first + count]
+            self._chunks[first, count] = Plan(
+                trainable,
+                truncated=self.truncated,
+                dispatch=self.dispatch,
+                attached=self.attached,
+                owns=self.owns,
+                settled=self.settled,
+            )
+        return self._chunks[first, count]
+
+    def rows_computed(self) -> int | None:
+        """Return how many rows' weight gradients the last backward computed; None before the first one."""
+        if not self._chunks:
+            return self.computed
+        return sum(plan.rows if plan.computed is None else plan.computed for plan in self._chunks.values())
+
+    def last_choice(self) -> Choice | None:
+        """Return the choice of the last backward pass; None before the first, and where nothing is chosen."""
+        return next((plan.choice for plan in (self, *self._chunks.values()) if plan.choice is not None), None)
+
+    def _settled_choice(self, operation: Operation, input: Tensor, weight: Tensor) -> Choice | None:
+        """Return what was chosen for such a call in an earlier step; None where nothing was."""
+        return self.settled.get(self._kind(operation, input, weight, of_input=input.requires_grad))
+
+    def _note(self, choice: Choice, operation: Operation, weight: Tensor) -> None:
+        self.choice = choice
+        dense = choice.kernel == "dense"
+        self.computed = len(self.trainable if dense else self._part(choice.kernel, operation, weight).computed)
+
+    def gradients(
+        self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> Gradients:
+        """Return the gradients ``wanted`` of input, weight and bias; those of frozen rows are zero or of no meaning."""
+        if is_batch(grad_output):  # which can neither be timed nor be written into memory of ours
+            return self._run("dense", operation, grad_output, input, weight, wanted)
+
+        def run(kernel: Kernel) -> Gradients:
+            return self._run(kernel, operation, grad_output, input, weight, wanted)
+
+        kind = self._kind(operation, input, weight, of_input=wanted[0])
+        choice = self.dispatch.find(kind)
+        if choice is None:
+            kernels, by_rule = self._candidates(operation, weight), self._by_rule(operation, weight)
+            choice = self.dispatch.choose(kind, kernels, run, by_rule, input.device)
+        self._note(choice, operation, weight)
+        return run(choice.kernel)
+
+    def all_gradients(
+        self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> Gradients:
+        """Return what ``gradients`` does, also where all rows train or none does, or an operand is not the neurons'."""
+        of_input, of_weight, of_bias = wanted
+        if self.rows == len(self.trainable) or "weight" not in self.owns:
+            self.computed = len(self.trainable)
+            return operation.backward(
+                grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
+            )
+        owns_bias = "bias" in self.owns
+        if self.rows:
+            own = (of_input, of_weight, of_bias and owns_bias)
+            through, of_rows, of_biases = self.gradients(operation, grad_output, input, weight, own)
+        else:
+            self.computed, of_rows, of_biases = 0, None, None
+            through, _, _ = operation.backward(
+                grad_output, input, weight, of_input=of_input and not self.truncated, of_weight=False, of_bias=False
+            )
+        if of_bias and not owns_bias:
+            of_biases = operation.gradient_of_bias(grad_output, torch.Size([len(self.trainable)]))
+        return through, of_rows, of_biases
+
+    def _candidates(self, operation: Operation, weight: Tensor) -> list[Kernel]:
+        kernels: list[Kernel] = ["dense", "sliced"]
+        sliced, rounded = (len(self._part(kernel, operation, weight).computed) for kernel in ("sliced", "rounded"))
+        if rounded > sliced:
+            kernels.append("rounded")
+        if _is_pointwise(operation, weight):
+            kernels.append("pointwise")
+        return kernels
+
+    def _by_rule(self, operation: Operation, weight: Tensor) -> Kernel:
+        # Measured on a Zen 4 core over ResNet-18's layers: up to three quarters of the rows are cheaper than all.
+        return (
+            "sliced"
+            if 4 * len(self._part("rounded", operation, weight).computed) <= 3 * len(self.trainable)
+            else "dense"
+        )
+
+    def _part(self, kernel: Kernel, operation: Operation, weight: Tensor) -> Slice:
+        multiple = FRIENDLY.get(weight.device.type, 8) if kernel == "rounded" else 1
+        key = (operation.groups, multiple, weight.device)
+        if key not in self._parts:
+            self._parts[key] = slice_rows(
+                self.trainable,
+                groups=operation.groups,
+                inputs=operation.inputs_per_group(weight),
+                multiple=multiple,
+                device=weight.device,
+            )
+        return self._parts[key]
+
+    def _smaller_operation(self, kernel: Kernel, operation: Operation, part: Slice) -> Operation:
+        found = self._smaller.get((kernel, operation))
+        if found is None:
+            found = operation.sliced(part)
+            if kernel == "pointwise" and isinstance(found, Convolution):
+                found = _pointwise(found)
+            self._smaller[kernel, operation] = found
+        return found
+
+    def _run(
+        self,
+        kernel: Kernel,
+        operation: Operation,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> Gradients:
+        of_input, of_weight, of_bias = wanted
+        if kernel == "dense":
+            if self.truncated and of_input:
+                weight = weight * self._trains(operation, weight)
+            return operation.backward(
+                grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
+            )
+        part = self._part(kernel, operation, weight)
+        smaller = self._smaller_operation(kernel, operation, part)
+        errors, seen = operation.outputs(grad_output, part), operation.inputs(input, part)
+        input_gradient = None
+        if of_input and not self.truncated:
+            input_gradient = operation.backward(
+                grad_output, input, weight, of_input=True, of_weight=False, of_bias=False
+            )[0]
+        partly = of_input and self.truncated
+        if partly:
+            rows = part.only_trainable(part.rows_of_weight(weight, operation.layout), operation.layout)
+        else:
+            rows = part.in_place_of_weight(weight, operation.layout)
+        through, of_rows, of_biases = smaller.backward(
+            errors, seen, rows, of_input=partly, of_weight=of_weight, of_bias=of_bias
+        )
+        if through is not None:
+            input_gradient = operation.whole_input_gradient(through, input, part)
+        return (
+            input_gradient,
+            None if of_rows is None else part.gradient_of_weight(of_rows, weight, operation.layout),
+            None if of_biases is None else part.gradient_of_bias(of_biases, len(self.trainable)),
+        )
+
+    def _trains(self, operation: Operation, weight: Tensor) -> Tensor:
+        """Return ones in the trainable rows of ``weight`` and zeros in the others, to be multiplied with it."""
+        key = (operation.layout, weight.shape, weight.stride(), weight.dtype, weight.device)
+        if key not in self._ones:
+            part = self._part("sliced", operation, weight)
+            ones = torch.zeros_like(weight)
+            operation.layout.view(ones)[operation.layout.index(ones, part.trainable)] = 1
+            self._ones[key] = ones
+        return self._ones[key]
+
+    def _kind(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
+        """Describe the call: everything that its time depends on."""
+        call = (operation, input.shape, input.stride(), input.dtype, input.device, of_input)
+        if call not in self._kinds:
+            self._kinds[call] = self._describe(operation, input, weight, of_input=of_input)
+        return self._kinds[call]
+
+    def _describe(self, operation: Operation, input: Tensor, weight: Tensor, *, of_input: bool) -> str:
+        rows = len(self._part("sliced", operation, weight).computed)
+        block = max(BLOCK, len(self.trainable) // MOST_BLOCKS)
+        rows = min(-(-rows // block) * block, len(self.trainable))
+        layout = "" if memory_format_of(input) is torch.contiguous_format else " channels_last"
+        form = "x".join(map(str, input.shape)) + layout
+        error = ("truncated" if self.truncated else "exact") + ("" if of_input else ", no input gradient")
+        return (
+            f"{operation} weight {'x'.join(map(str, weight.shape))} input {form} {str(input.dtype)[6:]} "
+            f"on {_machine(input.device)}, {error}, {rows} of {len(self.trainable)} rows"
+        )
+
+
+def _is_pointwise(operation: Operation, weight: Tensor) -> bool:
+    return (
+        isinstance(operation, Convolution)
+        and operation.groups == 1
+        and not operation.transposed
+        and not any(operation.padding)
+        and weight[0, 0].numel() == 1
+    )
+
+
+def _pointwise(operation: Convolution) -> PointwiseConvolution:
+    return PointwiseConvolution(**vars(operation))
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -1,0 +1,252 @@
+"""What modules are while a frozen set is in force: subclasses of their own class that compute fewer gradients."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from neq_cli.errors import FreezingError
+from neq_cli.freezing.backward.compiled import apply_compiled
+from neq_cli.freezing.backward.functions import Scaled, in_transform
+from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.intercepting import Watched, intercepted
+from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
+from neq_cli.freezing.model.neurons import BATCH_NORMS, Cost
+
+_PLAN, _NUMBER = "_neq_plan", "_neq_number"
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The plan of a module's weight, and what it is for: another weight that is put in its place for a call, as by
+    ``functional_call``, is no neuron's, nor is another bias."""
+
+    plan: Plan
+    weight: Tensor
+    bias: Tensor | None
+
+
+def swap_sliced(module: nn.Module, cost: Cost, sliced: Sliced, number: int) -> None:
+    """Have ``module``, a convolution or linear layer, compute its gradients by a plan; ``number`` is of its slot."""
+    vars(module)[_NUMBER] = number
+    _swap(module, _SLICED[cost], sliced)
+
+
+def swap_frozen(module: nn.Module, owned: Sequence[Tensor]) -> None:
+    """Have ``module`` compute no gradient of the parameters ``owned``."""
+    _swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, frozenset(map(id, owned)))
+
+
+def swap_intercepting(module: nn.Module, plans: Mapping[int, Watched]) -> None:
+    """Have ``module`` pass weights to ``torch.nn.functional.linear`` by ``plans``, by the weight's identity."""
+    _swap(module, _Intercepting, plans)
+
+
+def restore(module: nn.Module) -> None:
+    """Give ``module`` its own class back."""
+    if isinstance(module, _Swapped):
+        vars(module).pop(_PLAN)
+        vars(module).pop(_NUMBER, None)
+        module.__class__ = _own_class(type(module))
+
+
+def _swap(module: nn.Module, swapped: type[_Swapped], plan: object) -> None:
+    vars(module)[_PLAN] = plan
+    if not isinstance(module, _Swapped):
+        module.__class__ = _subclass(cast(Any, swapped), cast(Any, type(module)))
+
+
+@cache
+def _subclass(swapped: Any, own: Any) -> Any:
+    members = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    if swapped in (_Frozen, _Intercepting):  # whatever the module takes, what asks for it finds
+
+        @wraps(own.forward)
+        def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            return swapped.forward(self, *arguments, **keywords)
+
+        members["forward"] = forward
+    return type(own.__name__, (swapped, own), members)
+
+
+def _own_class(kind: Any) -> Any:
+    """Return the class that ``kind`` would be had no module been swapped."""
+    if not issubclass(kind, _Swapped):
+        return kind
+    if issubclass(kind.__bases__[0], _Swapped) and kind.__bases__[0].__module__ == __name__:
+        return kind.__bases__[1]
+    # Made of the swapped class by others, as torch.nn.utils.parametrize does for each module.
+    members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, tuple(map(_own_class, kind.__bases__)), members)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    kinds = [kind for kind in BATCH_NORMS if isinstance(module, kind)]
+    return bool(kinds) and kinds[0] is not nn.SyncBatchNorm and type(module).forward is nn.BatchNorm2d.forward
+
+
+class _Swapped(nn.Module):
+    """What a module is while a frozen set is in force; copies and pickles of it are of its own class again."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        _, _, state, *rest = reduced
+        # What object itself uses, but for the newer protocols, where pickle insists on the class that self has now.
+        make = copyreg._reconstructor  # type: ignore[attr-defined]
+        state = {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}
+        return (make, (_own_class(type(self)), object, None), state, *rest)
+
+    def __prepare_scriptable__(self) -> Any:
+        name = _own_class(type(self)).__name__
+        raise FreezingError(
+            f"torch.jit.script: a {name} of this model computes fewer gradients, which cannot be scripted; "
+            "script it inside `with freezer.suspended():`, or after freezer.detach()"
+        )
+
+
+def _stands_aside() -> bool:
+    """Whether modules compute as their own class does: nobody differentiates, or a transform does that cannot see
+    through our Functions (torch.func, forward mode, tracing, export)."""
+    if torch.compiler.is_compiling():
+        # Not `is_exporting()`: to what torch.compile traces in torch 2.9 that is always true.
+        return not torch.is_grad_enabled() or torch.compiler._is_exporting_flag
+    return not torch.is_grad_enabled() or in_transform() or torch._C._is_tracing() or forward_ad._current_level >= 0
+
+
+class _SlicedConvolution(_Swapped):
+    """A convolution with frozen neurons."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module = cast(nn.Conv2d, self)
+        if _stands_aside() or _has_another_weight(module):
+            return cast(Tensor, super().forward(input))
+        padding, input = _padded(module, input)
+        return _convolve(module, input, padding, ())
+
+
+class _SlicedTransposedConvolution(_Swapped):
+    """A transposed convolution with frozen neurons."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        module = cast(nn.ConvTranspose2d, self)
+        if _stands_aside() or _has_another_weight(module):
+            return cast(Tensor, super().forward(input, output_size))
+        padding = cast("tuple[int, ...]", module.padding)
+        sizes: Any = (module.stride, padding, module.kernel_size, len(module.kernel_size), module.dilation)
+        return _convolve(module, input, padding, tuple(module._output_padding(input, output_size, *sizes)))
+
+
+class _SlicedLinear(_Swapped):
+    """A linear layer with frozen neurons."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module = cast(nn.Linear, self)
+        if _stands_aside() or _has_another_weight(module):
+            return cast(Tensor, super().forward(input))
+        if torch.compiler.is_compiling():
+            return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
+        return _apply(module, LinearMap(), input)
+
+
+class _Frozen(_Swapped):
+    """Any other layer with no trainable neuron: its parameters take no part in the backward pass."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        if _stands_aside():
+            return super().forward(*arguments, **keywords)
+        own, state = self._parameters, vars(self)
+        state["_parameters"] = {
+            name: parameter.detach() if parameter is not None and id(parameter) in state[_PLAN] else parameter
+            for name, parameter in own.items()
+        }
+        try:
+            return super().forward(*arguments, **keywords)
+        finally:
+            state["_parameters"] = own
+
+
+class _FrozenBatchNorm(_Frozen):
+    """Batch normalisation with no trainable neuron: by its running statistics it is a fixed scale and shift."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        module = cast(nn.BatchNorm2d, self)
+        others = any(p is not None and id(p) not in vars(self)[_PLAN] for p in self._parameters.values())
+        if others or module.training or module.running_var is None or _stands_aside() or not input.requires_grad:
+            return cast(Tensor, super().forward(input))
+        scale = torch.rsqrt(module.running_var + module.eps)
+        if module.weight is not None:
+            scale = scale * module.weight.detach()
+        return cast(Tensor, Scaled.apply(input, scale, super().forward))
+
+
+class _Intercepting(_Swapped):
+    """A module that passes the weights of layers with frozen neurons to ``torch.nn.functional.linear``."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        if _stands_aside():
+            return super().forward(*arguments, **keywords)
+        with intercepted(vars(self)[_PLAN]):
+            return super().forward(*arguments, **keywords)
+
+
+_SLICED: Mapping[Cost, type[_Swapped]] = {
+    "convolution": _SlicedConvolution,
+    "transposed": _SlicedTransposedConvolution,
+    "linear": _SlicedLinear,
+}
+
+
+def _padded(module: nn.Conv2d, input: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Return the padding left to the convolution, and the input with the rest of it done."""
+    dimensions = len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        padded = nn.functional.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        return (0,) * dimensions, padded
+    if module.padding == "valid":
+        return (0,) * dimensions, input
+    if module.padding != "same":
+        return cast("tuple[int, ...]", module.padding), input
+    totals = [step * (size - 1) for step, size in zip(module.dilation, module.kernel_size, strict=True)]
+    # An odd total puts one more at the end, as PyTorch does.
+    uneven = [side for total in reversed(totals) for side in (0, total % 2)]
+    return tuple(total // 2 for total in totals), nn.functional.pad(input, uneven) if any(uneven) else input
+
+
+def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
+    """Return a convolution's output; a transposed one's where ``output_padding`` is given."""
+    dimensions = len(module.kernel_size)
+    if input.dim() == dimensions + 1:  # one sample, without a batch dimension
+        return _convolve(module, input.unsqueeze(0), padding, output_padding).squeeze(0)
+    if torch.compiler.is_compiling():
+        sizes = [module.stride, padding, module.dilation, output_padding, [module.groups]]
+        return apply_compiled(module._neq_number, input, module.weight, module.bias, [list(size) for size in sizes])
+    transposed = bool(output_padding)
+    operation = Convolution(
+        module.stride, padding, module.dilation, transposed, output_padding or (0,) * dimensions, module.groups
+    )
+    return _apply(module, operation, input)
+
+
+def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
+    sliced: Sliced = vars(module)[_PLAN]
+    bias = module.bias
+    owns_bias = bias is sliced.bias or _is_replica(module)
+    return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias)
+
+
+def _has_another_weight(module: nn.Module) -> bool:
+    if torch.compiler.is_compiling():  # there the plan is not looked at, so that one graph serves all
+        return False
+    return module.weight is not vars(module)[_PLAN].weight and not _is_replica(module)
+
+
+def _is_replica(module: nn.Module) -> bool:
+    """Whether DataParallel made ``module``, whose parameters' gradients become those of the original's."""
+    return "_is_replica" in vars(module)

@@ -1,0 +1,129 @@
+"""Which axis of a layer's output counts its neurons, where the layer's class computes its output its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from neq_cli.freezing.model.neurons import STOCK_LAYERS, Layer, Neurons, rows_by_neuron
+
+_AMOUNTS = (1.0, -1.0, 64.0, -64.0)
+"""What a row is changed by, as a multiple of its largest element and one: both ways and far, since an activation
+inside the layer may be flat on one side, or all around where the neuron is."""
+
+
+def computes_its_own_way(layer: Layer) -> bool:
+    """Return whether the layer's class computes its output its own way, as torchvision's LayerNorm2d does."""
+    stock = next(kind for kind in STOCK_LAYERS if kind.__name__ == layer.kind) if not layer.functional else None
+    return stock is not None and type(layer.module).forward is not stock.forward
+
+
+def find_axis(layer: Layer, parameters: Mapping[str, Tensor], inputs: Tensor) -> int | None:
+    """Change several neurons' parameters, one at a time, and see along which axis only that neuron's index changes.
+
+    ``parameters`` are the model's by name; they stay what they are. The layer is called with ``inputs`` and with noise
+    of their shape, so that what is found does not hang on what its neurons happen to put out. The axis is the one that
+    the stock class has (``layer.axis``) where that fits, or where no change shows at all; None where no axis fits, or
+    several do, or the layer takes more than ``inputs``.
+    """
+    fitting: list[int] | None = None  # axes from the end; `layer.axis` as it is, for it may span several
+    for at_hand in _inputs(inputs):
+        try:
+            changes = list(_changes(layer, parameters, at_hand))
+        except Exception:  # noise of this kind may be no input for this layer, but the model's own must be
+            if at_hand is inputs:
+                return None
+            continue
+        for neuron, changed in changes:
+            found = [axis for axis in _axes(layer, changed) if _only(changed, axis, layer, neuron)]
+            fitting = found if fitting is None else [axis for axis in fitting if axis in found]
+    if fitting is None or layer.axis in fitting:
+        return layer.axis
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def with_found_axes(neurons: Neurons, order: Sequence[str], axes: Mapping[str, int | None]) -> Neurons:
+    """Return ``neurons`` in the ``order`` of first call, with the ``axes`` that were found by experiment."""
+    place = {name: number for number, name in enumerate(order)}
+    names = sorted(neurons.layers, key=lambda name: place.get(name, len(place)))
+    layers = {name: neurons.layers[name] for name in names}
+    for name, axis in axes.items():
+        if name in layers and axis is not None and axis != layers[name].axis:
+            layers[name] = replace(layers[name], axis=axis, axis_dimensions=1)
+    return replace(neurons, layers=layers)
+
+
+def _inputs(inputs: Tensor) -> Iterator[Tensor]:
+    yield inputs
+    if inputs.is_floating_point():
+        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        yield noise.to(inputs)
+
+
+def _changes(layer: Layer, parameters: Mapping[str, Tensor], inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield neurons and which elements of the output change with them: bool, of the output's shape; none if silent."""
+    module = layer.module
+    kept = dict(module._parameters)
+    try:
+        module._parameters.update(_copies(kept))
+        before = type(module).forward(module, inputs.clone())
+        for neuron in sorted({0, layer.neurons // 3, 2 * layer.neurons // 3, layer.neurons - 1}):
+            for amount in _AMOUNTS:
+                module._parameters.update(_copies(kept))
+                _disturb(layer, {id(parameters[name]): name for name in parameters}, kept, neuron, amount)
+                after = type(module).forward(module, inputs.clone())
+                changed = (before != after) & ~(before.isnan() & after.isnan())
+                if changed.any():
+                    yield neuron, changed
+                    break
+    finally:
+        module._parameters.update(kept)
+
+
+def _copies(parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
+    return {
+        key: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        for key, parameter in parameters.items()
+        if parameter is not None
+    }
+
+
+def _disturb(
+    layer: Layer, names: Mapping[int, str], own: Mapping[str, nn.Parameter | None], neuron: int, amount: float
+) -> None:
+    """Change the neuron's rows in the copies that the module holds of its ``own`` parameters."""
+    generator = torch.Generator().manual_seed(neuron)
+    for key, parameter in own.items():
+        for rows in layer.rows:
+            if parameter is None or names.get(id(parameter)) != rows.parameter:
+                continue
+            copy = layer.module._parameters[key]
+            assert copy is not None
+            view, index = rows.layout.view(copy.data), torch.tensor([rows.start + neuron], device=copy.device)
+            where = rows.layout.index(copy, index)
+            row = view[where]
+            # Not by a constant: a class may take a weight's mean off.
+            pattern = 1 + torch.rand(row.shape, generator=generator, device="cpu")
+            view[where] = row + amount * (1 + row.abs().max()) * pattern.to(row)
+
+
+def _axes(layer: Layer, changed: Tensor) -> Iterable[int]:
+    """Return the axes that have as many places as the layer has neurons, the stock class's own among them."""
+    first = layer.axis % changed.dim() if -changed.dim() <= layer.axis < changed.dim() else changed.dim()
+    own = changed.shape[first : first + layer.axis_dimensions]
+    if own.numel() == layer.neurons and len(own) == layer.axis_dimensions:
+        yield layer.axis
+    for axis, size in enumerate(changed.shape):
+        if size == layer.neurons and (axis != first or layer.axis_dimensions > 1):
+            yield axis - changed.dim()
+
+
+def _only(changed: Tensor, axis: int, layer: Layer, neuron: int) -> bool:
+    """Return whether along ``axis`` the place of ``neuron`` changed and no other."""
+    dimensions = layer.axis_dimensions if axis == layer.axis else 1
+    places = rows_by_neuron(changed, axis, dimensions).any(1)
+    places[neuron] = ~places[neuron]
+    return not bool(places.any())

@@ -1,0 +1,238 @@
+"""One sample through the model once: call order, output layers, multiply-adds and output axes of every layer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.flop_counter import flop_registry
+
+from neq_cli.freezing.model.axes import computes_its_own_way, find_axis
+from neq_cli.freezing.model.neurons import Layer, Neurons
+from neq_cli.freezing.model.observing import map_tensors, tensors_in, undisturbed, watch_calls
+from neq_cli.freezing.model.restoring import found_again
+
+
+@dataclass
+class Trace:
+    """What one sample showed. Counts are per sample; multiply-adds are those of the forward pass."""
+
+    order: list[str] = field(default_factory=list)  # layers by first call
+    multiply_adds: dict[str, int] = field(default_factory=dict)  # convolutions and linear layers, bias not counted
+    elements: dict[str, int] = field(default_factory=dict)  # output elements, all calls together
+    input_gradient: dict[str, bool] = field(default_factory=dict)  # something trainable lies before the layer
+    axes: dict[str, int | None] = field(default_factory=dict)  # found by experiment; None where none was found
+    before: dict[str, frozenset[str]] = field(default_factory=dict)  # layers whose outputs reach a layer first
+    after_outside: frozenset[str] = frozenset()  # layers that parameters outside neurons reach before another layer
+    # Parameters by the layer whose input depends on them, and by the one whose own forward uses them; no layer between.
+    parameters_before: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters_inside: dict[str, frozenset[str]] = field(default_factory=dict)
+    parameters_after: frozenset[str] = frozenset()  # those that outputs depend on, no layer between
+    users: dict[str, frozenset[str]] = field(default_factory=dict)  # modules in whose forward a layer's weight is used
+    # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
+    products: dict[str, int] = field(default_factory=dict)
+    output_layers: frozenset[str] = frozenset()
+    reentrant: bool = False  # the model uses reentrant activation checkpoints
+    reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
+    unused: frozenset[str] = frozenset()  # parameters that require gradients and that no output depends on
+
+
+def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
+    """Trace ``model`` on the first sample of ``inputs`` (tensors of [samples, ...]); works on the meta device too.
+
+    Auxiliary heads that only train are seen as well: the modules are in training mode, but for normalisation and
+    dropout, which would need more than one sample or draw random numbers. A model whose training mode wants other
+    inputs is traced in eval mode.
+    """
+    sample = map_tensors(lambda tensor: tensor[:1], inputs)
+    layers = {**neurons.layers, **neurons.fixed}
+    with undisturbed(model):
+        reached: set[str] = set()
+        axes: dict[str, int | None] = {}
+        parameters = dict(model.named_parameters())
+
+        def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+            reached.add(layer.name)
+            if layer.name not in axes and computes_its_own_way(layer) and output.device.type != "meta":
+                axes[layer.name] = find_axis(layer, parameters, inputs)
+
+        with found_again(model), torch.no_grad():
+            model.eval()
+            with watch_calls(layers.values(), parameters, on_call):
+                model(map_tensors(torch.clone, sample))
+        try:
+            with found_again(model):
+                trace = _trace_gradients(model, layers, sample, training=True)
+        except Exception:
+            # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
+            trace = _trace_gradients(model, layers, sample, training=False)
+    trace.reached, trace.axes = frozenset(reached), axes
+    return trace
+
+
+def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any, *, training: bool) -> Trace:
+    trace = Trace()
+    producers: dict[Node, str] = {}
+    sources: dict[str, set[str]] = {}
+    before: dict[str, set[int]] = {}  # leaves of the graph, by the layer whose input depends on them
+    inside: dict[str, set[int]] = {}  # by the layer whose output does
+    running: list[nn.Module] = []
+    products = _Products()
+
+    def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+        name = layer.name
+        if name not in trace.elements:
+            trace.order.append(name)
+        trace.elements[name] = trace.elements.get(name, 0) + output.numel()
+        if layer.cost != "norm":
+            weight = parameters[layer.weight]
+            # A transposed convolution sends each input element, any other layer each output element, through
+            # this many multiply-adds.
+            each, elements = weight[0].numel(), (inputs if layer.cost == "transposed" else output).numel()
+            trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + each * elements
+            products.backward[products.last] -= each * elements * (inputs.requires_grad + weight.requires_grad)
+        products.last = name
+        trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
+        for tensor, leaves in ((inputs, before), (output, inside)):
+            found, known = _sources_of([tensor], producers)
+            leaves.setdefault(name, set()).update(known)
+            if tensor is inputs:
+                sources.setdefault(name, set()).update(found)
+        trace.users[name] = trace.users.get(name, frozenset()) | {names[running[-1]]}
+        if output.grad_fn is not None:
+            producers[output.grad_fn] = name
+        # What overwrites a view, as a linear layer's output may be one, continues from what it is a view of.
+        if output._is_view() and output._base is not None and output._base.grad_fn is not None:
+            producers.setdefault(output._base.grad_fn, name)
+
+    model.train(training)
+    for module in model.modules():
+        if next(module.children(), None) is None:
+            # Not by its own `eval`, which may merge weights: their parts would be cut from the graph.
+            module.training = False
+    # Leaves of their own, so that no hook on the real parameters fires and no gradient is left behind.
+    parameters = {
+        name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
+    }
+    names = {module: name for name, module in model.named_modules()}
+    with (
+        _keeping_track(model, running),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        checkpointing_seen_through() as seen_through,
+        products,
+        watch_calls(layers.values(), parameters, on_call),
+    ):
+        outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
+    trace.reentrant = bool(seen_through)
+    trace.products = {name: count for name, count in products.backward.items() if count > 0}
+    trace.before = {name: frozenset(found) for name, found in sources.items()}
+    trace.after_outside = frozenset(name for name, leaves in before.items() if leaves)
+    by_id = {id(parameter): name for name, parameter in parameters.items()}
+
+    def named(leaves: set[int]) -> frozenset[str]:
+        return frozenset(by_id[leaf] for leaf in leaves if leaf in by_id)
+
+    trace.parameters_before = {name: named(leaves) for name, leaves in before.items()}
+    trace.parameters_inside = {name: named(leaves - before[name]) for name, leaves in inside.items()}
+    used = _leaves_of(outputs)
+    trace.unused = frozenset(
+        name for name, parameter in parameters.items() if parameter.requires_grad and id(parameter) not in used
+    )
+    producing, after = _sources_of(outputs, producers)
+    trace.parameters_after = named(after)
+    # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
+    trace.output_layers = frozenset(producing or trace.order[-1:])
+    return trace
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the multiply-adds that the backward pass of all products and convolutions inside will take."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.backward: defaultdict[str, int] = defaultdict(int)  # by the layer called last
+        self.last = ""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is not None:
+            # What addmm and baddbmm add comes first, a convolution's bias last: only the two factors cost products,
+            # one for each that needs a gradient. The formulas take two per multiply-add.
+            factors = arguments[1:3] if "add" in function._overloadpacket.__name__ else arguments[:2]
+            forward = formula(*arguments, **(keywords or {}), out_val=result) // 2
+            self.backward[self.last] += forward * sum(factor.requires_grad for factor in factors)
+        return result
+
+
+@contextmanager
+def checkpointing_seen_through() -> Iterator[list[Any]]:
+    """Run reentrant activation checkpoints without checkpointing, which would hide their inside from the graph.
+
+    Yields the functions that were met so, in order.
+    """
+    met: list[Any] = []
+
+    def run_through(run: Any, preserve_rng_state: bool, *inputs: Any) -> Any:
+        met.append(run)
+        return run(*inputs)
+
+    with ExitStack() as stack:
+        stack.callback(delattr, CheckpointFunction, "apply")
+        setattr(CheckpointFunction, "apply", staticmethod(run_through))  # noqa: B010
+        yield met
+
+
+@contextmanager
+def _keeping_track(model: nn.Module, running: list[nn.Module]) -> Iterator[None]:
+    """Keep ``running`` the modules whose forward is under way, the innermost last."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            enter = module.register_forward_pre_hook(lambda module, _: running.append(module), prepend=True)
+            leave = module.register_forward_hook(lambda *_: running.pop() and None)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        yield
+
+
+def _sources_of(tensors: list[Tensor], producers: Mapping[Node, str]) -> tuple[set[str], set[int]]:
+    """Walk the graph back from ``tensors``; return the first layer met on every path, or the leaf's identity."""
+    found: set[str] = set()
+    leaves: set[int] = set()
+    seen: set[Node] = set()
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in producers:
+            found.add(producers[node])
+        elif hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        else:
+            pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
+    return found, leaves
+
+
+def _leaves_of(tensors: list[Tensor]) -> set[int]:
+    """Return the identities of all tensors that gradients of ``tensors`` would be accumulated in."""
+    seen: set[Node] = set()
+    pending = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}

@@ -1,0 +1,1 @@
+"""The same frozen sets on every process, and gradients sent in part."""

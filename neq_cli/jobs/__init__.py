@@ -1,0 +1,1 @@
+"""A recipe trained into a run directory: started, recorded, paused, resumed, ended."""

@@ -1,0 +1,178 @@
+"""A session into its run directory while it trains: epochs, checkpoints, kernel choices, and how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neq_cli.errors import Terminated, TrainingError, described
+from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
+from neq_cli.jobs.signals import StopRequests
+from neq_cli.runs.store.writer import RunWriter, atomic_write, writing
+from neq_cli.runs.views.live.progress import Progress
+
+if TYPE_CHECKING:
+    from neq_cli.freezing.backward.dispatch import Dispatch
+    from neq_cli.training.session import Session
+
+
+class Recording:
+    """Follows a session to its end. ``writer`` is None in all but the first of several processes.
+
+    ``best`` is the best score so far, None where there is none. All processes follow together.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        writer: RunWriter | None,
+        progress: Progress,
+        requests: StopRequests,
+        best: float | None = None,
+    ) -> None:
+        self.session = session
+        self.trainer = session.trainer
+        self.writer = writer
+        self.progress = progress
+        self.requests = requests
+        self.best = best
+        self.saved = time.monotonic()
+        self.timed = 0.0  # seconds that went into timing kernels
+        self.trainer.wish = self._wish
+
+    def follow(self) -> None:
+        """Train to the end. Raises Terminated where a signal asked to stop, once all is saved."""
+        if self.writer is not None:
+            _keep_kernel_choices(self.session, self.writer)
+        dispatch = self.trainer.freezer.dispatch
+        dispatch.on_timing = lambda: self.progress.show(Preparing("timing kernels", len(dispatch.choices)))
+        for record in self.trainer.run():
+            # Nothing is lost while the first images are waited for, which may take minutes.
+            self.requests.set_at_once(isinstance(record, StepProgress) and record.phase == "load")
+            if isinstance(record, Pause):
+                self._pause(record)
+                continue
+            if isinstance(record, EpochRecord):
+                self._write_epoch(record)
+                self._say_what_took(record)
+            self.progress.show(record)
+            if isinstance(record, EpochRecord):
+                self._stop_if_asked(record)
+        if self.writer is not None:
+            _save_weights(self.session, self.writer)
+
+    def _say_what_took(self, record: EpochRecord) -> None:
+        """Say what the epoch took that others need not, where it was much."""
+        startup, timed = self.trainer.startup, self.trainer.freezer.dispatch.seconds
+        startup.add("timing kernels", timed - self.timed)
+        self.timed = timed
+        took = startup.summary()
+        if took:
+            self.progress.message(f"epoch {record.epoch} spent {took} on what others need not")
+
+    def _wish(self) -> int:
+        from neq_cli.training.loop.trainer import GO_ON, SAVE, STOP
+
+        if self.requests.received is not None:
+            return STOP
+        # The first process's clock decides.
+        due = time.monotonic() - self.saved >= 60 * self.session.recipe.checkpoint_minutes
+        return SAVE if due and self.trainer.processes.first else GO_ON
+
+    def _pause(self, record: Pause) -> None:
+        if record.stop:
+            self.progress.message(
+                f"{self.requests.received or 'stop'}: saving epoch {record.epoch}, step {record.step}"
+            )
+        self._save()
+        if record.stop:
+            self._stop()
+
+    def _write_epoch(self, record: EpochRecord) -> None:
+        if self.writer is not None:
+            self.writer.write_epoch(record)
+        score = record.metrics[self.session.started.metric]
+        improved = score == score and (self.best is None or score > self.best)
+        self.best = score if improved else self.best
+        # The last file of an epoch is the last checkpoint: with it, the epoch need not be trained again.
+        self._save(best=improved)
+
+    def _stop_if_asked(self, record: EpochRecord) -> None:
+        """Stop between two epochs; a run that is trained to its end goes on to it."""
+        stop = self.trainer.processes.largest(int(self.requests.received is not None))
+        if stop and record.epoch < self.session.recipe.epochs:
+            self._stop()
+
+    def _stop(self) -> None:
+        path = self.writer.path if self.writer is not None else None
+        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on" if path else "")
+
+    def _save(self, *, best: bool = False) -> None:
+        """Write the checkpoints; the last one before becomes the previous one once the next is whole."""
+        from neq_cli.training.loop.checkpoint import save_state
+
+        state = self.trainer.state_dict()  # which all processes take part in
+        self.saved = time.monotonic()
+        if self.writer is None:
+            return
+        last, previous = self.writer.checkpoint_path("last"), self.writer.checkpoint_path("previous")
+
+        def write_and_move_on(partial: Path) -> None:
+            save_state(state, partial)
+            if last.exists():
+                last.replace(previous)
+
+        with self.trainer.processes.undisturbed():
+            if best:
+                path = self.writer.checkpoint_path("best")
+                with writing(path):
+                    atomic_write(path, lambda partial: save_state(state, partial))
+            with writing(last):
+                atomic_write(last, write_and_move_on)
+
+
+def _save_weights(session: Session, writer: RunWriter) -> None:
+    from neq_cli.training.loop.checkpoint import save_weights
+
+    weights = session.trainer.tested_model.state_dict()
+    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
+    with writing(writer.weights_path):
+        atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))
+
+
+def _keep_kernel_choices(session: Session, writer: RunWriter) -> None:
+    """Have every choice of a kernel written before it is first used, and what is dense whatever the choice."""
+    freezer = session.trainer.freezer
+
+    def write(dispatch: Dispatch) -> None:
+        dense = {} if freezer.backward == "dense" else freezer.anatomy.dense_because
+        writer.write_dispatch({"backward": freezer.backward, "dense": dense, "choices": dispatch.state_dict()})
+
+    write(freezer.dispatch)
+    freezer.dispatch.on_choice = write
+
+
+@contextmanager
+def status_of(writer: RunWriter | None) -> Iterator[None]:
+    """Say in status.json how what happens inside ended."""
+    if writer is None:
+        yield
+        return
+    try:
+        yield
+    except KeyboardInterrupt:
+        writer.interrupted("SIGINT")
+        raise
+    except Terminated as error:
+        writer.interrupted(error.signal)
+        raise
+    except BaseException as error:
+        # A full disk fails this too; the first error is the one to show.
+        with suppress(TrainingError):
+            writer.failed(described(error))
+        raise
+    else:
+        writer.finish()

@@ -1,0 +1,135 @@
+"""Which run ``--resume`` goes on with, and from which checkpoint; every reason not to is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from neq_cli.errors import RecipeError, RunDirectoryError
+from neq_cli.jobs.earlier import Earlier
+from neq_cli.recipe import Problem, Recipe
+from neq_cli.recipe.load import LoadedRecipe
+from neq_cli.runs.store.paths import check_resumable
+from neq_cli.runs.store.resumable import ANEW, differences, merged, newest_unfinished, stored_recipe
+from neq_cli.runs.store.untrusted import damaged, read_json
+from neq_cli.runs.store.writer import RunWriter
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a run starts; by default from nothing. ``state`` is None where nothing was saved yet."""
+
+    recipe: Recipe
+    state: Mapping[str, Any] | None = None
+    choices: Mapping[str, Any] = field(default_factory=dict)  # of kernels, made so far
+    finished: bool = False
+    messages: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()  # checkpoints that must not become the one before last
+    earlier: Earlier = field(default_factory=Earlier)
+
+
+def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, str]:
+    """Return the run that ``loaded`` goes on with, None where there is none yet, and a line that says which.
+
+    That is ``chosen`` where it is given, else the newest one of the recipe's name and seed, an unfinished one first.
+    """
+    if chosen is not None:
+        check_resumable(chosen)
+        path = chosen if chosen.exists() or chosen.is_symlink() else None
+        name = str(chosen)
+    else:
+        found = newest_unfinished(loaded.name, loaded.recipe.seed)
+        path = found.path if found is not None else None
+        name = f"{loaded.name} with seed {loaded.recipe.seed}" if path is None else str(path)
+    return path, f"nothing to resume of {name}; beginning" if path is None else f"resuming {name}"
+
+
+def open_run(loaded: LoadedRecipe, path: Path, processes: int) -> tuple[RunWriter, Start]:
+    """Take the run at ``path``, so that no other process does, and read what it goes on from, where it lies.
+
+    ``processes``: how many will train it. Raises RecipeError where ``loaded`` differs in what must stay, and
+    RunDirectoryError where the run is another process's, damaged, or no run.
+    """
+    writer = RunWriter.reopen(path)
+    try:
+        return writer, _read(loaded, writer, processes)
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
+    if writer.is_new:
+        return Start(loaded.recipe)
+    stored = stored_recipe(writer.path)
+    problems = differences(stored, loaded.recipe, writer.path)
+    recipe = merged(stored, loaded.recipe)
+    state, messages, bad = read_checkpoint(writer)
+    status = read_json(writer.files.status) if writer.files.status.exists() else {}
+    # A run that was extended has more than its first command line asks for, and is as finished.
+    finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
+    if state is not None:
+        trained = state["epoch"] + (state["so_far"] is not None)
+        if recipe.epochs < trained and not finished:
+            said = f"{recipe.epochs}, but epoch {trained} is trained, on the way to {stored.epochs}"
+            ending = f", or {trained} to end there" if trained < stored.epochs else ""
+            problems.append(Problem("epochs", f"{said}; give {stored.epochs} to go on{ending}"))
+        begun = len(state["processes"])
+        before, now = stored.batch_size * begun, recipe.batch_size * processes
+        if before != now:
+            messages.append(f"{processes} processes, begun with {begun}: {now} images a step, not {before}")
+        if before != now and recipe.batch_size != stored.batch_size:
+            said = f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run has {before}"
+            problems.append(Problem("batch_size", f"{said}; keep that number, {ANEW}"))
+    if problems:
+        raise RecipeError([loaded.problem(problem.key, problem.message) for problem in problems])
+    return Start(recipe, state, _kernel_choices(writer), finished, tuple(messages), bad)
+
+
+def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str], tuple[Path, ...]]:
+    """Return the last checkpoint that is whole, None where none was written yet, and what the user should know of it.
+
+    Last come the files that are damaged. Raises RunDirectoryError where there are checkpoints and all are damaged.
+    """
+    from neq_cli.training.loop.checkpoint import load_state
+
+    problems: list[str] = []
+    bad: list[Path] = []
+    for name in ("last", "previous"):
+        path = writer.checkpoint_path(name)
+        if not path.exists():
+            continue
+        try:
+            state = load_state(path)
+            _check(path, state)
+        except RunDirectoryError as error:
+            problems.append(str(error))
+            bad.append(path)
+        else:
+            return state, [f"{problem}; going on from {path.name}" for problem in problems], tuple(bad)
+    if problems:
+        raise RunDirectoryError("\n".join([*problems, f"{writer.path}: no checkpoint is whole; train anew"]))
+    return None, [], ()
+
+
+def _check(path: Path, state: object) -> None:
+    """Raise RunDirectoryError unless ``state`` has what is looked at before the model is built."""
+    so_far = state.get("so_far") if isinstance(state, dict) else None
+    counts = [state.get("epoch")] if isinstance(state, dict) else [None]
+    if isinstance(so_far, dict):
+        counts += [so_far.get(key) for key in ("epoch", "steps", "images")]
+    if not all(type(count) is int and 0 <= count < 2**48 for count in counts):
+        raise damaged(path, "not the state of a run")
+    assert isinstance(state, dict)
+    if not (isinstance(so_far, dict | None) and isinstance(state.get("processes"), list) and state["processes"]):
+        raise damaged(path, "not the state of a run")
+
+
+def _kernel_choices(writer: RunWriter) -> Mapping[str, Any]:
+    path = writer.files.dispatch
+    choices = read_json(path).get("choices", {}) if path.exists() else {}
+    if not isinstance(choices, dict):
+        raise damaged(path, "choices: not a mapping")
+    return choices

@@ -1,0 +1,122 @@
+"""From a path or name to a checked recipe, or to all its problems; names only torch knows are left to checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neq_cli.errors import RecipeError
+from neq_cli.recipe.describe import one_line, shown
+from neq_cli.recipe.document import Document, Located, Override, Place
+from neq_cli.recipe.keys import Check, Problem, Recipe
+from neq_cli.recipe.source import find_recipe, read_text, shipped_directory
+from neq_cli.recipe.validate import valid_parts, validate
+from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
+
+__all__ = ["Check", "LoadedRecipe", "Problem", "dump_recipe", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe, and the file it was read from."""
+
+    recipe: Recipe
+    path: Path  # absolute
+    file: str  # as the user named it
+    document: Document
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return self.path.stem
+
+    @property
+    def directory(self) -> Path:
+        """Where the file lies, and with it the Python files that its entrypoints may name."""
+        return self.path.parent
+
+    def problem(self, key: str, message: str) -> str:
+        """Return the line that tells a user of a problem with ``key``, and where it was written."""
+        path = tuple(key.split("."))
+        return one_line(_line(self.document.place(path), path, message, self.file))
+
+    def resolved_yaml(self) -> str:
+        """Return the recipe with its overrides and defaults written out; see ``dump_recipe``."""
+        return dump_recipe(self.recipe)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return YAML that ``load_recipe`` reads as an equal recipe, with every default written out."""
+    return write_yaml(recipe.model_dump())
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> LoadedRecipe:
+    """Read a recipe, apply ``KEY=VALUE`` overrides and check it.
+
+    ``reference`` is a path, or the name of a shipped recipe. Every check is called with the name of each section that
+    is valid by itself and that section, also where others are not; then, where nothing at all is wrong, with "" and
+    the whole recipe. Raise ``RecipeError`` with all problems, each located in the file or on the command line.
+    """
+    path = find_recipe(reference)
+    file = path.name if path.parent == shipped_directory() else reference
+    document = _read(read_text(path, file), file)
+    document.override(overrides)
+    recipe, problems = _checked(document, checks)
+    if recipe is None or problems:
+        raise RecipeError(_lines(problems, file))
+    return LoadedRecipe(recipe, path, file, document)
+
+
+def _read(text: str, file: str) -> Document:
+    try:
+        read = read_yaml(text)
+    except YamlSyntaxError as error:
+        raise RecipeError(_lines([(error.line, (), error.message)], file)) from None
+    if not isinstance(read.value, dict):
+        what = "empty" if read.value is None else f"{shown(read.value)} is no recipe"
+        message = f"{what}; write keys such as model, data, epochs and optimizer"
+        raise RecipeError(_lines([(read.lines.get((), 1), (), message)], file))
+    return Document(read.value, dict(read.lines), list(read.problems))
+
+
+def _checked(document: Document, checks: Sequence[Check]) -> tuple[Recipe | None, list[Located]]:
+    recipe, wrong = validate(document.values)
+    problems = list(document.problems)
+    unread = {(place, path) for place, path, _ in problems}
+    located = [(document.place(path), path, message) for path, message in wrong.items()]
+    problems += [problem for problem in located if problem[:2] not in unread]
+    for name, part in valid_parts(document.values).items():
+        problems += _run(checks, name, part, document)
+    if recipe is not None and not problems:
+        problems += _run(checks, "", recipe, document)
+    return recipe, problems
+
+
+def _run(checks: Sequence[Check], name: str, part: Any, document: Document) -> list[Located]:
+    located: list[Located] = []
+    for check in checks:
+        for problem in check(name, part):
+            path = tuple(problem.key.split(".")) if problem.key else ()
+            located.append((document.place(path), path, problem.message))
+    return located
+
+
+def _lines(problems: Sequence[Located], file: str) -> list[str]:
+    """Return one line per problem: the file's from top to bottom, then the command line's from left to right."""
+    ordered = sorted(problems, key=lambda problem: _order(problem[0]))
+    return list(dict.fromkeys(one_line(_line(*problem, file)) for problem in ordered))
+
+
+def _order(place: Place) -> tuple[int, int]:
+    return (1, place.order) if isinstance(place, Override) else (0, place)
+
+
+def _line(place: Place, path: KeyPath, message: str, file: str) -> str:
+    key = ".".join(map(str, path))
+    if not isinstance(place, Override):
+        return f"{file}:{place}: {key}: {message}" if key else f"{file}:{place}: {message}"
+    # An override names its key itself, unless the problem is with another that it brought about.
+    named = key in ("", ".".join(map(str, place.path)))
+    return f"command line: {place.text}: {message}" if named else f"command line: {place.text}: {key}: {message}"

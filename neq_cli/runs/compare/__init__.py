@@ -1,0 +1,1 @@
+"""Numbers from runs: inspection, comparison, statistics."""

@@ -1,0 +1,195 @@
+"""Which runs are the same configuration but for the seed, and how a configuration is called; reads recipes only."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from neq_cli.runs.compare.statistics import mean_known, summarise
+from neq_cli.runs.store.run import Run
+from neq_cli.text import printable
+
+# Not part of a configuration: the seed, what resolves from other keys, and what changes no result.
+SEED_AND_SURROUNDINGS = frozenset(
+    {
+        "seed",
+        "description",
+        "device",
+        "checkpoint_minutes",
+        "channels_last",
+        "cuda_graph",
+        "policy.matched_p",
+        "data.root",
+        "data.workers",
+        "data.download",
+        "data.cache",
+    }
+)
+# Configurations that differ here answer different questions; `data.probe_size` alone is left free.
+_COMPARABLE_BLOCKS = ("data", "model", "task", "epochs")
+_COMPARABLE_ANYWAY = frozenset({"data.probe_size"})
+UNSET = "not set"
+_MATCH = "match"
+
+Settings = Mapping[str, str]
+
+
+def settings(run: Run) -> Settings:
+    """Return the recipe as ``{dotted key: value as JSON}``, without what is not part of a configuration."""
+    flat: dict[str, str] = {}
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                visit(item, f"{key}.{name}" if key else name)
+        elif value is not None and key not in SEED_AND_SURROUNDINGS:  # null is what a key is before anybody sets it
+            flat[key] = json.dumps(_number_as_float(value), ensure_ascii=False)
+
+    visit(run.recipe, "")
+    if _is_matched(run):
+        flat["policy.p"] = _MATCH  # whichever run it was matched to, and by whatever path
+    return flat
+
+
+def content(run: Run) -> Settings:
+    """Return what must agree before runs are compared: data, model, task, epochs, and the data's recorded content."""
+    found = {
+        key: value
+        for key, value in settings(run).items()
+        if key.split(".")[0] in _COMPARABLE_BLOCKS and key not in _COMPARABLE_ANYWAY
+    }
+    recorded = run.environment.get("data")
+    if isinstance(recorded, dict):
+        found.update({f"environment.data.{key}": json.dumps(value) for key, value in recorded.items()})
+    return found
+
+
+def disagreements(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Return ``{key: {value: runs}}`` of every key of ``content`` in which the runs differ.
+
+    What environment.json records of the data counts only between runs that recorded it.
+    """
+    contents = [content(run) for run in runs]
+    found: dict[str, dict[str, list[Run]]] = {}
+    for key in dict.fromkeys(key for each in contents for key in each):
+        values: dict[str, list[Run]] = {}
+        for run, each in zip(runs, contents, strict=True):
+            if key in each or not key.startswith("environment."):
+                values.setdefault(each.get(key, UNSET), []).append(run)
+        if len(values) > 1:
+            found[key] = values
+    return found
+
+
+def roots_of_unknown_content(runs: Sequence[Run]) -> list[str]:
+    """Return the folders that may hold different data: no dataset's name and no record tells what is in them."""
+    unnamed = [run for run in runs if run.setting("data.name") in (None, "image_folder")]
+    if all(isinstance(run.environment.get("data"), dict) for run in unnamed):
+        return []
+    roots = dict.fromkeys(_short(run.setting("data.root") or UNSET) for run in unnamed)
+    return list(roots) if len(roots) > 1 else []
+
+
+def policy_label(runs: Sequence[Run]) -> str:
+    """Name the policy of runs of one configuration: ``Baseline``, ``Stochastic p=0.2``, ``NEq eps=0.001 mu=0.5``."""
+    run = runs[0]
+    kind = run.setting("policy.kind")
+    if kind == "baseline":
+        return "Baseline"
+    if kind == "neq":
+        definition = run.setting("policy.definition")
+        suffix = "" if definition in (None, "paper") else f" {_short(definition)}"
+        return f"NEq eps={_short(run.setting('policy.epsilon'))} mu={_short(run.setting('policy.mu'))}{suffix}"
+    if kind == "stochastic" and _is_matched(run):
+        return f"Stochastic* p={_matched_p(runs)}"
+    if kind == "stochastic":
+        return f"Stochastic p={_short(run.setting('policy.p'))}"
+    return _short(run.setting("policy.entrypoint") or kind or "unknown policy")
+
+
+def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Name every configuration so that no two rows read the same.
+
+    A key outside the policy in which any of them differ stands behind every name; one of the policy that the name
+    does not tell stands behind those that would read the same without it.
+    """
+    found = [policy_label(group) for group in groups]
+    flats = [settings(group[0]) for group in groups]
+    shared = [key for key in differing_keys(flats) if key.split(".")[0] != "policy"]
+    result = []
+    for name, flat in zip(found, flats, strict=True):
+        twins = [other for other_name, other in zip(found, flats, strict=True) if other_name == name]
+        policy = [key for key in differing_keys(twins) if key not in shared]
+        extra = [f"{printable(key)}={written(flat.get(key, UNSET))}" for key in (*policy, *shared)]
+        result.append(", ".join([name, *extra]))
+    return result
+
+
+def differing_keys(flats: Iterable[Settings]) -> list[str]:
+    """Return the keys in which not all agree, in the order of the recipe."""
+    flats = list(flats)
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    return [key for key in keys if len({flat.get(key, UNSET) for flat in flats}) > 1]
+
+
+def written(setting: str) -> str:
+    """Write a value of ``Settings`` as people do: no quotes, no needless ``.0``."""
+    return setting if setting in (UNSET, _MATCH) else _short(json.loads(setting))
+
+
+def model_and_data(run: Run) -> str:
+    """Name both in a few words: ``resnet32 on CIFAR10``."""
+    model = run.setting("model.name") or run.setting("model.entrypoint") or "unknown model"
+    data = run.setting("data.name") or run.setting("data.entrypoint") or "unknown data"
+    return f"{_short(model)} on {_short(data)}"
+
+
+def matched_values(runs: Sequence[Run]) -> list[float]:
+    """Return the resolved ``policy.matched_p`` of those runs that have one."""
+    values = (run.setting("policy.matched_p") for run in runs)
+    return [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+
+
+def beside_matched(runs: Sequence[Run]) -> list[float]:
+    """Return by how many percent the mean paper FLOPs of whole runs differ from those that p was matched to."""
+    found = []
+    for run in runs:
+        target = run.environment.get("matched_flops")
+        if isinstance(target, (int, float)) and not isinstance(target, bool) and target > 0:
+            reached = mean_known(run.column("flops_paper"))
+            if run.epochs >= run.epochs_planned and math.isfinite(reached):
+                found.append(100 * (reached / target - 1))
+    return found
+
+
+def matched_to_seeds(runs: Sequence[Run]) -> bool:
+    """Whether the runs that ``p: match:RUN_DIR`` names differ in the seed alone, as the names in a sweep tell."""
+    return len({re.sub(r"(?<=seed=)-?[0-9]+$", "", str(run.setting("policy.p"))) for run in runs}) == 1
+
+
+def _is_matched(run: Run) -> bool:
+    p = run.setting("policy.p")
+    return run.setting("policy.kind") == "stochastic" and isinstance(p, str) and p.startswith("match:")
+
+
+def _matched_p(runs: Sequence[Run]) -> str:
+    summary = summarise(matched_values(runs))
+    if not summary.n:
+        return _MATCH
+    return f"{summary.mean:.3g}" if summary.n == 1 else f"{summary.mean:.3g} ± {summary.std:.2g}"
+
+
+def _number_as_float(value: Any) -> Any:
+    """Let ``1`` and ``1.0`` be the same setting."""
+    if isinstance(value, list):
+        return [_number_as_float(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return printable(value, 60)
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -1,1 +1,0 @@
-"""What the dashboard draws: from the records so far to lines that fit a window of any size."""

@@ -1,0 +1,1 @@
+"""A run on disk: file names, the writer, the reader, the lock, and what is damaged."""

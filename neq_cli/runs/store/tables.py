@@ -1,0 +1,115 @@
+"""The two tables of a run, row by row; what was torn when the run was killed is left out, all else must be whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from neq_cli.runs.store.serialisation import LAYER_COLUMNS
+from neq_cli.runs.store.untrusted import Number, damaged, parse_count, parse_number, read_table
+
+METRICS_NEEDED = (
+    "epoch",
+    "neurons",
+    "frozen",
+    "flops_paper",
+    "flops_executed",
+    "flops_paper_dense",
+    "flops_executed_dense",
+    "epoch_seconds",
+    "probe_seconds",
+)
+_MOST_COLUMNS = 1000
+_MOST_CELLS = 1_000_000  # of metrics.csv, which is kept in memory
+_MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One row of layers.csv; FLOPs and ``frozen`` are those in force during the epoch."""
+
+    epoch: int
+    layer: str
+    kind: str
+    neurons: int
+    frozen: int
+    phi_mean: Number
+    velocity_abs_mean: Number
+    flops_paper: Number
+    flops_executed: Number
+
+
+def read_metrics(path: Path) -> tuple[dict[str, Number], ...]:
+    """Return the rows of metrics.csv; RunDirectoryError unless they are of the epochs 1, 2, 3..."""
+    rows = read_table(path)
+    columns = _columns(path, next(rows, None), METRICS_NEEDED)
+    metrics: list[dict[str, Number]] = []
+    for line, cells in rows:
+        _check_width(path, line, columns, cells)
+        row = {column: parse_number(path, line, column, text) for column, text in zip(columns, cells, strict=True)}
+        if row["epoch"] != len(metrics) + 1:
+            raise damaged(path, f"epoch {row['epoch']} after epoch {len(metrics)}", line)
+        if len(columns) * len(metrics) >= _MOST_CELLS:
+            raise damaged(path, f"more than {_MOST_CELLS} cells", line)
+        metrics.append(row)
+    return tuple(metrics)
+
+
+def read_layers(path: Path, epoch: int) -> tuple[LayerRow, ...]:
+    """Return the rows of an epoch in layers.csv, in forward order."""
+    rows = read_table(path)
+    columns = _columns(path, next(rows, None), LAYER_COLUMNS)
+    place = {column: columns.index(column) for column in LAYER_COLUMNS} if columns else {}
+    found: list[LayerRow] = []
+    for line, cells in rows:
+        _check_width(path, line, columns, cells)
+        if len(found) == _MOST_LAYERS:
+            raise damaged(path, f"more than {_MOST_LAYERS} layers in an epoch", line)
+        row_epoch = parse_count(path, line, "epoch", cells[place["epoch"]])
+        if row_epoch > epoch:  # what follows is of later epochs, or torn
+            break
+        if row_epoch == epoch:
+            text = {column: cells[index] for column, index in place.items()}
+            found.append(_layer_row(path, line, text))
+    return tuple(found)
+
+
+def _layer_row(path: Path, line: int, text: dict[str, str]) -> LayerRow:
+    def count(column: str) -> int:
+        return parse_count(path, line, column, text[column])
+
+    def number(column: str) -> Number:
+        return parse_number(path, line, column, text[column])
+
+    if count("frozen") > count("neurons"):
+        raise damaged(path, f"{count('frozen')} frozen of {count('neurons')} neurons", line)
+    return LayerRow(
+        epoch=count("epoch"),
+        layer=text["layer"],
+        kind=text["kind"],
+        neurons=count("neurons"),
+        frozen=count("frozen"),
+        phi_mean=number("phi_mean"),
+        velocity_abs_mean=number("velocity_abs_mean"),
+        flops_paper=number("flops_paper"),
+        flops_executed=number("flops_executed"),
+    )
+
+
+def _columns(path: Path, header: tuple[int, list[str]] | None, needed: tuple[str, ...]) -> list[str]:
+    if header is None:  # the process ended before the first line was complete
+        return []
+    columns = header[1]
+    if len(columns) > _MOST_COLUMNS:
+        raise damaged(path, f"{len(columns)} columns", 1)
+    lacking = [column for column in needed if column not in columns]
+    if lacking:
+        raise damaged(path, f"no column {', '.join(lacking)}", 1)
+    if len(set(columns)) != len(columns):
+        raise damaged(path, "a column stands twice", 1)
+    return columns
+
+
+def _check_width(path: Path, line: int, columns: list[str], cells: list[str]) -> None:
+    if len(cells) != len(columns):
+        raise damaged(path, f"{len(cells)} cells where {len(columns)} belong", line)

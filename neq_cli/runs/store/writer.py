@@ -1,0 +1,294 @@
+"""The run directory as it is written, begun or gone on with; reading is in run.py, names in paths.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from neq_cli.errors import RunDirectoryError
+from neq_cli.events import EpochRecord, RunStarted
+from neq_cli.runs.store.csv_files import Beginning, append_rows, beginning, cut
+from neq_cli.runs.store.disk import PARTIAL, check_own, check_writable, sync_folder
+from neq_cli.runs.store.disk import atomic_write as atomic_write
+from neq_cli.runs.store.disk import writing as writing
+from neq_cli.runs.store.lock import Lock, acquire
+from neq_cli.runs.store.paths import CHECKPOINTS as CHECKPOINTS
+from neq_cli.runs.store.paths import STATES as STATES
+from neq_cli.runs.store.paths import RunFiles as RunFiles
+from neq_cli.runs.store.paths import cannot_be_made, check_resumable
+from neq_cli.runs.store.paths import check_available as check_available
+from neq_cli.runs.store.paths import default_run_directory as default_run_directory
+from neq_cli.runs.store.serialisation import LAYER_COLUMNS, cell, layer_row, neurons_file
+from neq_cli.runs.store.status import resumed_environment, resumed_status
+from neq_cli.runs.store.untrusted import damaged, read_json
+from neq_cli.text import printable
+
+ELSEWHERE = "make it writable, or go on with a copy of it, by -o"
+
+
+class RunWriter:
+    """Streams a run into its directory so that a kill at any moment leaves files that can be read and gone on with.
+
+    One process at a time has it, until ``close``, or until the process ends. An epoch counts as present once its row
+    of metrics.csv is complete; that row is written last. Floats are written as ``repr``, so that they round-trip; NaN,
+    which also stands for what was not measured in that epoch, as an empty cell. Failures of the disk raise
+    TrainingError, one line.
+    """
+
+    def __init__(self, path: Path, lock: Lock) -> None:
+        """Use ``RunWriter.create`` or ``RunWriter.reopen``."""
+        self.files = RunFiles(path)
+        self._lock = lock
+        self._environment: dict[str, Any] = {}
+        self._status: dict[str, Any] = {}
+        self._columns: tuple[str, ...] = ()
+        self._epoch = 0
+        self._resumed = False
+
+    @classmethod
+    def create(cls, path: Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunWriter:
+        """Make the directory ``path`` (missing or empty until now) with recipe, environment and status.
+
+        ``environment`` is anything JSON can hold. Keys that readers know: those of ``write_started``, and ``data``, a
+        mapping that tells the data's content, such as its numbers of images; runs where it differs are not compared.
+        Raises RunDirectoryError where the directory is taken or cannot be made.
+        """
+        check_available(path)
+        writer = cls._locked(path)
+        try:
+            check_available(path)  # once more, for another process may have been there in between
+            writer._begin(recipe_yaml, environment)
+        except OSError as error:
+            writer.close()
+            raise cannot_be_made(path, error) from error
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunWriter:
+        """Lock the run directory ``path`` to go on with its run, and write nothing yet: ``rewind`` comes next.
+
+        It is made where it is missing. Raises RunDirectoryError where another process trains it, and those of
+        ``check_resumable``.
+        """
+        check_resumable(path)
+        writer = cls._locked(path)
+        try:
+            check_resumable(path)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    @classmethod
+    def _locked(cls, path: Path) -> RunWriter:
+        files = RunFiles(path)
+        try:
+            if not path.exists():
+                path.mkdir(parents=True, exist_ok=True)
+                sync_folder(path.parent)
+        except OSError as error:
+            raise cannot_be_made(path, error) from error
+        return cls(path, acquire(files.lock, files.status))
+
+    def close(self) -> None:
+        """Let others have the directory; nothing may be written any more."""
+        self._lock.release()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def note(self) -> str | None:
+        """What the user should know of the lock: that the file system has none."""
+        return self._lock.note
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run has yet to begin: it has no recipe."""
+        return not self.files.recipe.exists()
+
+    def check_writable(self) -> None:
+        """Raise RunDirectoryError where the run cannot go on in its folders, before anything slow is begun."""
+        for folder in (self.files.root, *self.files.folders):
+            if folder.exists():
+                with writing(folder, ELSEWHERE):
+                    check_writable(folder)
+
+    def rewind(self, epoch: int, recipe_yaml: str | None, environment: Mapping[str, Any]) -> None:
+        """Go on after ``epoch`` finished epochs, 0 to start anew in place: what is of later epochs is removed.
+
+        ``recipe_yaml`` None keeps the recipe; a run that ``is_new`` needs one. The environment's keys stay as they
+        were; what differs now goes into its list "resumed". Killed at any moment, this can be done again. Raises
+        RunDirectoryError, and changes nothing, where a file does not reach to ``epoch``.
+        """
+        if self.is_new:
+            if epoch or recipe_yaml is None:
+                raise ValueError(f"{self.path}: a run that has yet to begin has a recipe, and no epoch {epoch}")
+            with writing(self.path, ELSEWHERE):
+                self._begin(recipe_yaml, environment)
+            return
+        metrics, layers = self._beginnings(epoch)
+        now, host = _now(), socket.gethostname()
+        old_status = read_json(self.files.status) if self.files.status.exists() else {}
+        old_environment = read_json(self.files.environment) if self.files.environment.exists() else environment
+        self._status = resumed_status(old_status, {**_running(), "started": now})
+        self._environment = resumed_environment(old_environment, environment, {"at": now, "epoch": epoch, "host": host})
+        with writing(self.path, ELSEWHERE):
+            self._write_beginning(recipe_yaml)
+            # The row of metrics.csv makes the epoch: it goes first.
+            cut(self.files.metrics, metrics.size)
+            cut(self.files.layers, layers.size)
+            for path in list(self.files.neurons_after(epoch)):
+                path.unlink()
+        self._columns, self._epoch, self._resumed = metrics.columns, epoch, True
+
+    def _beginnings(self, epoch: int) -> tuple[Beginning, Beginning]:
+        if not epoch:  # whatever they hold
+            return Beginning(), Beginning()
+        path = self.files.metrics
+        try:
+            metrics, layers = beginning(path, epoch), beginning(self.files.layers, epoch)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{printable(path)}: cannot be read: {printable(error.strerror or error)}"
+            ) from error
+        if metrics.rows != [1] * epoch:
+            whole = next((number for number, rows in enumerate(metrics.rows) if rows != 1), len(metrics.rows))
+            raise damaged(path, f"whole rows of {whole} epochs, but the checkpoint is of epoch {epoch}")
+        path = self.files.layers
+        if layers.columns != LAYER_COLUMNS:
+            raise damaged(path, f"its columns are not {', '.join(LAYER_COLUMNS)}")
+        # A model without layers that are observed has no rows.
+        if layers.rows and layers.rows != layers.rows[:1] * epoch:
+            raise damaged(path, f"its rows of epochs 1 to {epoch} are not all there")
+        return metrics, layers
+
+    def _begin(self, recipe_yaml: str, environment: Mapping[str, Any]) -> None:
+        self._environment, self._status = dict(environment), _running()
+        self._write_beginning(recipe_yaml)
+
+    def _write_beginning(self, recipe_yaml: str | None) -> None:
+        """Write what stands before the first epoch; a directory with a recipe is complete. OSError."""
+        files = self.files
+        for folder in files.folders:
+            folder.mkdir(exist_ok=True)
+        for folder in (files.root, *files.folders):
+            for partial in folder.glob(PARTIAL):
+                partial.unlink()
+        atomic_write(files.status, _json(self._status))
+        atomic_write(files.environment, _json(self._environment))
+        if recipe_yaml is not None and not _holds(files.recipe, recipe_yaml.encode()):
+            atomic_write(files.recipe, recipe_yaml.encode())
+
+    def write_source(self, name: str, content: bytes) -> None:
+        """Keep a Python file that the recipe's entrypoints name beside the recipe, so that it can be trained again."""
+        path = self.files.root / Path(name).name
+        check_own(path)
+        with writing(path):
+            atomic_write(path, content)
+
+    def write_dispatch(self, dispatch: Mapping[str, Any]) -> None:
+        """Replace the table of kernel choices, anything JSON can hold."""
+        with writing(self.files.dispatch):
+            atomic_write(self.files.dispatch, _json(dispatch))
+
+    @property
+    def path(self) -> Path:
+        return self.files.root
+
+    @property
+    def weights_path(self) -> Path:
+        return self.files.weights
+
+    def checkpoint_path(self, name: str) -> Path:
+        return self.files.checkpoint(name)
+
+    def write_started(self, record: RunStarted) -> None:
+        """Add to environment.json what the run says of itself: its name, policy, device, metric and notes.
+
+        Where the run goes on, what it said first stays, and only new notes are added.
+        """
+        notes = self._environment.get("notes", ())
+        said = {
+            "recipe_name": record.recipe_name,
+            "description": record.description,
+            "policy": record.policy,
+            "device": record.device,
+            "metric": record.metric,
+            "notes": [*notes, *(note for note in record.notes if note not in notes)],
+        }
+        kept = {key: value for key, value in self._environment.items() if self._resumed and key != "notes"}
+        self._environment.update({**said, **kept})
+        with writing(self.files.environment):
+            atomic_write(self.files.environment, _json(self._environment))
+
+    def write_epoch(self, record: EpochRecord) -> None:
+        """Add a finished epoch. ValueError unless epochs come in order from 1 and keep the first one's columns.
+
+        RunDirectoryError where another neq, with other columns, began the run.
+        """
+        metrics = {"epoch": record.epoch, **record.metrics}
+        columns = self._columns or tuple(metrics)
+        if record.epoch != self._epoch + 1 or metrics["epoch"] != record.epoch:
+            raise ValueError(f"epoch {record.epoch} ({metrics['epoch']} in its metrics) after epoch {self._epoch}")
+        if set(metrics) != set(columns) and self._resumed:
+            differing = printable(", ".join(sorted(set(metrics) ^ set(columns))), 200)
+            what = f"columns that this neq has not in common with it: {differing}"
+            raise RunDirectoryError(f"{printable(self.files.metrics)}: {what}; go on with the neq that began it")
+        if set(metrics) != set(columns):
+            raise ValueError(f"epoch {record.epoch}: columns {sorted(set(metrics) ^ set(columns))} come or go")
+        policy = str(self._environment.get("policy", ""))
+        with writing(self.files.neurons(record.epoch)):
+            atomic_write(self.files.neurons(record.epoch), neurons_file(record, policy))
+        with writing(self.files.layers):
+            rows = [layer_row(record.epoch, layer) for layer in record.layers]
+            append_rows(self.files.layers, rows if self._columns else [LAYER_COLUMNS, *rows])
+        with writing(self.files.metrics):
+            row = [cell(metrics[column]) for column in columns]
+            append_rows(self.files.metrics, [row] if self._columns else [columns, row])
+        self._columns, self._epoch = columns, record.epoch
+
+    def finish(self) -> None:
+        """Mark the run finished."""
+        self._end("finished", None)
+
+    def interrupted(self, reason: str) -> None:
+        """Mark the run interrupted, by a signal or a person."""
+        self._end("interrupted", reason)
+
+    def failed(self, reason: str) -> None:
+        """Mark the run failed. On a full disk this raises TrainingError too: show the first error, not this one."""
+        self._end("failed", reason)
+
+    def _end(self, state: str, reason: str | None) -> None:
+        self._status.update(state=state, reason=reason, ended=_now())
+        with writing(self.files.status):
+            atomic_write(self.files.status, _json(self._status))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _running() -> dict[str, Any]:
+    process, host = os.getpid(), socket.gethostname()
+    return {"state": "running", "reason": None, "pid": process, "host": host, "started": _now(), "ended": None}
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.exists() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()

@@ -1,0 +1,1 @@
+"""Runs before the eyes: drawn, in tables, live and as a page."""

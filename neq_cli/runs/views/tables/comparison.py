@@ -1,0 +1,231 @@
+"""A comparison as a terminal table, CSV, Markdown and LaTeX; every text is escaped for where it goes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from neq_cli.runs.compare.comparison import Comparison, Row
+from neq_cli.runs.compare.statistics import Difference, Summary
+from neq_cli.text import (
+    MISSING,
+    format_flops,
+    format_metric,
+    format_p_value,
+    format_percent,
+    printable,
+)
+
+LEGEND = (
+    "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, mean of all epochs, "
+    "% of the baseline; differences to the baseline in points, p exact and two-sided"
+)
+_NARROWEST_NAME = 12
+_WIDEST_SCORE = 12  # "92.85 ± 0.23": two such columns, and the widest of the others, fit into 80
+_CSV_COLUMNS = (
+    *("approach", "is_baseline", "n", "seeds", "unfinished", "metric"),
+    *("flops_paper_mean", "flops_paper_std", "flops_paper_percent"),
+    *("flops_executed_mean", "flops_executed_std", "flops_executed_percent"),
+    *("final_mean", "final_std", "final_difference", "final_p_value", "final_test", "final_why_no_p"),
+    *("best_mean", "best_std", "best_difference", "best_p_value", "best_test", "best_why_no_p"),
+    *("seconds_mean", "seconds_std", "matched_p_mean", "matched_p_std"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell says: its value, the spread over runs, and how it relates to the baseline."""
+
+    value: str
+    spread: str = ""
+    details: tuple[str, ...] = ()
+
+    @property
+    def with_spread(self) -> str:
+        return f"{self.value} ± {self.spread}" if self.spread else self.value
+
+    @property
+    def stacked(self) -> str:
+        return "\n".join([self.value, *([f"± {self.spread}"] if self.spread else []), *self.details])
+
+    @property
+    def on_one_line(self) -> str:
+        return f"{self.with_spread} ({', '.join(self.details)})" if self.details else self.with_spread
+
+
+def render(comparison: Comparison) -> RenderableType:
+    """Return the terminal table with its legend and notes; it fits 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), leading=1)
+    name, *numbers = header(comparison)
+    table.add_column(name, overflow="fold", min_width=_NARROWEST_NAME)
+    for number in numbers:
+        table.add_column(Text("\n".join(_folded_name(number))), justify="right", no_wrap=True)
+    rows = [cells(row) for row in comparison.rows]
+    # FLOPs and seconds never leave room for both on one line, a percentage's digits do.
+    abreast = all(len(cell.with_spread) <= _WIDEST_SCORE for row in rows for cell in row[4:6])
+    for row, (approach, n, paper, executed, final, best, seconds) in zip(comparison.rows, rows, strict=True):
+        scores = ["\n".join([one.with_spread, *one.details]) if abreast else one.stacked for one in (final, best)]
+        stacked = [approach.stacked, n.stacked, paper.stacked, executed.stacked, *scores, seconds.stacked]
+        table.add_row(*map(Text, stacked), style="bold" if row.is_baseline else "")
+    notes = [Text(f"note: {printable(note)}", style="yellow") for note in comparison.notes]
+    return Group(table, Text(LEGEND, style="dim"), *notes)
+
+
+def _folded_name(name: str) -> list[str]:
+    """Return a column's name in lines that are no wider than its numbers, broken where its words end if they do."""
+    lines: list[str] = []
+    for word in name.split(" "):
+        line = ""
+        for part in re.findall(rf"[^_]{{1,{_WIDEST_SCORE - 1}}}_?|_", word):
+            if len(line) + len(part) > _WIDEST_SCORE:
+                lines.append(line)
+                line = ""
+            line += part
+        lines.append(line)
+    return lines
+
+
+def to_csv(comparison: Comparison) -> str:
+    """Return one line per configuration under a header; numbers in full, what is not known empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    writer.writerows(_csv_row(row) for row in comparison.rows)
+    return text.getvalue()
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Return a GitHub table, with legend and notes below."""
+    names = header(comparison)
+    lines = [[_markdown(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
+    lines += [[_markdown(cell.on_one_line) for cell in cells(row)] for row in comparison.rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{LEGEND}.\n" + "".join(f"\n- {_markdown(note)}" for note in comparison.notes) + "\n"
+
+
+def to_latex(comparison: Comparison) -> str:
+    """Return a ``tabular`` that needs no package, with legend and notes as comments."""
+    names = header(comparison)
+    rows = [[_latex(cell.on_one_line) for cell in cells(row)] for row in comparison.rows]
+    lines = [
+        *(f"% {printable(line)}" for line in (LEGEND, *comparison.notes)),
+        rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
+        r"\hline",
+        " & ".join(map(_latex, names)) + r" \\",
+        r"\hline",
+        # After the line before, LaTeX takes a star or a bracket for an argument of its \\.
+        *(("{}" if row[0].startswith(("[", "*")) else "") + " & ".join(row) + r" \\" for row in rows),
+        r"\hline",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def header(comparison: Comparison) -> list[str]:
+    """Return the names of the columns that ``cells`` has."""
+    metrics = {row.metric for row in comparison.rows}
+    metric = printable(metrics.pop(), 40) if len(metrics) == 1 else "metric"
+    return ["approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds"]
+
+
+def cells(row: Row) -> list[Cell]:
+    """Return what a configuration's row says, in words."""
+    unfinished = tuple(f"unfinished {progress}" for progress in row.unfinished)
+    return [
+        Cell(printable(row.approach), details=unfinished),
+        Cell(str(len(row.runs))),
+        _flops(row.flops_paper, row.flops_paper_percent),
+        _flops(row.flops_executed, row.flops_executed_percent),
+        _metric(row.final, row.final_difference, row.metric),
+        _metric(row.best, row.best_difference, row.metric),
+        Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
+    ]
+
+
+def _flops(summary: Summary, percent: float | None) -> Cell:
+    details = () if percent is None else (format_percent(percent),)
+    # Runs that freeze nothing do not scatter; a row of zeros would only be in the way.
+    spread = _spread(summary, lambda std: format_flops(std, summary.mean)) if summary.std else ""
+    return Cell(format_flops(summary.mean), spread, details)
+
+
+def _metric(summary: Summary, found: Difference | None, metric: str) -> Cell:
+    def written(value: float) -> str:
+        return format_metric(value, metric)
+
+    if found is None:
+        return Cell(written(summary.mean), _spread(summary, written))
+    sign = "+" if found.mean >= 0 else "−"
+    p_value = found.why_no_p if found.p_value is None else f"p={format_p_value(found.p_value)}"
+    return Cell(written(summary.mean), _spread(summary, written), (sign + written(abs(found.mean)), p_value))
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else MISSING
+
+
+def _spread(summary: Summary, written: Callable[[float], str]) -> str:
+    return "" if math.isnan(summary.std) else written(summary.std)
+
+
+def _csv_row(row: Row) -> list[str]:
+    def numbers(*values: float | None) -> list[str]:
+        return ["" if value is None or not math.isfinite(value) else repr(float(value)) for value in values]
+
+    def compared(summary: Summary, found: Difference | None) -> list[str]:
+        if found is None:
+            return [*numbers(summary.mean, summary.std), "", "", "", ""]
+        return [*numbers(summary.mean, summary.std, found.mean, found.p_value), found.test, found.why_no_p]
+
+    seeds = " ".join("?" if seed is None else str(seed) for seed in row.seeds)
+    matched = row.matched_p or Summary(math.nan, math.nan, 0)
+    return [
+        *(_csv_text(row.approach), str(row.is_baseline).lower(), str(len(row.runs)), seeds),
+        *(" ".join(row.unfinished), _csv_text(row.metric)),
+        *numbers(row.flops_paper.mean, row.flops_paper.std, row.flops_paper_percent),
+        *numbers(row.flops_executed.mean, row.flops_executed.std, row.flops_executed_percent),
+        *compared(row.final, row.final_difference),
+        *compared(row.best, row.best_difference),
+        *numbers(row.seconds.mean, row.seconds.std, matched.mean, matched.std),
+    ]
+
+
+def _csv_text(text: str) -> str:
+    """Keep a spreadsheet from taking a name for a formula."""
+    clean = printable(text)
+    return f"'{clean}" if clean.startswith(("=", "+", "-", "@")) else clean
+
+
+def _markdown(text: str) -> str:
+    clean = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{character}" if character in "\\`*_[]|~#$" else character for character in clean)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "+": "$+$",
+    MISSING: "--",
+    "…": r"\ldots{}",
+    "\N{REPLACEMENT CHARACTER}": "?",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in printable(text))

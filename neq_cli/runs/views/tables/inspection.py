@@ -1,0 +1,161 @@
+"""An inspection as it is printed: summary, layers, frozen neurons, changes; readable from 80 columns on."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from neq_cli.runs.compare.inspection import Inspection, LayerInspection, fold_ranges
+from neq_cli.text import (
+    MISSING,
+    format_flops,
+    format_metric,
+    format_percent,
+    format_seconds,
+    printable,
+    ratio_percent,
+)
+
+_CHANGES_SHOWN = 10
+_TABLE_STYLE: dict[str, Any] = {
+    "title_justify": "left",
+    "title_style": "bold",
+    "caption_justify": "left",
+    "caption_style": "dim",
+    "header_style": "dim",
+    "box": None,
+    "padding": (0, 2, 0, 0),
+}
+_STATUS_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "killed": "red"}
+
+
+def render(inspection: Inspection) -> RenderableType:
+    """Return everything of an inspection; text that came from files is printed as it is, never as markup."""
+    return Group(
+        _title(inspection),
+        _summary(inspection),
+        "",
+        _layers(inspection),
+        "",
+        *_frozen_neurons(inspection),
+        "",
+        _changes(inspection),
+    )
+
+
+def _title(inspection: Inspection) -> Text:
+    title = Text(printable(inspection.recipe), style="bold")
+    title.append(f"  {inspection.description}  {inspection.policy}", style="not bold")
+    return title.append(f"\n{printable(inspection.path)}", style="dim not bold")
+
+
+def _summary(inspection: Inspection) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in _summary_lines(inspection):
+        table.add_row(Text(name), value)
+    return table
+
+
+def _summary_lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
+    status = Text(inspection.status, style=_STATUS_STYLES.get(inspection.status, "yellow"))
+    if inspection.status_reason:
+        status.append(f" ({printable(inspection.status_reason)})", style="default")
+    yield "status", status
+    if inspection.device:
+        yield "device", Text(printable(inspection.device))
+    epochs = f"{inspection.epochs_done} of {inspection.epochs_planned}"
+    shown = "" if inspection.epoch == inspection.epochs_done else f"; all below: after epoch {inspection.epoch}"
+    yield "epochs", Text(epochs + shown)
+    share = format_percent(ratio_percent(inspection.frozen, inspection.neurons))
+    mean = format_percent(inspection.frozen_mean_percent)
+    yield "frozen", Text(f"{inspection.frozen} of {inspection.neurons} neurons ({share}); {mean} in the mean epoch")
+    yield "paper FLOPs", Text(_flops(inspection.flops_paper, inspection.flops_paper_percent))
+    yield "executed FLOPs", Text(_flops(inspection.flops_executed, inspection.flops_executed_percent))
+    final, best = (format_metric(v, inspection.metric) for v in (inspection.metric_final, inspection.metric_best))
+    when = "" if inspection.metric_best_epoch is None else f" in epoch {inspection.metric_best_epoch}"
+    yield printable(inspection.metric), Text(f"{final} final, {best} best{when}")
+    probe = format_percent(inspection.probe_percent)
+    yield "time", Text(f"{format_seconds(inspection.seconds)}, of which probing {probe}")
+    for note in inspection.notes:
+        yield "note", Text(printable(note))
+
+
+def _flops(value: float, percent: float) -> str:
+    return f"{format_flops(value)} per iteration in the mean epoch ({format_percent(percent)} of dense)"
+
+
+def _layers(inspection: Inspection) -> Table:
+    table = Table(
+        title=f"Layers after epoch {inspection.epoch}",
+        caption="frozen: not updated in the epoch that follows\n"
+        "since: epoch from which these neurons have stood still, the earliest and the median",
+        **{**_TABLE_STYLE, "padding": (0, 1, 0, 0)},
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", overflow="fold")
+    for name in ("frozen", "", "|velocity|", "phi", "since", "median"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in inspection.layers:
+        table.add_row(*_layer_cells(layer), style="" if layer.frozen else "dim")
+    return table
+
+
+def _layer_cells(layer: LayerInspection) -> tuple[Text | str, ...]:
+    first = str(min(layer.frozen_since)) if layer.frozen else ""
+    median = f"{statistics.median(layer.frozen_since):g}" if layer.frozen else ""
+    return (
+        Text(layer_name(layer)),
+        Text(printable(layer.kind)),
+        f"{layer.frozen}/{layer.neurons}",
+        f"{ratio_percent(layer.frozen, layer.neurons):.0f}%" if layer.neurons else MISSING,
+        MISSING if math.isnan(layer.velocity_abs_mean) else f"{layer.velocity_abs_mean:.1e}",
+        MISSING if math.isnan(layer.phi_mean) else f"{layer.phi_mean:.4f}",
+        first,
+        median,
+    )
+
+
+def layer_name(layer: LayerInspection) -> str:
+    """Return the name to print; a model that is one layer has an empty one."""
+    return printable(layer.name) or "(the model itself)"
+
+
+def _frozen_neurons(inspection: Inspection) -> Iterator[RenderableType]:
+    yield Text(f"Frozen neurons after epoch {inspection.epoch}", style="bold")
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(overflow="fold", max_width=36)
+    table.add_column(overflow="fold")
+    for layer in inspection.layers:
+        if layer.frozen:
+            indices = fold_ranges(layer.frozen_indices)
+            table.add_row(
+                Text(f"{layer_name(layer)}:"), f"{indices} (all)" if layer.frozen == layer.neurons else indices
+            )
+    yield table if table.row_count else Text("none", style="dim")
+
+
+def _changes(inspection: Inspection) -> Table:
+    changes = inspection.changes
+    where = "" if inspection.layer_glob is None else f" in {printable(inspection.layer_glob)}"
+    table = Table(title=Text(f"Changes{where}"), **_TABLE_STYLE)
+    for name in ("after epoch", "froze", "thawed", "frozen then"):
+        table.add_column(name, justify="right", no_wrap=True)
+    earlier = changes[:-_CHANGES_SHOWN]
+    if earlier:
+        span = f"1 to {earlier[-1].epoch}"
+        froze, thawed = sum(change.froze for change in earlier), sum(change.thawed for change in earlier)
+        table.add_row(span, str(froze), str(thawed), str(earlier[-1].frozen), style="dim")
+    for change in changes[-_CHANGES_SHOWN:]:
+        table.add_row(str(change.epoch), str(change.froze), str(change.thawed), str(change.frozen))
+    if len(changes) > 1:
+        froze, thawed = sum(change.froze for change in changes), sum(change.thawed for change in changes)
+        table.add_row("all", str(froze), str(thawed), str(changes[-1].frozen), style="bold")
+    return table

@@ -1,0 +1,1 @@
+"""From files to batches: what recipes name, opened, prepared, kept and shuffled."""

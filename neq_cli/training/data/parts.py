@@ -1,0 +1,179 @@
+"""Data as a run uses it: training, probe and test images, the probe set split off the training data by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq_cli.recipe import DataSection
+from neq_cli.training.data.catalogue import masks_problems, range_problems, statistics
+from neq_cli.training.data.images import Images, ReadImages, StoredImages, place_of
+from neq_cli.training.data.joint import JointPreparation
+from neq_cli.training.data.masks import MaskedImages, is_mask
+from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
+from neq_cli.training.data.sources import Source, Stored, open_source, range_of
+from neq_cli.training.data.transforms import Mixing, Preparation
+from neq_cli.training.problems import DataError, RecipeValueError, one_line
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three parts that share no image; each yields (float image [channels, height, width], label).
+
+    ``train`` is augmented as the recipe says, ``probe`` and ``test`` never are.
+    """
+
+    name: str  # "CIFAR10"
+    train: Images
+    probe: Images
+    test: Images
+    num_classes: int
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # channels, height, width of what the model sees
+    image_bytes: int  # of such an image before normalisation
+    own: bool  # a dataset of the user's own, which may hold chance or change
+    masked: bool = False  # a mask [height, width] in place of every label
+    notes: tuple[str, ...] = ()  # what a user should know of how the data was understood
+
+    @property
+    def description(self) -> str:
+        """The data in one line: "CIFAR10: 49950 training, 50 probe, 10000 test images of 3x32x32, 10 classes"."""
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"{self.name}: {len(self.train)} training, {len(self.probe)} probe, {len(self.test)} test images "
+            f"of {shape}, {self.num_classes} classes"
+        )
+
+
+def load_data(section: DataSection, seed: int) -> Data:
+    """Open what ``section`` names and split ``probe_size`` images, chosen by ``seed`` alone, off the training part.
+
+    Raises RecipeValueError, one line, where the data is missing, empty, inconsistent or smaller than the probe set.
+    A dataset of the user's own may yield PIL images, uint8 or float tensors or arrays; it should leave augmentation to
+    ``augment``, so that the probe set is seen without.
+    """
+    source = open_source(section)
+    for part, dataset in (("training", source.train), ("test", source.test)):
+        if len(dataset) == 0:
+            raise RecipeValueError("data", f"{source.name} has no {part} images")
+    kept, probed = split(len(source.train), section.probe_size, seed)
+    own = section.entrypoint is not None
+    value_range = range_of(section) if own else None  # all others scale images as they read them
+    image, target = _first(source)
+    masked = is_mask(target)
+    for key, problem in (*masks_problems(section, masks=masked), *range_problems(section)):
+        raise RecipeValueError(f"data.{key}", problem)
+    first_image = _first_tensor(source, image, value_range)
+    finished = own and value_range is None and comes_as_floats(image)
+    preparation = _preparation(section, source, first_image.shape[0], masked=masked, finished=finished)
+    everything = torch.arange(len(source.test))
+    train: Images
+    if isinstance(preparation, JointPreparation):
+        options: dict[str, Any] = {
+            "name": source.name,
+            "classes": len(source.classes),
+            "ignore_index": section.ignore_index,
+            "value_range": value_range,
+        }
+        train = MaskedImages(source.train, kept, preparation, augmented=True, **options)
+        probe: Images = MaskedImages(source.train, probed, preparation, **options)
+        test: Images = MaskedImages(source.test, everything, preparation, whole=True, **options)
+    else:
+        train = _images(source, source.train, kept, preparation, value_range, augmented=True)
+        probe = _images(source, source.train, probed, preparation, value_range, augmented=False)
+        test = _images(source, source.test, everything, preparation, value_range, augmented=False)
+    first = probe.fixed([0])[0][0]
+    channels, height, width = first.shape
+    for images in (train, probe, test):
+        if isinstance(images, ReadImages):
+            images.shape, images.dtype = first.shape, first.dtype
+    return Data(
+        name=source.name,
+        train=train,
+        probe=probe,
+        test=test,
+        num_classes=len(source.classes),
+        classes=source.classes,
+        image_shape=(channels, height, width),
+        image_bytes=first.nbytes + (height * width if masked else 0),
+        own=own,
+        masked=masked,
+        notes=source.notes,
+    )
+
+
+def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the sorted indices that are trained on and those that are probed; together 0 to ``size`` - 1."""
+    if probe_size >= size:
+        raise RecipeValueError(
+            "data.probe_size", f"{probe_size} probe images of {size} training images leave none to train on; lower it"
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return order[probe_size:].sort().values, order[:probe_size].sort().values
+
+
+def _preparation(section: DataSection, source: Source, channels: int, *, masked: bool, finished: bool) -> Preparation:
+    """Return how images are prepared; those that come ``finished`` are normalised only if the recipe says so."""
+    options: dict[str, Any] = {"interpolation": section.interpolation}
+    if not finished or section.mean or section.std:
+        options["mean"], options["std"] = statistics(section, channels)
+    if masked:
+        return JointPreparation(section.image_size, section.augment, base_size=section.base_size, **options)
+    mixing = None
+    if section.mixup or section.cutmix:
+        mixing = Mixing(section.mixup, section.cutmix, len(source.classes))
+    return Preparation(section.image_size, section.augment, erasing=section.erasing, mixing=mixing, **options)
+
+
+def _first(source: Source) -> tuple[Any, Any]:
+    """Return the first training image and its target, as the source has them."""
+    if isinstance(source.train, Stored):
+        return source.train.images[0], source.train.labels[0]
+    with _named(source):
+        image, target = source.train[0]
+        if not is_mask(target):
+            int(target)
+        return image, target
+
+
+def _first_tensor(source: Source, image: Any, value_range: Range | None) -> Tensor:
+    with _named(source):
+        return as_tensor(image, value_range)
+
+
+@contextmanager
+def _named(source: Source) -> Iterator[None]:
+    """Turn whatever is raised within into an error that names the first image, by its path where it has one."""
+    try:
+        yield
+    except DataError as error:
+        raise RecipeValueError("data", str(error)) from error
+    except Exception as error:
+        place = place_of(source.train, 0, source.name)
+        if place.startswith("image 0 of "):
+            place = f"the first image of {source.name}"
+        raise RecipeValueError(
+            "data",
+            f"{place} cannot be used ({one_line(error)}); items must be (image, integer label), or (image, mask)",
+        ) from error
+
+
+def _images(
+    source: Source, part: Any, indices: Tensor, preparation: Preparation, value_range: Range | None, *, augmented: bool
+) -> Images:
+    if isinstance(part, Stored):
+        return StoredImages(part.images, part.labels, indices, preparation, augmented=augmented)
+    return ReadImages(
+        part,
+        indices,
+        preparation,
+        name=source.name,
+        classes=len(source.classes),
+        value_range=value_range,
+        augmented=augmented,
+    )

@@ -1,0 +1,1 @@
+"""The loop over batches and epochs: steps, optimisers, tasks, devices, checkpoints."""

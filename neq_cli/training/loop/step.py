@@ -1,0 +1,140 @@
+"""One training step, forward, backward and update, in the recipe's precision; on any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from neq_cli.freezing.processes.replica import Replica
+from neq_cli.recipe import Recipe
+from neq_cli.training.loop.graph import Graph, GraphedStep, captured
+from neq_cli.training.loop.tasks import Task
+from neq_cli.training.startup import Startup
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingStep:
+    """What a step changes beside the model: loss scale and averaged weights.
+
+    ``forward`` is ``model``, or what torch.compile made of it. ``replica`` is around it, and None on one process.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        model: nn.Module,
+        forward: nn.Module,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        replica: Replica | None,
+        *,
+        channels_last: bool,
+        startup: Startup | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.device = device
+        self.model = model
+        self.forward = forward
+        self.task = task
+        self.optimizer = optimizer
+        self.replica = replica
+        self.channels_last = channels_last
+        self.startup = Startup() if startup is None else startup
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.averaged: AveragedModel | None = None
+        if recipe.ema is not None:
+            average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self._graphed: GraphedStep | None = None
+
+    def begin_epoch(self, totals: Tensor) -> None:
+        """Get ready for the sets now in force; metrics are added up in ``totals``."""
+        self.totals = totals
+        if self.replica is not None:
+            self.forward = self.replica.current()
+        self._graphed = GraphedStep(self._whole, capture=self._capture) if self.recipe.cuda_graph else None
+
+    def train(self, inputs: Any, targets: Any, *, batches: int, update: bool) -> Tensor:
+        """Train on one of the ``batches`` of an update, which follows the last of them; returns the loss, detached."""
+        inputs, targets = self.to_device(inputs), self.to_device(targets)
+        if self._graphed is not None:
+            loss = self._graphed(inputs, targets)
+        else:
+            loss = self._backward(inputs, targets, batches, update=update)
+            if update:
+                self._update()
+        if update and self.averaged is not None:
+            self._average(self.averaged)
+        return loss
+
+    def _whole(self, inputs: Tensor, targets: Any) -> Tensor:
+        loss = self._backward(inputs, targets, 1, update=True)
+        self._update()
+        return loss
+
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        with self.startup.part("capturing the step"):
+            return captured(step)
+
+    def _backward(self, inputs: Tensor, targets: Any, batches: int, *, update: bool) -> Tensor:
+        # Gradients of several batches are sent once, with the last.
+        wrapper = self.forward if isinstance(self.forward, DistributedDataParallel) and not update else None
+        with wrapper.no_sync() if wrapper is not None else nullcontext():
+            with self.autocast():
+                outputs = self.forward(inputs)
+                loss = self.task.loss(outputs, targets)
+            self.scaler.scale(loss / batches).backward()  # type: ignore[no-untyped-call]
+        self.task.update(self.totals, outputs, targets, loss)
+        return loss.detach()
+
+    def _update(self) -> None:
+        if self.recipe.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _average(self, averaged: AveragedModel) -> None:
+        """Do what ``averaged.update_parameters`` does; from the second time on that would wait for the device."""
+        if not averaged.n_averaged:  # it lies on the CPU
+            averaged.update_parameters(self.model)
+            return
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        olds, news = (chain(one.parameters(), one.buffers()) for one in (averaged.module, self.model))
+        for old, new in zip(olds, news, strict=True):
+            pairs = by_type.setdefault(old.dtype, ([], []))
+            pairs[0].append(old.detach())
+            pairs[1].append(new.detach())
+        for pairs in by_type.values():
+            cast(Any, averaged.multi_avg_fn)(*pairs, averaged.n_averaged)
+        averaged.n_averaged += 1
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The network whose accuracy is reported: the averaged weights where the recipe has ``ema``."""
+        return self.averaged.module if self.averaged is not None else self.model
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of gradients that this process has handed over to be averaged so far."""
+        return self.replica.bytes_sent if self.replica is not None else 0
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the recipe's precision."""
+        dtype = AUTOCAST[self.recipe.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def to_device(self, value: Any) -> Any:
+        """Return a batch's inputs or targets where they are trained on, in the model's memory format."""
+        memory_format = torch.channels_last if self.channels_last and value.dim() == 4 else torch.preserve_format
+        return value.to(self.device, non_blocking=True, memory_format=memory_format)

@@ -1,0 +1,301 @@
+"""The training loop: yields records of what happens, knows neither files nor screens, waits for the device rarely."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neq_cli.errors import FreezingError, TrainingError
+from neq_cli.events import EpochRecord, LayerState, Pause, Record, StepProgress
+from neq_cli.freezing import Freezer, LayerFlops, Observation
+from neq_cli.freezing.processes.replica import Replica
+from neq_cli.recipe import Recipe
+from neq_cli.training.data.loaders import Loaders
+from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
+from neq_cli.training.loop.full_memory import full_memory_named
+from neq_cli.training.loop.so_far import PLAIN, Clock, EpochSoFar
+from neq_cli.training.loop.step import TrainingStep
+from neq_cli.training.loop.tasks import Task
+from neq_cli.training.problems import divergence_mend
+from neq_cli.training.processes.joined import Agreement, Processes
+from neq_cli.training.startup import Startup
+
+PROGRESS_SECONDS = 0.25
+"""Between two ``StepProgress`` records; reading the loss for one waits for the device."""
+
+GO_ON, SAVE, STOP = 0, 1, 2
+"""What may be wished for between two steps; of several processes' wishes the largest counts."""
+
+
+@dataclass
+class Trainer:
+    """A run in progress: everything that training changes, built by ``neq_cli.training.session``.
+
+    ``wish`` is asked between steps whether to ``SAVE`` or ``STOP``; what all agree on is yielded as ``Pause``.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    channels_last: bool
+    model: nn.Module
+    loaders: Loaders
+    task: Task
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    freezer: Freezer
+    processes: Processes = field(default_factory=Processes)
+    startup: Startup = field(default_factory=Startup)
+    wish: Callable[[], int] = lambda: GO_ON
+
+    def __post_init__(self) -> None:
+        self.epoch = 0
+        self.so_far: EpochSoFar | None = None
+        self.loaded = False
+        self.agreement = Agreement(self.processes)
+        forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
+        replica = None
+        if self.processes.group is not None:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            replica = Replica(forward, self.freezer, self.processes.group, device_ids=devices)
+        self.step = TrainingStep(
+            self.recipe,
+            self.device,
+            self.model,
+            forward,
+            self.task,
+            self.optimizer,
+            replica,
+            channels_last=self.channels_last,
+            startup=self.startup,
+        )
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """The network whose accuracy is reported: the averaged weights where the recipe has ``ema``."""
+        return self.step.tested_model
+
+    def run(self) -> Iterator[Record | Pause]:
+        """Train what is left; yields progress, pauses and one ``EpochRecord`` per epoch.
+
+        Raises TrainingError where the loss is not finite, memory is full or the policy's answer is wrong.
+        """
+        while self.epoch < self.recipe.epochs:
+            epoch = self.epoch + 1
+            try:
+                with full_memory_named(f"epoch {epoch}"):
+                    yield from self._run_epoch(epoch)
+            except FreezingError as error:
+                raise TrainingError(f"epoch {epoch}: {error}") from error
+
+    def _run_epoch(self, epoch: int) -> Iterator[Record | Pause]:
+        if self.so_far is None:
+            self.so_far = EpochSoFar(epoch, self.task.new_totals(self.device))
+        so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        trained = dict(self.freezer.trainable)
+        for record in self._train(so_far):
+            so_far.seconds = before + time.perf_counter() - started
+            yield record
+        flops = self.freezer.flops()  # now that it is known which kernels ran
+        # Buffers, such as batch norm's statistics, are each process's own during an epoch.
+        self.processes.copy_from_first(self.model.buffers())
+        if self.step.averaged is not None:
+            self.processes.copy_from_first(self.step.averaged.buffers())
+        trained_on = self.task.results(self.processes.sum(so_far.totals.clone()))
+        score = self.task.metric.removeprefix("test_")
+        tested_on: Mapping[str, float] = {"loss": math.nan, score: math.nan}
+        if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs:
+            tested_on = yield from self._test(so_far)
+        yield StepProgress(epoch, 0, 1, "probe", math.nan, trained_on["loss"])
+        probe_started = time.perf_counter()
+        observations = self.freezer.step()
+        probe_seconds = so_far.bookkeeping_seconds + time.perf_counter() - probe_started
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.epoch, self.so_far = epoch, None
+        self.startup.finish()
+        layers = tuple(
+            _layer_state(name, self.freezer.layers[name].kind, trained[name], observation, flops.layers[name])
+            for name, observation in observations.items()
+        )
+        metrics = {
+            "epoch": epoch,
+            "lr": learning_rate,
+            **{f"train_{name}": value for name, value in trained_on.items()},
+            **{f"test_{name}": value for name, value in tested_on.items()},
+            "neurons": sum(layer.neurons for layer in layers),
+            "frozen": sum(layer.frozen for layer in layers),
+            "flops_paper": flops.paper,
+            "flops_executed": flops.executed,
+            "flops_paper_dense": flops.paper_dense,
+            "flops_executed_dense": flops.executed_dense,
+            "bytes_per_step": so_far.bytes_sent / max(1, so_far.steps),
+            "images_per_second": so_far.images / max(so_far.train_seconds, 1e-9),
+            "epoch_seconds": before + time.perf_counter() - started,
+            "probe_seconds": probe_seconds,
+        }
+        yield EpochRecord(epoch, metrics, layers)
+
+    def _train(self, so_far: EpochSoFar) -> Iterator[Record | Pause]:
+        """The rest of a pass over the training data."""
+        epoch, group, images = so_far.epoch, self.recipe.gradient_accumulation, self._images_per_step
+        steps = so_far.steps + self.loaders.steps(so_far.images)
+        if so_far.steps == steps:
+            return
+        self.model.train()
+        self.loaders.start_epoch(epoch, so_far.images)
+        batches = iter(self.loaders.train)
+        if not self.loaded:  # the first batch may wait for all images to be decoded
+            yield StepProgress(epoch, so_far.steps, steps, "load", math.nan, math.nan)
+        batch: Any = next(batches)
+        self.loaded = True
+        yield StepProgress(epoch, so_far.steps, steps, "train", math.nan, math.nan)
+        self.step.begin_epoch(so_far.totals)
+        clock = Clock(so_far, self.step, self.freezer)
+        # The first step whose loss was not finite, kept on the device: looking at every loss would wait every step.
+        first_bad = torch.full((), steps + 1, device=self.device)
+        shown = time.perf_counter()
+        while batch is not None:
+            step = so_far.steps + 1
+            update = step % group == 0 or step == steps
+            # The last group of an epoch may be smaller.
+            in_group = min(group, steps - (step - 1) // group * group)
+            with self.startup.step(compiled=self.recipe.compile):
+                loss = self.step.train(*batch, batches=in_group, update=update)
+            so_far.steps, so_far.images = step, so_far.images + images
+            first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=step))
+            agreed = GO_ON
+            if update:
+                agreed = self.agreement.of(self.wish()) if step < steps else self.agreement.finish()
+            now = time.perf_counter()
+            if now - shown >= PROGRESS_SECONDS or agreed or step == steps:
+                self._check_finite(epoch, first_bad, steps)
+                clock.read()
+            if agreed or step == steps:
+                self._check_weights(epoch, step)
+            if agreed:
+                yield Pause(epoch, step, stop=agreed == STOP)
+                clock.start()
+            if now - shown >= PROGRESS_SECONDS:
+                shown = now
+                speed = so_far.images / so_far.train_seconds
+                yield StepProgress(epoch, step, steps, "train", speed, self.task.results(so_far.totals)["loss"])
+            batch = next(batches, None)
+
+    @property
+    def _images_per_step(self) -> int:
+        return self.recipe.batch_size * self.processes.count
+
+    def _test(self, so_far: EpochSoFar) -> Generator[Record | Pause, None, dict[str, float]]:
+        """One pass over the test data; returns its metrics."""
+        model = self.tested_model
+        model.eval()
+        totals = self.task.new_totals(self.device)
+        steps, shown = len(self.loaders.test), -math.inf
+        for step, (inputs, targets) in enumerate(self.loaders.test, 1):
+            inputs, targets = self.step.to_device(inputs), self.step.to_device(targets)
+            with torch.no_grad():
+                with self.step.autocast():
+                    outputs = model(inputs)
+                    loss = self.task.loss(outputs, targets)
+                self.task.update(totals, outputs, targets, loss)
+            if time.perf_counter() - shown >= PROGRESS_SECONDS:
+                shown = time.perf_counter()
+                yield StepProgress(so_far.epoch, step, steps, "test", math.nan, math.nan)
+                # Of several processes, which may have more batches than others, all end the epoch first.
+                if self.processes.count == 1 and self.wish() == STOP:
+                    model.train()
+                    yield Pause(so_far.epoch, so_far.steps, stop=True)
+        # What is saved and averaged is what trains: some modules merge their weights in eval mode.
+        model.train()
+        return self.task.results(self.processes.sum(totals))
+
+    def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:
+        step = int(first_bad.item())
+        if step <= steps:
+            unchanged = epoch == 1 and step <= self.recipe.gradient_accumulation
+            what = "the loss is not a finite number" + ("" if unchanged else " any more")
+            raise TrainingError(f"epoch {epoch}, step {step}: {what}; {divergence_mend(self.recipe, unchanged)}")
+
+    def _check_weights(self, epoch: int, step: int) -> None:
+        """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
+        sound = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
+        if not bool(sound):
+            mend = divergence_mend(self.recipe)
+            raise TrainingError(f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {mend}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.
+
+        All processes call it together; the first one's is whole.
+        """
+        averaged, so_far = self.step.averaged, self.so_far
+        own = {"random": random_states(), "totals": None if so_far is None else so_far.totals.cpu()}
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "averaged": averaged.state_dict() if averaged is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "scaler": self.step.scaler.state_dict(),
+            "freezer": self.freezer.state_dict(),
+            "so_far": None if so_far is None else {key: getattr(so_far, key) for key in PLAIN},
+            "processes": self.processes.gathered(own),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``, on any number of processes; all of them need the state.
+
+        Raises whatever a state that is not of this recipe leads to; then the trainer is of no further use.
+        """
+        self.epoch = int(state["epoch"])
+        self.model.load_state_dict(state["model"])
+        if self.step.averaged is not None:
+            self.step.averaged.load_state_dict(state["averaged"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        restore_formats(self.optimizer)
+        if self.scheduler is not None:
+            _check_keys(state["scheduler"], self.scheduler.state_dict())
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.step.scaler.load_state_dict(state["scaler"])
+        self.freezer.load_state_dict(state["freezer"])
+        own = state["processes"]
+        self.so_far = None
+        if state["so_far"] is not None:
+            self.so_far = EpochSoFar(totals=self._own_totals(own), **state["so_far"])
+        if self.processes.rank < len(own):  # else it goes on with the numbers of its own seed
+            restore_random_states(own[self.processes.rank]["random"])
+
+    def _own_totals(self, by_process: list[Mapping[str, Any]]) -> Tensor:
+        totals = self.task.new_totals(self.device)
+        saved = [one["totals"] for one in by_process]
+        if len(saved) == self.processes.count:
+            return totals.copy_(saved[self.processes.rank])
+        return totals.copy_(torch.stack(saved).sum(0)) if self.processes.first else totals
+
+
+def _check_keys(state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """A schedule takes over any attribute it is given, so it must be given its own only."""
+    odd = set(state) ^ set(known)
+    if odd:
+        raise ValueError(f"scheduler: {', '.join(sorted(map(str, odd)))} comes or goes")
+
+
+def _layer_state(name: str, kind: str, trained: Tensor, observation: Observation, flops: LayerFlops) -> LayerState:
+    return LayerState(
+        name=name,
+        kind=kind,
+        phi=observation.phi.numpy(),
+        delta_phi=observation.delta_phi.numpy(),
+        velocity=observation.velocity.numpy(),
+        trained=trained.numpy(),
+        trainable=observation.trainable.numpy(),
+        flops_paper=flops.paper,
+        flops_executed=flops.executed,
+    )

@@ -1,0 +1,1 @@
+"""The network a recipe names, with random weights or given ones."""

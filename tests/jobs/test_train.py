@@ -1,0 +1,251 @@
+"""Runs in their directories: what they leave when they end well, badly or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from neq_cli.ending import Watch
+from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
+from neq_cli.events import EpochRecord, Record
+from neq_cli.freezing import Observation
+from neq_cli.jobs import train as running
+from neq_cli.recipe.load import LoadedRecipe, load_recipe
+from neq_cli.runs.store.run import read_run
+from neq_cli.runs.views.live.progress import Silent
+from neq_cli.training.loop.checkpoint import load_state, read_weights
+
+SMALL = """
+model: {name: resnet8, kwargs: {num_classes: 10, in_channels: 1, width: 4}}
+data: {name: digits, workers: 0, probe_size: 1000}
+epochs: 3
+batch_size: 64
+optimizer: {name: sgd, lr: 0.1}
+policy: {kind: neq, epsilon: 0.05}
+device: cpu
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def load(folder: Path, *overrides: str) -> LoadedRecipe:
+    path = folder / "small.yaml"
+    path.write_text(SMALL)
+    return load_recipe(str(path), overrides)
+
+
+def status(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return content
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    torch.set_num_threads(1)
+    return running.train(load(folder, "ema=0.9", "eval_every=2"), folder / "run", Silent())
+
+
+def test_a_finished_run_is_complete(finished: Path) -> None:
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert files == {
+        "recipe.yaml", "environment.json", "metrics.csv", "layers.csv", "status.json", "weights.safetensors",
+        "dispatch.json", ".lock",
+        *(f"neurons/epoch_{epoch:04d}.safetensors" for epoch in (1, 2, 3)),
+        *(f"checkpoints/{name}.safetensors" for name in ("last", "previous", "best")),
+    }  # fmt: skip
+    assert (status(finished)["state"], status(finished)["reason"]) == ("finished", None)
+    written = load_recipe(str(finished / "recipe.yaml")).recipe
+    assert written.channels_last in (True, False)  # what auto came to, so that training from it gives the same run
+    chosen = f"channels_last={str(written.channels_last).lower()}"
+    assert written == load(finished.parent, "ema=0.9", "eval_every=2", chosen).recipe
+
+
+def test_columns_agree_with_the_neuron_files(finished: Path) -> None:
+    metrics, layers = rows(finished / "metrics.csv"), rows(finished / "layers.csv")
+    previous: dict[str, Any] = {}
+    frozen = []
+    for row in metrics:
+        neurons = load_file(finished / "neurons" / f"epoch_{int(row['epoch']):04d}.safetensors")
+        trained = {name: mask for name, mask in neurons.items() if name.endswith("/trained")}
+        counts = {name.removesuffix("/trained"): int((~mask).sum()) for name, mask in trained.items()}
+        assert int(row["frozen"]) == sum(counts.values())
+        assert int(row["neurons"]) == sum(map(len, trained.values()))
+        own = [layer for layer in layers if layer["epoch"] == row["epoch"]]
+        assert {layer["layer"]: int(layer["frozen"]) for layer in own} == counts
+        assert float(row["flops_paper"]) == pytest.approx(sum(float(layer["flops_paper"]) for layer in own))
+        dense = {layer["layer"]: float(layer["flops_paper"]) for layer in layers if layer["epoch"] == "1"}
+        for layer in own:
+            share = 1 - counts[layer["layer"]] / int(layer["neurons"])
+            assert float(layer["flops_paper"]) == pytest.approx(share * dense[layer["layer"]])
+        for name, mask in previous.items():
+            assert (trained[f"{name}/trained"] == mask).all()
+        names = [name.removesuffix("/trained") for name in trained]
+        previous = {name: neurons[f"{name}/trainable"] for name in names}
+        frozen.append(int(row["frozen"]))
+    assert frozen[0] == 0
+    assert max(frozen) > 0
+
+
+def test_epochs_without_a_test_have_empty_cells(finished: Path) -> None:
+    assert [row["test_top1"] == "" for row in rows(finished / "metrics.csv")] == [True, False, False]
+
+
+def test_checkpoints_are_of_the_epochs_they_name(finished: Path) -> None:
+    last, previous, best = (
+        load_state(finished / "checkpoints" / f"{name}.safetensors") for name in ("last", "previous", "best")
+    )
+    assert (last["epoch"], previous["epoch"]) == (3, 2)
+    scores = {int(row["epoch"]): float(row["test_top1"]) for row in rows(finished / "metrics.csv") if row["test_top1"]}
+    assert scores[best["epoch"]] == max(scores.values())
+    weights, averaged = read_weights(finished / "weights.safetensors"), last["averaged"]
+    assert all(torch.equal(tensor, averaged[f"module.{name}"]) for name, tensor in weights.items())
+
+
+def test_a_matched_run_retrains_without_the_run_it_matched(finished: Path, tmp_path: Path) -> None:
+    changes = ("policy.kind=stochastic", f"policy.p=match:{finished}")
+    run = running.train(load(tmp_path, *changes), tmp_path / "matched", Silent())
+    target = sum(float(row["flops_paper"]) for row in rows(finished / "metrics.csv")) / 3
+    spent = sum(float(row["flops_paper"]) for row in rows(run / "metrics.csv")) / 3
+    assert spent == pytest.approx(target, rel=0.1)
+    about = json.loads((run / "environment.json").read_text())
+    assert about["matched_flops"] == pytest.approx(target)
+    assert f"{100 * (spent / target - 1):+.2f}% beside" in "".join(about["notes"])
+    resolved = (run / "recipe.yaml").read_text()
+    gone = tmp_path / "again.yaml"
+    gone.write_text(resolved.replace(str(finished), "/nowhere/at/all"))
+    again = running.train(load_recipe(str(gone)), tmp_path / "again", Silent())
+    first, second = read_weights(run / "weights.safetensors"), read_weights(again / "weights.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = load(tmp_path, *changes, "model.kwargs.width=2")
+    with pytest.raises(RecipeError, match="match a run of the same model"):
+        running.train(other, tmp_path / "other", Silent())
+    missing = load(tmp_path, "policy.kind=stochastic", f"policy.p=match:{tmp_path}/missing")
+    with pytest.raises(RecipeError, match=r"^command line: policy\.p=match:.*: no such run directory"):
+        running.train(missing, tmp_path / "missing-run", Silent())
+    assert not (tmp_path / "other").exists()
+    assert not (tmp_path / "missing-run").exists()
+
+
+def test_a_run_that_fails_keeps_its_epochs(tmp_path: Path) -> None:
+    # Epoch 2's first step makes the weights huge, its second loss is not a number.
+    loaded = load(tmp_path, "scheduler={name: multistep, milestones: [1], gamma: 1e+38}")
+    with pytest.raises(TrainingError) as raised:
+        running.train(loaded, tmp_path / "run", Silent())
+    assert str(raised.value).startswith("epoch 2, step 2: ")
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert status(tmp_path / "run")["reason"] == str(raised.value)
+    assert read_run(tmp_path / "run").epochs == 1
+    assert load_state(tmp_path / "run" / "checkpoints" / "last.safetensors")["epoch"] == 1
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
+class AfterOneEpoch(Silent):
+    """Does something when the first epoch has ended."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+
+    def show(self, record: Record) -> None:
+        if isinstance(record, EpochRecord):
+            os.kill(os.getpid(), self.signal_number)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "reason"),
+    [(signal.SIGTERM, Terminated, "SIGTERM"), (signal.SIGINT, Terminated, "SIGINT")],
+)
+def test_a_signal_ends_a_run_and_is_noted(tmp_path: Path, number: int, error: type[BaseException], reason: str) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    watch = Watch()  # as the command line has it
+    watch.start()
+    try:
+        with pytest.raises(error):
+            running.train(load(tmp_path), tmp_path / "run", AfterOneEpoch(number))
+    finally:
+        watch.stop(for_good=False)
+    assert (status(tmp_path / "run")["state"], status(tmp_path / "run")["reason"]) == ("interrupted", reason)
+    assert read_run(tmp_path / "run").epochs == 1
+
+
+class Odd:
+    """A policy that keeps or answers what it should not."""
+
+    def __init__(self, answers: str = "nothing", keeps: str = "nothing") -> None:
+        self.answers, self.keeps = answers, keeps
+
+    def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
+        return {"no.such.layer": torch.ones(1, dtype=torch.bool)} if self.answers == "a wrong layer" else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": {1, 2}} if self.keeps == "a set" else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("answers: a wrong layer", "epoch 1: policy Odd: chose for a layer 'no.such.layer'"),
+        ("keeps: a set", "checkpoint: freezer/policy/seen: a set cannot be stored"),
+    ],
+)
+def test_a_policy_that_errs_while_training_is_one_line_and_code_1(tmp_path: Path, fault: str, message: str) -> None:
+    changes = ("policy.kind=entrypoint", f"policy.entrypoint={__name__}:Odd", f"policy.kwargs={{{fault}}}")
+    with pytest.raises(NeqError) as raised:
+        running.train(load(tmp_path, *changes), tmp_path / "run", Silent())
+    assert str(raised.value).startswith(message)
+    assert raised.value.exit_code == 1
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_taken_directory_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("precious")
+    with pytest.raises(RunDirectoryError, match="already exists"):
+        running.train(load(tmp_path), tmp_path / "run", Silent())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_a_run_with_an_entrypoint_trains_again_from_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "my_own_network.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, num_classes))\n"
+    )
+    (origin / "mine.yaml").write_text(
+        "model: {entrypoint: 'my_own_network:make'}\ndata: {name: digits, probe_size: 1400}\nepochs: 1\n"
+        "batch_size: 38\noptimizer: {lr: 0.1}\n"
+    )
+    monkeypatch.syspath_prepend(origin)
+    running.train(load_recipe(str(origin / "mine.yaml")), tmp_path / "run", Silent())
+    assert (tmp_path / "run" / "my_own_network.py").read_bytes() == (origin / "my_own_network.py").read_bytes()
+    again = running.train(load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "again", Silent())
+    first, second = read_weights(tmp_path / "run" / "weights.safetensors"), read_weights(again / "weights.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)

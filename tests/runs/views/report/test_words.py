@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from neq_cli.runs.compare.curves import Study, study
+from neq_cli.runs.store.run import Run
+from neq_cli.runs.views.report.words import caveats, facts
+
+BASELINE = {"kind": "baseline"}
+
+
+@pytest.fixture
+def seeded(make_run: Callable[..., Run], recipe: Any) -> Callable[..., Run]:
+    """``seeded(name, seed, top1, paper, executed, seconds)``, of one epoch unless more are planned."""
+
+    def make(name: str, seed: int, top1: float, *numbers: float, epochs: int = 1, **changes: Any) -> Run:
+        keys = ("flops_paper", "flops_executed", "epoch_seconds")
+        row = {"test_top1": top1, **dict(zip(keys, numbers, strict=False))}
+        plain = recipe(seed=seed, epochs=epochs, **changes)
+        return make_run(f"{name}{seed}", plain, metrics=[row], finish=epochs == 1)
+
+    return make
+
+
+def three_seeds(seeded: Callable[..., Run]) -> Study:
+    runs = [seeded("b", seed, 90.0 + seed, 1000, 1000, 100, policy=BASELINE) for seed in (1, 2, 3)]
+    runs += [seeded("n", seed, 91.0 + 2 * seed, 610, 805, 98) for seed in (1, 2, 3)]
+    return study(runs)
+
+
+def test_facts_by_hand(seeded: Callable[..., Run]) -> None:
+    found = three_seeds(seeded)
+    baseline, neq = found.configurations
+    paper, executed, accuracy, seconds = facts(neq, baseline)
+    assert (paper.value, paper.detail) == ("−39.0%", "610 against 1.00K per sample and iteration")
+    assert executed.value == "−19.5%"
+    # 93, 95, 97 beside 91, 92, 93: 3 points in the mean, of one sign in all three.
+    assert (accuracy.name, accuracy.value) == ("final test_top1", "+3.00 points")
+    assert accuracy.detail == "95.00 ± 2.00 against 92.00 ± 1.00; p = 0.250 over 3 seeds: may be chance"
+    assert (seconds.value, seconds.detail) == ("−2.0%", "1 min 38 s against 1 min 40 s")
+
+
+def test_facts_without_a_baseline(seeded: Callable[..., Run]) -> None:
+    (neq,) = study([seeded("n", 1, 93.0, 610, 805, 98)]).configurations
+    assert [(fact.name, fact.value) for fact in facts(neq, None)] == [
+        ("paper FLOPs", "610"),
+        ("executed FLOPs", "805"),
+        ("final test_top1", "93.00"),
+        ("time to train", "1 min 38 s"),
+    ]
+
+
+def test_more_and_as_many(seeded: Callable[..., Run]) -> None:
+    runs = [seeded("b", 1, 90.0, 1000, 1000, 100, policy=BASELINE), seeded("n", 1, 89.5, 1200, 1000.4, 100)]
+    baseline, neq = study(runs).configurations
+    paper, executed, accuracy, seconds = facts(neq, baseline)
+    assert (paper.value, executed.value, seconds.value) == ("+20.0%", "±0.0%", "±0.0%")
+    assert accuracy.value == "−0.50 points"
+    assert accuracy.detail == "89.50 against 90.00; no p-value: n too small"
+
+
+def test_nan_metrics_have_no_difference(seeded: Callable[..., Run]) -> None:
+    nan = float("nan")
+    baseline, neq = study([seeded("b", 1, 90.0, policy=BASELINE), seeded("n", 1, nan, nan, nan, 5)]).configurations
+    paper, _, accuracy, _ = facts(neq, baseline)
+    assert (paper.value, accuracy.value) == ("–", "–")
+
+
+def test_caveats(seeded: Callable[..., Run]) -> None:
+    runs = [seeded("b", seed, 90.0, policy=BASELINE) for seed in (1, 2, 3)]
+    runs += [seeded("t", 1, 90.0, backward="truncated")]
+    runs += [seeded("d", seed, 90.0, backward="dense") for seed in (1, 2)]
+    text = "\n".join(caveats(study(runs)))
+    assert "Configuration 2: only one run" in text
+    assert "Configuration 3: fewer than 3 runs" in text
+    assert "Configuration 2: backward=truncated is an approximation" in text
+    assert "Configuration 3: backward=dense computes every gradient" in text
+
+
+def test_numbers_of_several_configurations_are_folded(seeded: Callable[..., Run]) -> None:
+    runs = [seeded("b", 1, 90.0, policy=BASELINE)]
+    runs += [seeded(f"n{i}", 1, 90.0, policy={"kind": "neq", "epsilon": float(i)}) for i in range(3)]
+    assert next(iter(caveats(study(runs)))).startswith("Configurations 1 to 4: only one run")
+
+
+def test_an_unfinished_run_is_told(seeded: Callable[..., Run]) -> None:
+    text = "\n".join(caveats(study([seeded("n", 1, 90.0, epochs=4)])))
+    assert "Configuration 1: unfinished after 1/4 epochs" in text
+
+
+def test_different_questions_are_told(seeded: Callable[..., Run]) -> None:
+    runs = [seeded("a", 1, 90.0), seeded("b", 1, 90.0, model={"name": "resnet20"}, batch_size=7)]
+    assert next(iter(caveats(study(runs, allow_differences=True)))) == (
+        "These runs differ in model.name: they answer different questions."
+    )
+
+
+def test_several_tests_are_told(seeded: Callable[..., Run]) -> None:
+    found = three_seeds(seeded)
+    assert not any("corrected" in caveat for caveat in caveats(found))
+    more = [seeded("s", seed, 90.0, policy={"kind": "stochastic", "p": 0.5}) for seed in (1, 2, 3)]
+    text = "\n".join(caveats(study([*found.runs, *more])))
+    assert "2 differences are tested and no p is corrected" in text
+    assert "3 pairs cannot give a p below 0.25" in text  # the comparison's own note

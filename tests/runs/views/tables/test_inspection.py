@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from neq_cli.runs.compare.inspection import inspect_run
+from neq_cli.runs.store.run import Run
+from neq_cli.runs.views.tables.inspection import render
+
+
+def printed(run: Run, width: int = 80, **kwargs: Any) -> str:
+    console = Console(file=StringIO(), width=width)
+    console.print(render(inspect_run(run, **kwargs)))
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_everything_is_told(make_run: Callable[..., Run]) -> None:
+    text = words(printed(make_run(frozen={"conv1": [[0, 2], [2, 3], [1, 2, 3]], "fc": [[0, 1], [0, 1], [0, 1]]})))
+    for fact in (
+        "digits resnet32 on CIFAR10 NEq eps=0.001 mu=0.5",
+        "status finished",
+        "epochs 3 of 3",
+        "frozen 5 of 9 neurons (55.6%); 29.6% in the mean epoch",  # during epochs 1 to 3: 0, 4, 4 of 9
+        "paper FLOPs 1.00K per iteration in the mean epoch (50.0% of dense)",
+        "executed FLOPs 1.50K per iteration in the mean epoch (75.0% of dense)",
+        "test_top1 53.00 final, 53.00 best in epoch 3",
+        "time 30.0 s, of which probing 5.0%",
+        "note a note",
+        "conv1 Conv2d 3/4 75%",
+        "conv1: 1-3",
+        "fc: 0-1 (all)",
+        "1 4 0 4",
+        "2 1 1 4",
+        "3 1 0 5",
+        "all 6 1 5",
+    ):
+        assert fact in text, fact
+
+
+def test_nothing_frozen(make_run: Callable[..., Run]) -> None:
+    text = words(printed(make_run()))
+    assert "Frozen neurons after epoch 3 none" in text
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_lines_fit_and_long_index_lists_wrap_whole(make_run: Callable[..., Run], width: int) -> None:
+    name = "features.5.17.attn.relative_position_bias_table.projection"
+    odd = list(range(1, 2000, 2))
+    text = printed(make_run(sizes={name: 2000, "fc": 2}, frozen={name: [odd] * 3}), width)
+    assert max(map(len, text.splitlines())) <= width
+    below = text.split("Frozen neurons after epoch 3")[1].split("Changes")[0]
+    numbers = [int(word.strip(",")) for word in below.split() if word.strip(",").isdigit()]
+    assert numbers == odd
+
+
+def test_three_hundred_layers_are_one_line_each_at_80_columns(make_run: Callable[..., Run]) -> None:
+    names = {f"layer4.{index}.conv1": 3 for index in range(300)}
+    lines = printed(make_run(sizes=names, epochs=1)).splitlines()
+    assert [line.split()[0] for line in lines if " Conv2d " in line] == list(names)
+
+
+def test_many_epochs_are_folded_to_the_last_ten(make_run: Callable[..., Run], recipe: Any) -> None:
+    sets = [[epoch % 4] for epoch in range(14)]
+    below = printed(make_run(recipe=recipe(epochs=14), frozen={"conv1": sets})).split("Changes")[1].splitlines()
+    assert below[1].split() == ["after", "epoch", "froze", "thawed", "frozen", "then"]
+    # Each epoch one freezes, and from the second on the one before thaws.
+    assert below[2].split() == ["1", "to", "4", "4", "3", "1"]
+    assert [line.split()[0] for line in below[3:13]] == [str(epoch) for epoch in range(5, 15)]
+    assert below[13].split() == ["all", "14", "13", "1"]
+
+
+def test_an_earlier_epoch_and_a_glob_are_said(make_run: Callable[..., Run]) -> None:
+    text = words(printed(make_run(), epoch=2, layer_glob="c*"))
+    assert "epochs 3 of 3; all below: after epoch 2" in text
+    assert "Changes in c*" in text
+
+
+def test_text_from_files_is_neither_markup_nor_escape_codes(make_run: Callable[..., Run], recipe: Any) -> None:
+    hostile = "[red]\x1b[31m[/nope]"
+    run = make_run(
+        recipe=recipe(model={"name": hostile}),
+        environment={"notes": [hostile]},
+        sizes={hostile: 2},
+        frozen={hostile: [[0]] * 3},
+    )
+    text = printed(run)
+    assert "\x1b" not in text
+    assert text.count("[red]") >= 4

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from neq_cli.text import (
+    format_flops,
+    format_metric,
+    format_p_value,
+    format_percent,
+    format_seconds,
+    printable,
+    ratio_percent,
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (138_940_000, "138.94M"),
+        (3_640_000_000, "3.64G"),
+        (305.06e9, "305.06G"),
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00K"),
+        (999_994, "999.99K"),
+        (999_996, "1.00M"),  # not 1000.00K
+        (2.5e12, "2.50T"),
+        (7e21, "7000.00E"),
+        (math.nan, "–"),
+        (math.inf, "–"),
+    ],
+)
+def test_flops(value: float, text: str) -> None:
+    assert format_flops(value) == text
+
+
+def test_a_spread_is_written_in_the_unit_of_its_mean() -> None:
+    assert format_flops(550_000, like=84.8e6) == "0.55M"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (725, "12 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (12_300, "3 h 25 min"),
+        (math.nan, "–"),
+    ],
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_metrics_p_values_and_percent() -> None:
+    assert format_metric(94.126, "test_top1") == "94.13"
+    assert format_metric(0.012345, "my_own") == "0.01235"
+    assert format_p_value(0.25) == "0.250"
+    assert format_p_value(2 / 2**20) == "1.9e-06"
+    assert format_percent(ratio_percent(1, 3)) == "33.3%"
+    assert format_percent(ratio_percent(1, 0)) == "–"
+
+
+def test_printable_disarms_a_terminal() -> None:
+    hostile = "a\x1b[31mred\x07\r\nb\u202ec\ud800é漢"
+    clean = printable(hostile)
+    assert clean == "a�[31mred���b�c�é漢"
+    clean.encode()
+    assert printable("x" * 10, 4) == "xxx…"
+    assert printable("a\u00a0b\u3000c\u202f") == "a b c "
