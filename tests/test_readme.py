@@ -1,4 +1,4 @@
-"""README says what is so: the recipe reference, the library example, the file tree, the commands."""
+"""The pages say what is so: examples run, command lines parse, links lead somewhere, tables are those of the code."""
 
 from __future__ import annotations
 
@@ -6,69 +6,207 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+import yaml
+from pages import PAGES, ROOT, Block, anchors, between, blocks, neq_arguments, prose, read, shell_lines, spans
 
+from neq_cli import __version__
+from neq_cli.cli import main
+from neq_cli.commands.app import app
 from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.reference import recipe_reference
 from neq_cli.recipe.shipped import list_recipes
+from neq_cli.recipe.source import shipped_names
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-
-
-def test_the_recipe_reference_is_that_of_the_models() -> None:
-    written = README.split("checked by tests/test_readme.py -->")[1].split("<!-- end of recipe reference -->")[0]
-    assert written.strip() == recipe_reference().strip(), (
-        "paste: python -c 'from neq_cli.recipe.reference import recipe_reference; print(recipe_reference())'"
-    )
+NEQ: Any = typer.main.get_command(app)
+PYTHON, YAML, SHELL = blocks("python"), blocks("yaml"), blocks("console", "bash", "text")
+PLACEHOLDERS = ("RECIPE", "NAME")
+READY_MADE = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+WITH_RECIPE = ("train", "flops", "validate", "bench")
 
 
-def test_the_library_example_runs() -> None:
-    (example,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    frozen, flops = done.stdout.splitlines()
-    assert frozen.startswith("{'0': ")
-    assert frozen.endswith("'2': 0}"), "the output layer never freezes"
-    # Two linear layers of 64x32 and 32x10, two FLOPs per multiply-add.
-    assert flops.endswith(f"of {2 * (64 * 32 + 32 * 10)} FLOPs")
+def place(block: Block) -> str:
+    return block.place
 
 
-def test_the_example_recipe_is_valid(tmp_path: Path) -> None:
-    (example,) = blocks("yaml")
-    (tmp_path / "example.yaml").write_text(example)
-    assert load_recipe(str(tmp_path / "example.yaml")).recipe.epochs == 250
+def lines_of(block: Block) -> str:
+    """Return the commands of a block: all of it, or in a picture of a terminal those behind a prompt."""
+    if block.language != "text":
+        return block.text
+    return "\n".join(line for line in block.text.splitlines() if line.startswith("$ "))
 
 
-def test_every_shipped_recipe_is_listed_with_its_description() -> None:
-    for recipe in list_recipes():
-        assert f"| `{recipe.name}` | {recipe.description} |" in README
+COMMANDS = [
+    pytest.param(arguments, id=f"{block.place} {' '.join(arguments)[:60]}")
+    for block in SHELL
+    for command in shell_lines(lines_of(block))
+    if (arguments := neq_arguments(command)) is not None
+]
 
 
-def test_the_file_tree_has_every_module_and_nothing_else() -> None:
-    tree = README.split("## The files")[1].split("```")[1]
-    named, folders = set(), [ROOT]
-    for line in tree.strip("\n").removeprefix("text\n").splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        path = folders[depth] / name
-        folders[depth + 1 :] = [path] if name.endswith("/") else []
-        named.add(path)
-    package = ROOT / "neq_cli"
-    modules = {path for path in package.rglob("*.py") if path.name != "__init__.py"}
-    modules |= {path.parent for path in package.rglob("__init__.py")}
-    others = {path.name for path in named - modules}
-    assert not modules - named
-    assert others == {"recipes", "tests", "digits.safetensors", "page.css", "py.typed"}
+def test_the_readme_is_read_in_one_sitting() -> None:
+    assert len(read("README.md").splitlines()) <= 250
 
 
 @pytest.mark.parametrize(
     "command", ["pip install . && neq train recipes/digits.yaml", "pip install '.[test]' && pytest"]
 )
 def test_the_two_set_up_commands_are_there(command: str) -> None:
-    assert command in README
+    assert command in read("README.md")
+
+
+def test_the_recipe_reference_is_that_of_the_keys() -> None:
+    written = between("recipes/README.md", "recipe_reference() -->\n", "<!-- end of the keys -->")
+    assert written == recipe_reference().strip("\n"), (
+        "paste between the marks: python -c 'from neq_cli.recipe.reference import recipe_reference as r; print(r())'"
+    )
+
+
+def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
+    rows = [f"| [`{recipe.name}`]({recipe.name}.yaml) | {recipe.description} |" for recipe in list_recipes()]
+    written = between("recipes/README.md", "| --- | --- |\n", "\n\n").splitlines()
+    assert written == rows, "paste:\n" + "\n".join(rows)
+
+
+def test_the_pages_beside_the_recipes_are_no_recipes() -> None:
+    assert not {"README", "studies"} & set(shipped_names())
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=place)
+def test_python_runs(block: Block, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{block.text}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if block.place.startswith("README.md"):
+        frozen, flops = done.stdout.splitlines()
+        assert frozen.startswith("{'0': ")
+        assert frozen.endswith("'2': 0}"), "the output layer never freezes"
+        # Two linear layers of 64x32 and 32x10, two FLOPs per multiply-add.
+        assert flops.endswith(f"of {2 * (64 * 32 + 32 * 10)} FLOPs")
+
+
+def test_there_is_one_example_of_the_library_in_the_readme() -> None:
+    assert len([block for block in PYTHON if block.place.startswith("README.md")]) == 1
+
+
+@pytest.mark.parametrize("block", YAML, ids=place)
+def test_yaml_is_a_recipe(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "example.yaml").write_text(block.text)
+    assert load_recipe(str(tmp_path / "example.yaml")).recipe.epochs > 0
+
+
+@pytest.mark.parametrize("block", blocks("bash"), ids=place)
+def test_scripts_are_bash(block: Block) -> None:
+    done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def parsed(arguments: list[str]) -> Any:
+    """Return the context of a command line, nothing called; whatever Typer raises where it is none."""
+    with NEQ.context_class(NEQ, info_name="neq") as above:
+        name, command, rest = NEQ.resolve_command(above, list(arguments))
+        return command.make_context(name, rest, parent=above)
+
+
+def check(arguments: list[str]) -> None:
+    """Fail unless a command line is one, and what it changes in a shipped recipe is right; nothing is trained."""
+    if arguments[0].startswith("-"):
+        assert arguments[0] in READY_MADE
+        return
+    context = parsed(arguments)
+    given = context.params
+    recipe = given.get("recipe") or given.get("name")
+    if recipe is None or recipe in PLACEHOLDERS:
+        return
+    if context.info_name == "sweep":
+        assert ended("sweep", recipe, *(given["axes"] or []), "--dry-run") == 0
+    elif context.info_name in WITH_RECIPE:
+        assert ended("validate", recipe, *(given["overrides"] or [])) == 0
+    else:
+        assert recipe in shipped_names()
+
+
+def ended(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return end.value.code
+
+
+@pytest.fixture
+def _checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with the shipped recipes in it, as a checkout is, where nothing else lies."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+
+
+@pytest.mark.usefixtures("_checkout")
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_command_lines_in_blocks(arguments: list[str]) -> None:
+    check(arguments)
+
+
+def test_command_lines_are_found() -> None:
+    """The tests of them are worth nothing where the blocks are not understood."""
+    found = [str(parameter.id).split()[1] for parameter in COMMANDS]
+    assert {"train", "inspect", "compare", "sweep", "bench"} <= set(found)
+    assert len(found) > 20
+
+
+@pytest.mark.usefixtures("_checkout")
+@pytest.mark.parametrize("page", PAGES)
+def test_command_lines_in_the_prose(page: str) -> None:
+    for span in dict.fromkeys(spans(page)):
+        if not re.match(r"neq [a-z-]", span) or "..." in span:
+            continue
+        ((_, *arguments),) = shell_lines(span)
+        verb, *rest = arguments
+        if verb.startswith("-") or (rest and not rest[0].startswith("-")):
+            check(arguments)
+            continue
+        assert verb in NEQ.commands, f"{page}: {span}"  # named only, and perhaps an option of it
+        assert set(rest) <= {option for parameter in NEQ.commands[verb].params for option in parameter.opts}
+
+
+def test_the_readme_names_every_command() -> None:
+    named = {span.split()[1] for span in spans("README.md") if span.startswith("neq ") and len(span.split()) > 1}
+    assert set(NEQ.commands) <= named
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(str(file.resolve().relative_to(ROOT))), f"{page}: {target}"
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(([^)#\s]+)\)", prose("README.md")))
+    assert linked >= set(PAGES) - {"README.md"}
+
+
+def test_the_version_to_cite_is_this_one() -> None:
+    assert f"version = {{{__version__}}}" in read("README.md")
+
+
+def test_hooks_call_what_ci_calls() -> None:
+    if not (ROOT / ".ci").is_dir():
+        pytest.skip("no checkout: the hooks and .ci/run are not here")
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local"
+    commands = [" ".join([hook["entry"], *hook.get("args", [])]) for hook in local["hooks"]]
+    assert commands
+    assert set(commands) <= set((ROOT / ".ci" / "run").read_text().splitlines())
+    assert not any(hook["pass_filenames"] for hook in local["hooks"])
