@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.answers import everything, settle
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import MODES, KernelUse, Mode, SlicedBackward
-from neq_cli.freezing.changes import Places, Standing, gradients_switched_on, standing
+from neq_cli.freezing.backward.sliced import MODES, KernelUse, Mode
+from neq_cli.freezing.changes import Standing, gradients_switched_on, standing
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
+from neq_cli.freezing.hold import Hold
 from neq_cli.freezing.model.neurons import Layer, find_neurons
 from neq_cli.freezing.model.observing import (
     first_input,
@@ -39,9 +39,7 @@ from neq_cli.freezing.processes.agreement import (
     overwrite_from_first,
     pack,
 )
-from neq_cli.freezing.rows.keeper import RowKeeper
 from neq_cli.freezing.rows.optimizers import unwrap_optimizer
-from neq_cli.freezing.rows.unreached import Unreached
 from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
 
 if TYPE_CHECKING:
@@ -125,16 +123,13 @@ class Freezer:
         self.backward: Mode = backward
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
-        self._exclude, self._row_wise = exclude, row_wise
-        self.wrapped, self.unreached = is_wrapped(model), Unreached([], [])
+        self._exclude, self._row_wise, self._wrapped = exclude, row_wise, is_wrapped(model)
         self._standing = standing(self.model, self.optimizer)
-        self.anatomy, self.keeper, self.slicing = self._look(self._standing)
-        self.layers: dict[str, Layer] = self.anatomy.neurons.layers
+        self.hold = self._study(self._standing)
         self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
-        self.trainable: dict[str, Tensor] = self._everything()
-        self.slicing.put_in_force(self.trainable)
-        self._places = Places(self.model, ())
-        self._hooks = self._hook()
+        self.trainable: dict[str, Tensor] = everything(self.layers)
+        self.hold.slicing.put_in_force(self.trainable)
+        self._looking = self.optimizer.register_step_pre_hook(lambda *_: self._let_go())
         self._suspensions = 0
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
@@ -177,9 +172,19 @@ class Freezer:
         return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
 
     @property
+    def anatomy(self) -> Anatomy:
+        """What the last look at the model told."""
+        return self.hold.anatomy
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers whose neurons are observed, by name, in forward order."""
+        return self.hold.anatomy.neurons.layers
+
+    @property
     def bookkeeping_seconds(self) -> float:
         """Seconds spent so far within training steps: keeping frozen rows as they are, and timing kernels."""
-        return self.keeper.seconds + self.dispatch.seconds
+        return self.hold.keeper.seconds + self.dispatch.seconds
 
     def flops(self) -> Flops:
         """Return what one sample's back-propagation costs with the sets in force, in both accountings.
@@ -193,7 +198,7 @@ class Freezer:
 
     def kernels(self) -> dict[str, KernelUse]:
         """Return for every layer with frozen neurons how its gradients are computed, and why."""
-        return self.slicing.kernels(self.trainable)
+        return self.hold.slicing.kernels(self.trainable)
 
     @outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
@@ -249,18 +254,16 @@ class Freezer:
         empty = {name: None for name, tensor in self._previous.items() if tensor is None}
         self._remember({**empty, **state["previous"]}, device_of(self.model))
         self._put_in_force({name: layer["trainable"] for name, layer in layers.items()})
-        self._computed = {name: rows for name, rows in state.get("computed", {}).items() if name in self.slicing.plans}
+        self._computed = {
+            name: rows for name, rows in state.get("computed", {}).items() if name in self.hold.slicing.plans
+        }
 
     @outside_inference_mode
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
-        for hook in self._hooks:
-            hook.remove()
-        self.keeper.remove()
-        self.slicing.remove()
-        self.unreached.remove()
-        self.trainable, self._computed = self._everything(), {}
-        self._places = Places(self.model, ())
+        self._looking.remove()
+        self.hold.remove()
+        self.trainable, self._computed = everything(self.layers), {}
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -271,17 +274,13 @@ class Freezer:
         """
         self._suspensions += 1
         if self._suspensions == 1:
-            self.slicing.suspend()
-            self.keeper.suspend()
-            self.unreached.remove()
+            self.hold.suspend()
         try:
             yield
         finally:
             self._suspensions -= 1
             if not self._suspensions:
-                self.slicing.resume()
-                self.keeper.resume()
-                self._leave_unreached(self.trainable)
+                self.hold.resume()
 
     def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
         if self.process_group is not None:
@@ -291,32 +290,27 @@ class Freezer:
             tensors = {**own, **named_from_first(buffers, device_of(self.model), self.process_group)}
         overwrite(self._previous, tensors, device)
 
-    def _look(self, there: Standing) -> tuple[Anatomy, RowKeeper, SlicedBackward]:
+    def _study(self, now: Standing) -> Hold:
+        """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
         anatomy = study(
             self.model,
             self._first_probe_input(),
-            optimized=there.optimized.values(),
+            optimized=now.optimized.values(),
             exclude=self._exclude,
             definition=self.definition,
-            attached=self.wrapped,
+            attached=self._wrapped,
         )
-        layers, reference = anatomy.neurons.layers, self.definition == "reference"
-        keeper = RowKeeper(self.model, self.optimizer, layers, discard_momentum=reference, row_wise=self._row_wise)
-        slicing = SlicedBackward(
+        return Hold(
             self.model,
-            layers,
-            anatomy.functional,
-            anatomy.dense_because,
+            self.optimizer,
+            anatomy,
             self.backward,
             self.dispatch,
             compiled=self.compiled,
-            attached=anatomy.attached,
+            wrapped=self._wrapped,
+            discard_momentum=self.definition == "reference",
+            row_wise=self._row_wise,
         )
-        return anatomy, keeper, slicing
-
-    def _hook(self) -> list[RemovableHandle]:
-        settling = [one.register_step_post_hook(self.slicing.settle) for one in self.keeper.optimizers]
-        return [*settling, self.optimizer.register_step_pre_hook(lambda *_: self._let_go())]
 
     def _look_anew(self) -> None:
         """Take in what joined the optimiser, left it, or was replaced in the model since it was last looked at."""
@@ -325,37 +319,29 @@ class Freezer:
         if not self._standing.differs(now):
             return
         self._standing.check(now, self.layers)
-        self.slicing.remove()
+        self.hold.slicing.remove()
         try:
             with gradients_switched_on(now.optimized):
-                anatomy, keeper, slicing = self._look(now)
+                hold = self._study(now)
         except BaseException:
-            self.slicing.put_in_force(self.trainable)
+            self.hold.slicing.put_in_force(self.trainable)
             raise
-        self.keeper.remove()
-        for hook in self._hooks:
-            hook.remove()
-        keeper.seconds, keeper.suspended = self.keeper.seconds, self.keeper.suspended
-        slicing.suspended = self.slicing.suspended
-        layers = anatomy.neurons.layers
+        hold.take_over(self.hold)
+        layers = hold.anatomy.neurons.layers
         self.dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
         if self._standing.replaced(now):
             self._remember(snapshot(self.model))
         self._say(self._standing.told(now, layers))
-        self.anatomy, self.layers, self.keeper, self.slicing, self._standing = anatomy, layers, keeper, slicing, now
-        self._hooks = self._hook()
+        self.hold, self._standing = hold, now
         self._put_in_force(trainable)
 
     def _let_go(self) -> None:
         """Let layers train wholly, before an optimiser's step, whose parameters have been replaced since ``step()``."""
-        started = time.perf_counter()
-        left = self._places.left()
-        if left:
-            names = [name for name, layer in self.layers.items() if any(rows.parameter in left for rows in layer.rows)]
+        names = self.hold.replaced()
+        if names:
             self._say(f"{', '.join(names)}: replaced in the model; trains wholly until step() takes it in")
-            everything = self._everything()
-            self._put_in_force({**self.trainable, **{name: everything[name] for name in names}})
-        self.keeper.seconds += time.perf_counter() - started
+            whole = everything(self.layers)
+            self._put_in_force({**self.trainable, **{name: whole[name] for name in names}})
 
     def _say(self, note: str) -> None:
         self.notes.append(f"epoch {self.epoch + 1}: {note}")
@@ -363,29 +349,13 @@ class Freezer:
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}
-        self.slicing.put_in_force(trainable)
-        if self.backward == "truncated":
-            # What no error reaches has nothing to learn from: it is paused like what is frozen.
-            reached = self.anatomy.reached(trainable, self.backward, compiled=self.compiled)
-            self._leave_unreached(trainable)
-            trainable = {name: rows & (name in reached) for name, rows in trainable.items()}
-        self.keeper.keep(trainable)
-        frozen = {name for name, rows in trainable.items() if not bool(rows.all())}
-        self._places = Places(self.model, {rows.parameter for name in frozen for rows in self.layers[name].rows})
-
-    def _leave_unreached(self, trainable: Mapping[str, Tensor]) -> None:
-        """Leave parameters outside neurons that nothing reaches without a gradient; a wrapper would give them zeros."""
-        self.unreached.remove()
-        # What is compiled passes zeros on to all of them, wrapped or not.
-        cut_off = self.backward == "truncated" and self.wrapped and not self.compiled and not self._suspensions
-        names = self.anatomy.unreached_outside(trainable) if cut_off else []
-        own = [self.keeper.parameters[name] for name in names]
-        self.unreached = Unreached(own, [p for name, p in self.keeper.parameters.items() if name not in names])
+        self.hold.put_in_force(trainable)
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         def choose() -> dict[str, Tensor]:
             seen = {name: self._observation(dynamics[name], self.trainable[name]) for name in self.layers}
-            return self._settle(self.policy.choose(seen, self.epoch + 1), dynamics)
+            chosen = self.policy.choose(seen, self.epoch + 1)
+            return settle(chosen, type(self.policy).__name__, self.anatomy, dynamics)
 
         if self.process_group is None:
             return choose()
@@ -404,8 +374,7 @@ class Freezer:
 
     def _rows_computed(self) -> dict[str, int]:
         """Return by layer how many rows the last backward pass computed, where that is known."""
-        computed = {name: plan.rows_computed() for name, plan in self.slicing.plans.items()}
-        return {**self._computed, **{name: rows for name, rows in computed.items() if rows is not None}}
+        return {**self._computed, **self.hold.rows_computed()}
 
     def _load_policy(self, state: Mapping[str, Any]) -> None:
         before = self.policy.state_dict()
@@ -415,9 +384,6 @@ class Freezer:
             self.policy.load_state_dict(before)
             policy, reason = type(self.policy).__name__, " ".join(f"{type(error).__name__}: {error}".split())
             raise FreezingError(f"freezer state: policy {policy} does not take it over ({reason[:300]})") from error
-
-    def _everything(self) -> dict[str, Tensor]:
-        return {name: torch.ones(layer.neurons, dtype=torch.bool, device="cpu") for name, layer in self.layers.items()}
 
     def _first_probe_input(self) -> Any:
         if isinstance(self.probe_loader, Iterator):
@@ -430,31 +396,6 @@ class Freezer:
         if batch is None:
             raise FreezingError("probe_loader: yields no batch; give it at least one input")
         return copied(first_input(batch), device_of(self.model))
-
-    def _settle(self, chosen: Mapping[str, Tensor], dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
-        """Return the new sets: the policy's, but for what must train whatever it says."""
-        trainable = self._everything()
-        if not isinstance(chosen, Mapping):
-            policy, kind = type(self.policy).__name__, type(chosen).__name__
-            raise FreezingError(f"policy {policy}: answered {kind}; it must be a mapping of layers to bool tensors")
-        for name, mask in chosen.items():
-            self._check_choice(name, mask)
-            if name not in self.anatomy.never_frozen:
-                # A neuron whose similarity is unknown cannot be said to be still.
-                trainable[name] = mask.detach().cpu() | dynamics[name].delta_phi.isnan()
-        for tie in self.anatomy.neurons.ties:
-            together = torch.stack([trainable[name] for name in tie]).any(0)
-            trainable |= {name: together.clone() for name in tie}
-        return trainable
-
-    def _check_choice(self, name: str, mask: object) -> None:
-        policy = type(self.policy).__name__
-        if name not in self.layers:
-            raise FreezingError(f"policy {policy}: chose for a layer {name!r} that the model does not have")
-        expected = f"a bool tensor of [{self.layers[name].neurons}]"
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (self.layers[name].neurons,):
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise FreezingError(f"policy {policy}: answered {got} for layer {name!r}; it must be {expected}")
 
     def _observation(self, moved: Dynamics, trainable: Tensor) -> Observation:
         return Observation(moved.phi.float(), moved.delta_phi.float(), moved.velocity.float(), trainable.clone())

@@ -480,7 +480,7 @@ def test_nothing_is_looked_at_anew_where_nothing_has_changed(monkeypatch: pytest
     net = make_net()
     optimizer = sgd(net.parameters())
     freezer = Freezer(net, optimizer, PROBE, Even())
-    monkeypatch.setattr(freezer, "_look", None)
+    monkeypatch.setattr(freezer, "_study", None)
     for _ in range(3):
         train(net, optimizer)
         freezer.step()

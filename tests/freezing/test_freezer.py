@@ -468,7 +468,7 @@ def test_what_is_executed_is_known_as_soon_as_a_state_is_loaded(through: Callabl
     assert freezers[1].flops() == freezers[0].flops()
     assert freezers[1].state_dict()["computed"] == state["computed"]
     freezers[1].dispatch = Sliced()
-    for plan in freezers[1].slicing.plans.values():
+    for plan in freezers[1].hold.slicing.plans.values():
         plan.dispatch = Sliced()
     other(data()[0]).sum().backward()  # a newer backward pass is what counts
     assert freezers[1].flops().executed == before
@@ -501,7 +501,7 @@ def paths(state: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tu
 
 def everything_of(freezer: Freezer) -> list[Any]:
     state = copy.deepcopy(freezer.state_dict())
-    rows = {name: plan.trainable.tolist() for name, plan in freezer.slicing.plans.items()}
+    rows = {name: plan.trainable.tolist() for name, plan in freezer.hold.slicing.plans.items()}
     return [*((key, value.tolist() if isinstance(value, Tensor) else value) for key, value in flattened(state)), rows]
 
 

@@ -58,7 +58,7 @@ class Replica:
         self.options = {"gradient_as_bucket_view": True, **options, "device_ids": device_ids, "init_sync": False}
         self.process_group = process_group or _default_group()
         overwrite_from_first([*model.parameters(), *model.buffers()], self.process_group)
-        freezer.keeper.forget()
+        freezer.hold.keeper.forget()
         self._sending = Sending(self.process_group, freezer.dispatch)
         self._seen: object = None  # what stood for the sets in force when `_sending` last looked
         self._made_for: tuple[frozenset[int], bool] | None = None
@@ -85,15 +85,15 @@ class Replica:
         return self._wrapper
 
     def _look(self) -> None:
-        if self._seen is not self.freezer.keeper.discarding:  # a new one for every new set
-            self._seen = self.freezer.keeper.discarding
-            self._sending.send(self.freezer.keeper)
+        if self._seen is not self.freezer.hold.keeper.discarding:  # a new one for every new set
+            self._seen = self.freezer.hold.keeper.discarding
+            self._sending.send(self.freezer.hold.keeper)
 
     def _ignored(self) -> frozenset[int]:
         """Return the identities of the parameters without a trainable row."""
         if self.freezer.compiled:  # nothing is cut there, and nothing is to be compiled again
             return frozenset()
-        whole = frozenset(map(id, self.freezer.keeper.discarding.whole))
+        whole = frozenset(map(id, self.freezer.hold.keeper.discarding.whole))
         # A wrapper around nothing at all is refused.
         return whole if any(p.requires_grad and id(p) not in whole for p in self.model.parameters()) else frozenset()
 
@@ -101,7 +101,7 @@ class Replica:
         anatomy, freezer = self.freezer.anatomy, self.freezer
         if "find_unused_parameters" in self.options:
             return bool(self.options["find_unused_parameters"])
-        cut = freezer.backward == "truncated" and not freezer.compiled and bool(freezer.keeper.discarding.whole)
+        cut = freezer.backward == "truncated" and not freezer.compiled and bool(freezer.hold.keeper.discarding.whole)
         return bool(anatomy.trace.unused) or (cut and bool(anatomy.neurons.outside))
 
     def _wrap(self, ignored: frozenset[int], find_unused: bool) -> DistributedDataParallel:
@@ -133,7 +133,7 @@ class Replica:
 
     def check(self, wrapper: nn.Module) -> None:
         """Raise FreezingError unless ``wrapper`` fits the sets in force: else parameters would drift apart, unsent."""
-        if self._seen is not self.freezer.keeper.discarding:
+        if self._seen is not self.freezer.hold.keeper.discarding:
             if self._made_for != (self._ignored(), self._find_unused()):
                 raise FreezingError("replica: the frozen sets have changed; call current() after freezer.step()")
             self._look()

@@ -159,7 +159,7 @@ def test_other_loops(way: str, reentrant: str, kernel: str, freeze: Any, assert_
         assert_gradients(freezer, gradients(model), gradients(reference))
         if way != "never stepped":
             freezer.optimizer.step()
-    settled = set(freezer.slicing.settled)
+    settled = set(freezer.hold.slicing.settled)
     assert settled == (set() if way == "never stepped" else set(freezer.dispatch.choices))
 
 
@@ -168,15 +168,15 @@ def test_nothing_takes_force_within_a_backward_pass(freeze: Any, assert_gradient
     force("dense")
     model, inputs, freezer = stack("attention", "exact", "no", freeze)
     reference = plain(model, freezer)
-    settle = freezer.slicing.settle
+    settle = freezer.hold.slicing.settle
     handle = model.blocks[1].second.bias.register_post_accumulate_grad_hook(settle)
     for net in (model, reference):
         loss_of(net(inputs)).backward()
     handle.remove()
     assert_gradients(freezer, gradients(model), gradients(reference))
-    assert freezer.slicing.settled == {} != freezer.dispatch.choices
+    assert freezer.hold.slicing.settled == {} != freezer.dispatch.choices
     settle()
-    assert freezer.slicing.settled == freezer.dispatch.choices
+    assert freezer.hold.slicing.settled == freezer.dispatch.choices
 
 
 @BOTH

@@ -374,7 +374,7 @@ BESIDE: dict[str, Callable[[], nn.Module]] = {
 def test_what_is_passed_beside_the_weight_has_its_whole_gradient(beside: str, mode: Mode, kernel: str) -> None:
     for share in (0.5, 1.0):
         freezer = check(Around(BESIDE[beside]()), torch.randn(3, 5, 8), share, mode)
-        assert any(name in freezer.slicing.plans for name in ("inner.qkv", "inner.map"))
+        assert any(name in freezer.hold.slicing.plans for name in ("inner.qkv", "inner.map"))
 
 
 @pytest.mark.usefixtures("single")
@@ -411,10 +411,10 @@ def test_a_bias_that_is_no_neurons_parameter(share: float, mode: Mode, attached:
     for layer, shape in ((nn.Linear(8, 8, bias=False), (3, 8)), (nn.Conv2d(8, 8, 2, bias=False), (3, 8, 2, 2))):
         model, inputs = LateBias(layer), torch.randn(shape)
         freezer = freeze(model, inputs, 0.0, mode)
-        freezer.slicing.attached = attached
+        freezer.hold.slicing.attached = attached
         freezer.policy = Sets({"layer": torch.arange(8) < 8 * (1 - share)})
         freezer.step()
-        assert "layer" in freezer.slicing.plans
+        assert "layer" in freezer.hold.slicing.plans
         model.late = True
         reference = copy.deepcopy(model)
         found, dense = gradients(model, inputs), gradients(reference, inputs)

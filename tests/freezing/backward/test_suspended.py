@@ -180,8 +180,8 @@ def test_inside_everything_is_plain_and_afterwards_as_it_was(freeze: Any, kernel
     model, reference, freezer = in_force(freeze)
     stock, dense = classes(reference), gradients(reference)
     assert_gradients(freezer, gradients(model), dense)
-    kernels, plans, flops = freezer.kernels(), dict(freezer.slicing.plans), freezer.flops()
-    changed, discarding = classes(model), freezer.keeper.discarding
+    kernels, plans, flops = freezer.kernels(), dict(freezer.hold.slicing.plans), freezer.flops()
+    changed, discarding = classes(model), freezer.hold.keeper.discarding
     with freezer.suspended() as nothing:
         assert nothing is None
         assert classes(model) == stock
@@ -191,10 +191,10 @@ def test_inside_everything_is_plain_and_afterwards_as_it_was(freeze: Any, kernel
         assert all(torch.equal(one, dense[name]) for one, name in zip(found, dense, strict=True))
         assert freezer.kernels() == kernels
     assert classes(model) == changed
-    assert freezer.slicing.plans == plans
+    assert freezer.hold.slicing.plans == plans
     assert freezer.kernels() == kernels
     assert freezer.flops() == flops
-    assert freezer.keeper.discarding is discarding
+    assert freezer.hold.keeper.discarding is discarding
     assert_gradients(freezer, gradients(model), dense)
 
 

@@ -147,7 +147,7 @@ class Training:
     def rows(self) -> dict[str, Tensor]:
         """Return for every parameter that neurons own which of its elements are frozen."""
         frozen: dict[str, Tensor] = {}
-        for name, (layout, mask) in self.freezer.keeper._frozen_rows(self.freezer.trainable).items():
+        for name, (layout, mask) in self.freezer.hold.keeper._frozen_rows(self.freezer.trainable).items():
             parameter = self.model.get_parameter(name)
             where = frozen[name] = torch.zeros(parameter.shape, dtype=torch.bool)
             layout.view(where)[layout.index(where, mask.nonzero().squeeze(1))] = True
@@ -458,7 +458,7 @@ def averaged(options: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, T
         for name, parameter in twin.named_parameters():
             torch.distributed.all_reduce(parameter.grad)
             expected[name] = parameter.grad / 2
-        for name, (layout, mask) in freezer.keeper._frozen_rows(freezer.trainable).items():
+        for name, (layout, mask) in freezer.hold.keeper._frozen_rows(freezer.trainable).items():
             layout.view(expected[name])[layout.index(expected[name], mask.nonzero().squeeze(1))] = 0
     return expected, {name: parameter.grad for name, parameter in model.named_parameters()}  # type: ignore[misc]
 

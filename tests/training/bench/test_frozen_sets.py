@@ -141,9 +141,9 @@ def test_row_keeping_is_told_from_the_optimizer() -> None:
     with sliced.in_force(half(sliced)):
         freezer = sliced.freezer
         assert freezer is not None
-        before = freezer.keeper.seconds
+        before = freezer.hold.keeper.seconds
         watch = sliced.step.run()
-        around = freezer.keeper.seconds - before
+        around = freezer.hold.keeper.seconds - before
     keeping = ["optimizer", "row_keeping", "optimizer", "row_keeping", "optimizer"]
     assert [part for part, _ in watch.marks[1:]] == ["forward", "backward", *keeping]
     assert watch.read()["row_keeping"] >= around > 0

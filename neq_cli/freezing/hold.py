@@ -1,0 +1,133 @@
+"""Frozen sets in force on a model: fewer gradients are computed, rows stand still, what is cut off is left alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from neq_cli.freezing.anatomy import Anatomy
+from neq_cli.freezing.backward.dispatch import Dispatch
+from neq_cli.freezing.backward.sliced import Mode, SlicedBackward
+from neq_cli.freezing.changes import Places
+from neq_cli.freezing.rows.keeper import RowKeeper
+from neq_cli.freezing.rows.unreached import Unreached
+
+
+class Hold:
+    """Holds what is frozen in a model and its optimiser, as they were when the ``anatomy`` was studied.
+
+    The Freezer makes one, and another when it finds that model or optimiser have changed. ``wrapped``: the model is
+    inside a DistributedDataParallel, which would give zeros to parameters that no error reaches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        anatomy: Anatomy,
+        mode: Mode,
+        dispatch: Dispatch,
+        *,
+        compiled: bool,
+        wrapped: bool,
+        discard_momentum: bool,
+        row_wise: bool,
+    ) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.mode = mode
+        self.compiled = compiled
+        self.wrapped = wrapped
+        self.trainable: Mapping[str, Tensor] = {}
+        layers = anatomy.neurons.layers
+        self.keeper = RowKeeper(model, optimizer, layers, discard_momentum=discard_momentum, row_wise=row_wise)
+        self.slicing = SlicedBackward(
+            model,
+            layers,
+            anatomy.functional,
+            anatomy.dense_because,
+            mode,
+            dispatch,
+            compiled=compiled,
+            attached=anatomy.attached,
+        )
+        self.unreached = Unreached([], [])
+        self._places = Places(model, ())
+        self._settling: list[RemovableHandle] = [
+            one.register_step_post_hook(self.slicing.settle) for one in self.keeper.optimizers
+        ]
+
+    def put_in_force(self, trainable: Mapping[str, Tensor]) -> None:
+        """Hold from now on what ``trainable`` (bool, [neurons], by layer) leaves out, as it is at this moment."""
+        self.trainable = trainable
+        self.slicing.put_in_force(trainable)
+        held = trainable
+        if self.mode == "truncated":
+            # What no error reaches has nothing to learn from: it is paused like what is frozen.
+            reached = self.anatomy.reached(trainable, self.mode, compiled=self.compiled)
+            self._leave_unreached()
+            held = {name: rows & (name in reached) for name, rows in trainable.items()}
+        self.keeper.keep(held)
+        frozen = [name for name, rows in held.items() if not bool(rows.all())]
+        layers = self.anatomy.neurons.layers
+        self._places = Places(self.model, {rows.parameter for name in frozen for rows in layers[name].rows})
+
+    def replaced(self) -> list[str]:
+        """Return the layers with frozen rows whose parameters the model does not have any more."""
+        started = time.perf_counter()
+        left = self._places.left()
+        layers = self.anatomy.neurons.layers.items() if left else ()
+        names = [name for name, layer in layers if any(rows.parameter in left for rows in layer.rows)]
+        self.keeper.seconds += time.perf_counter() - started
+        return names
+
+    def rows_computed(self) -> dict[str, int]:
+        """Return by layer how many rows the last backward pass computed, where that is known."""
+        computed = {name: plan.rows_computed() for name, plan in self.slicing.plans.items()}
+        return {name: rows for name, rows in computed.items() if rows is not None}
+
+    @property
+    def suspended(self) -> bool:
+        """Whether gradients are PyTorch's own at present."""
+        return self.slicing.suspended
+
+    def suspend(self) -> None:
+        """Have PyTorch compute all gradients until ``resume``; rows are held around the optimiser's steps as ever."""
+        self.slicing.suspend()
+        self.keeper.suspend()
+        self.unreached.remove()
+
+    def resume(self) -> None:
+        """Compute fewer gradients again."""
+        self.slicing.resume()
+        self.keeper.resume()
+        self._leave_unreached()
+
+    def take_over(self, before: Hold) -> None:
+        """Go on in the place of the hold ``before``, which lets go."""
+        before.remove()
+        self.keeper.seconds = before.keeper.seconds
+        self.keeper.suspended, self.slicing.suspended = before.keeper.suspended, before.slicing.suspended
+
+    def remove(self) -> None:
+        """Put model and optimiser back as they were."""
+        for hook in self._settling:
+            hook.remove()
+        self.keeper.remove()
+        self.slicing.remove()
+        self.unreached.remove()
+        self._places = Places(self.model, ())
+
+    def _leave_unreached(self) -> None:
+        """Leave parameters outside neurons that nothing reaches without a gradient; a wrapper would give them zeros."""
+        self.unreached.remove()
+        # What is compiled passes zeros on to all of them, wrapped or not.
+        cut_off = self.mode == "truncated" and self.wrapped and not self.compiled and not self.suspended
+        names = self.anatomy.unreached_outside(self.trainable) if cut_off and self.trainable else []
+        parameters = self.keeper.parameters
+        own = [parameters[name] for name in names]
+        self.unreached = Unreached(own, [one for name, one in parameters.items() if name not in names])
