@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -53,14 +54,15 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def section(page: str, heading: str) -> str:
-    """Return what stands below a heading of the second level, up to the next one."""
-    return read(page).split(f"\n## {heading}\n")[1].split("\n## ")[0]
-
-
-def between(page: str, begin: str, end: str) -> str:
-    """Return what stands between two marks of a page, without blank lines around it."""
-    return read(page).split(begin)[1].split(end)[0].strip("\n")
+def check_generated(page: str, begin: str, end: str, expected: str) -> None:
+    """Fail unless ``expected`` stands between two marks of a page; with PASTE=1 in the environment, put it there."""
+    text = read(page)
+    before, _, rest = text.partition(begin)
+    written, _, after = rest.partition(end)
+    if os.environ.get("PASTE") == "1" and written.strip("\n") != expected:
+        (ROOT / page).write_text(f"{before}{begin}{expected}\n{end}{after}", encoding="utf-8")
+        return
+    assert written.strip("\n") == expected, f"PASTE=1 pytest ... does it, or paste into {page}:\n{expected}"
 
 
 def shell_lines(text: str) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from pages import ROOT, between, section, spans
+from pages import ROOT, check_generated, spans
 
 PACKAGE = ROOT / "neq_cli"
 PAGE = "neq_cli/README.md"
@@ -161,7 +161,7 @@ def rooms() -> str:
 
 
 def test_the_page_tells_the_same_rules() -> None:
-    assert rooms() in section(PAGE, "The rooms"), f"paste into {PAGE}:\n{rooms()}"
+    check_generated(PAGE, "a test reads them all.\n\n", "\nThe ground is", rooms())
 
 
 def test_every_folder_is_a_package() -> None:
@@ -194,9 +194,8 @@ def _rows(folder: Path, package: str, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def test_the_file_tree_is_the_one_on_disk() -> None:
-    written = between(PAGE, "file_tree() -->\n", "<!-- end of the file tree -->")
-    expected = f"```text\n{file_tree()}\n```"
-    assert written == expected, f"paste between the marks of {PAGE}:\n{expected}"
+    begin, end = "<!-- generated: tests/test_architecture.py: file_tree() -->\n", "<!-- end of the file tree -->"
+    check_generated(PAGE, begin, end, f"```text\n{file_tree()}\n```")
 
 
 def test_what_the_page_names_is_there() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from pages import PAGES, ROOT, Block, anchors, between, blocks, neq_arguments, prose, read, shell_lines, spans
+from pages import PAGES, ROOT, Block, anchors, blocks, check_generated, neq_arguments, prose, read, shell_lines, spans
 
 from neq_cli import __version__
 from neq_cli.cli import main
@@ -59,16 +59,17 @@ def test_the_two_set_up_commands_are_there(command: str) -> None:
 
 
 def test_the_recipe_reference_is_that_of_the_keys() -> None:
-    written = between("recipes/README.md", "recipe_reference() -->\n", "<!-- end of the keys -->")
-    assert written == recipe_reference().strip("\n"), (
-        "paste between the marks: python -c 'from neq_cli.recipe.reference import recipe_reference as r; print(r())'"
+    check_generated(
+        "recipes/README.md",
+        "<!-- generated: neq_cli.recipe.reference.recipe_reference() -->\n",
+        "<!-- end of the keys -->",
+        recipe_reference().strip("\n"),
     )
 
 
 def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
     rows = [f"| [`{recipe.name}`]({recipe.name}.yaml) | {recipe.description} |" for recipe in list_recipes()]
-    written = between("recipes/README.md", "| --- | --- |\n", "\n\n").splitlines()
-    assert written == rows, "paste:\n" + "\n".join(rows)
+    check_generated("recipes/README.md", "| recipe | what it is |\n| --- | --- |\n", "\n- [What", "\n".join(rows))
 
 
 def test_the_pages_beside_the_recipes_are_no_recipes() -> None:
