@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from neq_cli.training.processes.joined import Processes
     from neq_cli.training.session import Session
 
-_MATCH = "match:"
-
 
 def train(
     loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False, loading: float = 0.0
@@ -274,10 +272,10 @@ def _own_prints_on_stderr() -> redirect_stdout[TextIO]:
 def matched_flops(loaded: LoadedRecipe) -> float | None:
     """Return the mean paper FLOPs of the run that ``p: match:RUN_DIR`` names; None where the policy names none."""
     policy = loaded.recipe.policy
-    if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
+    if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
         return None
     try:
-        run = read_run(Path(os.path.expanduser(policy.p.removeprefix(_MATCH))))  # noqa: PTH111 - leaves ~nobody as it is
+        run = read_run(Path(os.path.expanduser(policy.run_to_match)))  # noqa: PTH111 - leaves ~nobody as it is
         return float(run.column("flops_paper").mean())
     except RunDirectoryError as error:
         raise RecipeError([loaded.problem("policy.p", str(error))]) from error

@@ -25,6 +25,24 @@ class Problem:
     message: str
 
 
+@dataclass(frozen=True)
+class Change:
+    """What another value of a key makes of a run; every key says it in its annotation.
+
+    ``may_change``: a run that is resumed may take the other value. ``names_configuration``: runs that differ in the key
+    are compared as two configurations; else as one, like runs that differ in their seed.
+    """
+
+    may_change: bool
+    names_configuration: bool
+
+
+RESULT = Change(may_change=False, names_configuration=True)  # what is trained
+COURSE = Change(may_change=True, names_configuration=True)  # how far and by what means; may change in the middle
+SURROUNDINGS = Change(may_change=True, names_configuration=False)  # where it is computed; changes no result
+DRAW = Change(may_change=False, names_configuration=False)  # one of many runs of the same configuration
+
+
 class Section(BaseModel):
     """A block of a recipe: unknown keys are refused, values are not coerced across types."""
 
@@ -43,12 +61,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 Entrypoint = Annotated[str, Field(pattern=f"^{_CALLABLE}$"), Words("pkg.mod:callable")]
-MatchedRun = Annotated[str, Field(pattern="^match:.+"), Words("match:RUN_DIR")]
+MATCH = "match"  # alone, where a sweep is to find the run
+MatchedRun = Annotated[str, Field(pattern=f"^{MATCH}:.+"), Words(f"{MATCH}:RUN_DIR")]
 Task = Annotated[
     str,
     Field(pattern=f"^(classification|segmentation|{_CALLABLE})$"),
     Words("classification, segmentation or pkg.mod:callable", ("classification", "segmentation")),
 ]
+PerChannel = Annotated[list[float], Field(min_length=1)]
+PositivePerChannel = Annotated[list[Positive], Field(min_length=1)]
 PixelRange = Annotated[list[float], Field(min_length=2, max_length=2), Words("list of two numbers, low and high")]
 Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
 Cache = Literal["auto", "memory", "device", "none"]
@@ -69,27 +90,29 @@ def _exactly_one_source(name: str | None, entrypoint: str | None) -> None:
 class ModelSection(Section):
     """Which network is trained: by name or from a Python callable."""
 
-    name: str | None = Field(
+    name: Annotated[str | None, RESULT] = Field(
         default=None, description="torchvision builder, or resnet8/20/32/44/56/110 for small images"
     )
-    entrypoint: Entrypoint | None = Field(
+    entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns a torch.nn.Module, in place of name"
     )
-    weights: str | None = Field(
+    weights: Annotated[str | None, RESULT] = Field(
         default=None, description="torchvision weights, such as DEFAULT; null: random ones", examples=["DEFAULT"]
     )
-    checkpoint: str | None = Field(default=None, description="file of weights to start from: .safetensors, .pt or .pth")
-    fresh: list[str] = Field(
+    checkpoint: Annotated[str | None, RESULT] = Field(
+        default=None, description="file of weights to start from: .safetensors, .pt or .pth"
+    )
+    fresh: Annotated[list[str], RESULT] = Field(
         default_factory=list,
         description="globs of tensors that the checkpoint need not have: they start at random",
         examples=["['head.*']"],
     )
-    weights_backbone: str | None = Field(
+    weights_backbone: Annotated[str | None, RESULT] = Field(
         default=None,
         description="torchvision weights of a segmentation model's backbone alone; null: random ones",
         examples=["DEFAULT"],
     )
-    kwargs: dict[str, Any] = Field(
+    kwargs: Annotated[dict[str, Any], RESULT] = Field(
         default_factory=dict, description="arguments of the builder or callable", examples=["{num_classes: 10}"]
     )
 
@@ -102,56 +125,70 @@ class ModelSection(Section):
 class DataSection(Section):
     """Which images it is trained on: by name or from a Python callable."""
 
-    name: str | None = Field(
+    name: Annotated[str | None, RESULT] = Field(
         default=None,
         description="digits, image_folder, segmentation_folder, COCO, or a torchvision dataset such as CIFAR10",
     )
-    entrypoint: Entrypoint | None = Field(
+    entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns (train, test) datasets, in place of name"
     )
-    root: str = Field(default="~/data", description="folder of the data; ~ and $VARIABLES are expanded")
-    download: bool = Field(default=True, description="let torchvision fetch what is missing, where it can")
-    image_size: Count | None = Field(default=None, description="pixels of a side; null: the data's own", examples=[224])
-    base_size: Count | None = Field(
+    root: Annotated[str, SURROUNDINGS] = Field(
+        default="~/data", description="folder of the data; ~ and $VARIABLES are expanded"
+    )
+    download: Annotated[bool, SURROUNDINGS] = Field(
+        default=True, description="let torchvision fetch what is missing, where it can"
+    )
+    image_size: Annotated[Count | None, RESULT] = Field(
+        default=None, description="pixels of a side; null: the data's own", examples=[224]
+    )
+    base_size: Annotated[Count | None, RESULT] = Field(
         default=None,
         description="shorter side of images with masks before they are cut; null: image_size",
         examples=[520],
     )
-    augment: Augment = Field(
+    augment: Annotated[Augment, RESULT] = Field(
         default="none",
         description="crop: pad and crop; cifar: crop and mirror; imagenet: resized crop and mirror; randaugment: "
         "imagenet and two of RandAugment's operations; segmentation: scale by 0.5 to 2, mirror and crop, masks too",
     )
-    interpolation: Literal["bilinear", "bicubic"] = Field(default="bilinear", description="how images are scaled")
-    erasing: Share = Field(default=0.0, description="share of training images of which a random part is noise")
-    mixup: NotNegative = Field(
+    interpolation: Annotated[Literal["bilinear", "bicubic"], RESULT] = Field(
+        default="bilinear", description="how images are scaled"
+    )
+    erasing: Annotated[Share, RESULT] = Field(
+        default=0.0, description="share of training images of which a random part is noise"
+    )
+    mixup: Annotated[NotNegative, RESULT] = Field(
         default=0.0, description="alpha of MixUp; where cutmix is above 0 too, each takes every other batch at random"
     )
-    cutmix: NotNegative = Field(default=0.0, description="alpha of CutMix; 0: none")
-    ignore_index: int = Field(default=255, description="value of masks that is neither learnt nor measured")
-    value_range: PixelRange | None = Field(
+    cutmix: Annotated[NotNegative, RESULT] = Field(default=0.0, description="alpha of CutMix; 0: none")
+    ignore_index: Annotated[int, RESULT] = Field(
+        default=255, description="value of masks that is neither learnt nor measured"
+    )
+    value_range: Annotated[PixelRange | None, RESULT] = Field(
         default=None,
         description="pixel values that become black and white; null: those of their type, such as 0 and 65535",
         examples=["[0, 4095]"],
     )
-    mean: Annotated[list[float], Field(min_length=1)] | None = Field(
+    mean: Annotated[PerChannel | None, RESULT] = Field(
         default=None,
         description="per channel, of pixels in [0, 1]; null: the data's own",
         examples=["[0.49, 0.48, 0.45]"],
     )
-    std: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+    std: Annotated[PositivePerChannel | None, RESULT] = Field(
         default=None,
         description="per channel, of pixels in [0, 1]; null: the data's own",
         examples=["[0.25, 0.24, 0.26]"],
     )
-    probe_size: Count = Field(default=50, description="held-out training inputs that neurons are observed on")
-    workers: Annotated[int, Field(ge=0)] = Field(
+    probe_size: Annotated[Count, RESULT] = Field(
+        default=50, description="held-out training inputs that neurons are observed on"
+    )
+    workers: Annotated[int, Field(ge=0), SURROUNDINGS] = Field(
         default=2, description="processes that load images; 0: none; those that are kept are read once, by all cores"
     )
-    cache: Cache = Field(
+    cache: Annotated[Cache, SURROUNDINGS] = Field(
         default="auto", description="where decoded images are kept: in memory, on the device; auto: where they fit"
     )
-    kwargs: dict[str, Any] = Field(
+    kwargs: Annotated[dict[str, Any], RESULT] = Field(
         default_factory=dict, description="further arguments of the dataset or callable", examples=["{split: digits}"]
     )
 
@@ -201,9 +238,13 @@ class _ArgumentsSection(Section):
 class OptimizerSection(_ArgumentsSection):
     """A torch.optim optimiser. Further keys are its arguments, such as `momentum`; null stands for its default."""
 
-    name: str = Field(default="sgd", description="torch.optim class, in any case: sgd, adam, adamw, rmsprop")
-    lr: NotNegative | None = Field(default=None, description="null: the optimiser's default", examples=[0.1])
-    groups: list[ParameterGroup] = Field(
+    name: Annotated[str, RESULT] = Field(
+        default="sgd", description="torch.optim class, in any case: sgd, adam, adamw, rmsprop"
+    )
+    lr: Annotated[NotNegative | None, RESULT] = Field(
+        default=None, description="null: the optimiser's default", examples=[0.1]
+    )
+    groups: Annotated[list[ParameterGroup], RESULT] = Field(
         default_factory=list,
         description="parameters with settings of their own",
         examples=["[{parameters: ['*.bias'], weight_decay: 0.0}]"],
@@ -213,10 +254,12 @@ class OptimizerSection(_ArgumentsSection):
 class SchedulerSection(_ArgumentsSection):
     """A torch.optim.lr_scheduler, stepped once per epoch. Further keys are its arguments, such as `milestones`."""
 
-    name: str = Field(
+    name: Annotated[str, RESULT] = Field(
         default="constant", description="constant, multistep, cosine, step, polynomial, ... or the class's name"
     )
-    warmup_epochs: Annotated[int, Field(ge=0)] = Field(default=0, description="epochs of linear warm-up before it")
+    warmup_epochs: Annotated[int, Field(ge=0), RESULT] = Field(
+        default=0, description="epochs of linear warm-up before it"
+    )
 
     @property
     def length_argument(self) -> str | None:
@@ -228,40 +271,65 @@ class SchedulerSection(_ArgumentsSection):
 class BaselinePolicy(Section):
     """Freezes nothing."""
 
-    kind: Literal["baseline"] = "baseline"
+    kind: Annotated[Literal["baseline"], RESULT] = "baseline"
 
 
 class NEqPolicy(Section):
     """Freezes neurons at equilibrium (Eq. 1, 3, 4, 6)."""
 
-    kind: Literal["neq"] = "neq"
-    epsilon: NotNegative = Field(default=0.001, description="frozen when |velocity| < epsilon (Eq. 6)")
-    mu: Annotated[float, Field(ge=0, lt=1)] = Field(
+    kind: Annotated[Literal["neq"], RESULT] = "neq"
+    epsilon: Annotated[NotNegative, RESULT] = Field(
+        default=0.001, description="frozen when |velocity| < epsilon (Eq. 6)"
+    )
+    mu: Annotated[float, Field(ge=0, lt=1), RESULT] = Field(
         default=0.5, description="damping of the velocity (Eq. 4); safe up to 0.5"
     )
-    definition: Literal["paper", "reference"] = Field(
+    definition: Annotated[Literal["paper", "reference"], RESULT] = Field(
         default="paper", description="paper: its equations; reference: what the authors' code computes"
     )
+
+
+def matched_run(p: object) -> str | None:
+    """Return the RUN_DIR of ``p: match:RUN_DIR``, None where p is a share or anything else."""
+    word, colon, run = str(p).partition(":")
+    return run if colon and word == MATCH else None
+
+
+def match_with(run: object) -> str:
+    """Return the p that ``matched_run`` reads as ``run``."""
+    return f"{MATCH}:{run}"
 
 
 class StochasticPolicy(Section):
     """Freezes a random share of every layer's neurons, drawn anew each epoch."""
 
-    kind: Literal["stochastic"] = "stochastic"
-    p: Share | MatchedRun = Field(
+    kind: Annotated[Literal["stochastic"], RESULT] = "stochastic"
+    p: Annotated[Share | MatchedRun, RESULT] = Field(
         description="share of neurons; match:RUN_DIR takes the p with that run's mean paper FLOPs", examples=[0.5]
     )
-    matched_p: Share | None = Field(
+    matched_p: Annotated[Share | None, DRAW] = Field(
         default=None, description="what match: came to; written into the resolved recipe", examples=[0.38]
     )
+
+    @property
+    def share(self) -> float | None:
+        """p itself, or what ``match:`` came to; None where that is yet to be found."""
+        return self.p if isinstance(self.p, float) else self.matched_p
+
+    @property
+    def run_to_match(self) -> str | None:
+        """The run directory whose FLOPs p is yet to be matched to, None where the share is known."""
+        return matched_run(self.p) if self.share is None else None
 
 
 class CustomPolicy(Section):
     """Any policy of your own."""
 
-    kind: Literal["entrypoint"] = "entrypoint"
-    entrypoint: Entrypoint = Field(description="callable that returns a Policy", examples=["my_policies:coin_toss"])
-    kwargs: dict[str, Any] = Field(
+    kind: Annotated[Literal["entrypoint"], RESULT] = "entrypoint"
+    entrypoint: Annotated[Entrypoint, RESULT] = Field(
+        description="callable that returns a Policy", examples=["my_policies:coin_toss"]
+    )
+    kwargs: Annotated[dict[str, Any], RESULT] = Field(
         default_factory=dict, description="arguments of the callable", examples=["{share: 0.5}"]
     )
 
@@ -294,53 +362,85 @@ PolicySection = Annotated[
 class Recipe(Section):
     """A whole recipe."""
 
-    description: str = Field(default="", description="one line for `neq recipes`")
+    description: Annotated[str, SURROUNDINGS] = Field(default="", description="one line for `neq recipes`")
     model: ModelSection = Field(examples=["{name: resnet18}"])
     data: DataSection = Field(examples=["{name: CIFAR10}"])
-    task: Task = Field(
+    task: Annotated[Task, RESULT] = Field(
         default="classification", description="what is learnt; a callable of your own defines loss and metric"
     )
-    epochs: Count = Field(description="passes over the training data", examples=[250])
-    batch_size: Count = Field(default=100, description="images per step; per process where there are several")
+    epochs: Annotated[Count, COURSE] = Field(description="passes over the training data", examples=[250])
+    batch_size: Annotated[Count, COURSE] = Field(
+        default=100, description="images per step; per process where there are several"
+    )
     optimizer: OptimizerSection = Field(examples=["{name: sgd, lr: 0.1}"])
     scheduler: SchedulerSection = Field(default_factory=lambda: SchedulerSection(), examples=["{name: cosine}"])
     policy: PolicySection = Field(default_factory=lambda: NEqPolicy(), examples=["{kind: neq}"])
-    exclude: list[str] = Field(
+    exclude: Annotated[list[str], RESULT] = Field(
         default_factory=list, description="globs of layers that are never frozen", examples=["['conv1', 'layer1.*']"]
     )
-    backward: Literal["exact", "truncated", "dense"] = Field(
+    backward: Annotated[Literal["exact", "truncated", "dense"], RESULT] = Field(
         default="exact",
         description="exact: no frozen weight gradients; truncated: nor frozen errors, an approximation; dense: all",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], RESULT] = Field(
         default="fp32", description="bf16, fp16: autocast; fp16 scales the loss"
     )
-    channels_last: bool | Literal["auto"] = Field(
+    channels_last: Annotated[bool | Literal["auto"], SURROUNDINGS] = Field(
         default="auto", description="memory layout of images and convolutions; auto: the faster one, timed"
     )
-    compile: bool = Field(default=False, description="torch.compile the model")
-    cuda_graph: bool = Field(default=False, description="capture each epoch's training step in a CUDA graph")
-    gradient_accumulation: Count = Field(default=1, description="batches per optimiser step")
-    clip_grad_norm: Positive | None = Field(
+    compile: Annotated[bool, COURSE] = Field(default=False, description="torch.compile the model")
+    cuda_graph: Annotated[bool, SURROUNDINGS] = Field(
+        default=False, description="capture each epoch's training step in a CUDA graph"
+    )
+    gradient_accumulation: Annotated[Count, RESULT] = Field(default=1, description="batches per optimiser step")
+    clip_grad_norm: Annotated[Positive | None, RESULT] = Field(
         default=None, description="largest gradient norm; null: any", examples=[1.0]
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="of the cross-entropy loss")
-    ema: BelowOne | None = Field(
+    label_smoothing: Annotated[float, Field(ge=0, lt=1), RESULT] = Field(
+        default=0.0, description="of the cross-entropy loss"
+    )
+    ema: Annotated[BelowOne | None, RESULT] = Field(
         default=None, description="decay of averaged weights, which are tested; null: none", examples=[0.999]
     )
-    eval_every: Count = Field(default=1, description="epochs between tests; the last is always tested")
-    checkpoint_minutes: Positive = Field(
+    eval_every: Annotated[Count, COURSE] = Field(
+        default=1, description="epochs between tests; the last is always tested"
+    )
+    checkpoint_minutes: Annotated[Positive, SURROUNDINGS] = Field(
         default=15.0, description="minutes between checkpoints within an epoch; one follows every epoch anyway"
     )
-    sync_batchnorm: bool = Field(
+    sync_batchnorm: Annotated[bool, RESULT] = Field(
         default=False, description="batch norm over the batches of all processes; without effect where there is one"
     )
     # NumPy takes 32-bit seeds only.
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**32), DRAW] = Field(
         default=1, description="of weights, batches, augmentation and policy"
     )
-    deterministic: bool = Field(default=False, description="same recipe, same machine, same bits; may be slower")
-    device: Device = Field(default="auto", description="auto takes cuda, then mps, then cpu; or a torch device")
+    deterministic: Annotated[bool, COURSE] = Field(
+        default=False, description="same recipe, same machine, same bits; may be slower"
+    )
+    device: Annotated[Device, SURROUNDINGS] = Field(
+        default="auto", description="auto takes cuda, then mps, then cpu; or a torch device"
+    )
+
+
+def _changes(model: type[Section], prefix: str = "") -> dict[str, Change]:
+    """Return what every dotted key below ``prefix`` says; a list of sections is one key."""
+    found: dict[str, Change] = {}
+    for name, field in model.model_fields.items():
+        sections = [field.annotation] if name != "policy" else list(POLICIES.values())
+        for section in sections:
+            if isinstance(section, type) and issubclass(section, Section):
+                found |= _changes(section, f"{prefix}{name}.")
+            else:
+                (found[f"{prefix}{name}"],) = [said for said in field.metadata if isinstance(said, Change)]
+    return found
+
+
+CHANGES = _changes(Recipe)
+"""What every key says, by its dotted name. Of keys that are no field, such as an optimiser's arguments: RESULT."""
+# Whether another batch_size keeps the number of images per update is asked where the number of processes is known.
+MAY_CHANGE = tuple(key for key, said in CHANGES.items() if said.may_change)
+NAMES_NO_CONFIGURATION = tuple(key for key, said in CHANGES.items() if not said.names_configuration)
 
 
 def warnings(recipe: Recipe) -> tuple[str, ...]:

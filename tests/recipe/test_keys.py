@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from neq_cli.recipe.keys import (
+    CHANGES,
     POLICIES,
     BaselinePolicy,
+    Change,
     DataSection,
     NEqPolicy,
     OptimizerSection,
@@ -18,6 +20,8 @@ from neq_cli.recipe.keys import (
     Recipe,
     SchedulerSection,
     StochasticPolicy,
+    match_with,
+    matched_run,
     warnings,
 )
 
@@ -142,6 +146,43 @@ def test_every_key_says_what_it_means() -> None:
         for name, field in section.model_fields.items():
             has_own_docstring = hasattr(field.annotation, "model_fields") or name in ("policy", "kind")
             assert field.description or has_own_docstring, f"{section.__name__}.{name}"
+
+
+def test_every_key_says_whether_it_may_change_and_whether_it_names_a_configuration() -> None:
+    leaves: list[str] = []
+
+    def visit(section: Any, prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                visit(field.annotation, f"{name}.")
+            elif name != "policy":
+                assert [type(said) for said in field.metadata].count(Change) == 1, f"{prefix}{name}"
+                leaves.append(f"{prefix}{name}")
+
+    visit(Recipe, "")
+    for policy in POLICIES.values():
+        visit(policy, "policy.")
+    assert set(CHANGES) == set(leaves)
+    assert CHANGES["data.root"] == Change(may_change=True, names_configuration=False)
+    assert CHANGES["policy.epsilon"] == Change(may_change=False, names_configuration=True)
+
+
+def test_policies_of_different_kinds_say_the_same_of_the_same_key() -> None:
+    said: dict[str, set[Any]] = {}
+    for policy in POLICIES.values():
+        for name, field in policy.model_fields.items():
+            said.setdefault(name, set()).update(item for item in field.metadata if isinstance(item, Change))
+    assert all(len(changes) == 1 for changes in said.values())
+
+
+def test_a_match_is_read_as_it_is_written() -> None:
+    assert matched_run(match_with("runs/a:b")) == "runs/a:b"
+    assert [matched_run(p) for p in (0.5, None, "match", "matching:x", "runs/match:x")] == [None] * 5
+    unmatched = StochasticPolicy(p="match:runs/x")
+    assert (unmatched.share, unmatched.run_to_match) == (None, "runs/x")
+    matched = StochasticPolicy(p="match:runs/x", matched_p=0.3)
+    assert (matched.share, matched.run_to_match) == (0.3, None)
+    assert (StochasticPolicy(p=0.5).share, StochasticPolicy(p=0.5).run_to_match) == (0.5, None)
 
 
 def test_warnings() -> None:

@@ -13,16 +13,13 @@ from typing import Any
 
 from neq_cli.errors import RecipeError
 from neq_cli.recipe.describe import one_line, shown
+from neq_cli.recipe.keys import CHANGES, SURROUNDINGS
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
-from neq_cli.runs.compare.configurations import SEED_AND_SURROUNDINGS
-from neq_cli.runs.store.resumable import MAY_CHANGE
 
 LARGEST = 1000  # points; a run of seconds each would take them most of an hour
 _SAFE = re.compile(r"[A-Za-z0-9_.+-]+=[A-Za-z0-9_.+-]+")
 _LONGEST_PART, _LONGEST_NAME = 48, 160  # characters; file systems take 255 bytes
 _OPENING, _CLOSING, _QUOTES = "[{", "]}", "'\""
-# What neither changes what is trained nor names a folder: where and how it is computed.
-_SURROUNDINGS = frozenset(MAY_CHANGE) & SEED_AND_SURROUNDINGS
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Grid:
         parts = [
             _slug(axis.key) if axis.names_runs else _part(axis.key, axis.texts[0])
             for axis in sorted(self.axes, key=_naming_order)
-            if axis.names_runs or axis.key not in _SURROUNDINGS
+            if axis.names_runs or CHANGES.get(axis.key) != SURROUNDINGS
         ]
         return _bounded(",".join(parts) or "recipe")
 

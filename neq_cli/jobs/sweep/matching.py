@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neq_cli.jobs.sweep.grid import Point
-from neq_cli.recipe.keys import policy_kind
+from neq_cli.recipe.keys import MATCH, match_with, policy_kind
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
 from neq_cli.runs.store.sweep_folder import SweepFiles
 
 _POLICY = "policy="
-_MATCH = "match"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def find_matches(points: Sequence[Point]) -> Matches:
 
 def with_match(point: Point, other: str, files: SweepFiles) -> Point:
     """Return ``point`` with the run directory of ``other`` in the place of ``match``."""
-    written = json.dumps(f"{_MATCH}:{files.run(other)}", ensure_ascii=False)  # quoted, as a path may need
+    written = json.dumps(match_with(files.run(other)), ensure_ascii=False)  # quoted, as a path may need
     return replace(point, overrides=(*point.overrides, f"policy.p={written}"))
 
 
@@ -61,7 +60,7 @@ def _is_neq(policy: Any) -> bool:
 
 
 def _asks(policy: Any) -> bool:
-    return isinstance(policy, Mapping) and policy_kind(policy) == "stochastic" and policy.get("p") == _MATCH
+    return isinstance(policy, Mapping) and policy_kind(policy) == "stochastic" and policy.get("p") == MATCH
 
 
 def _problem(found: int) -> str:

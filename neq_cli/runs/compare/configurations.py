@@ -8,31 +8,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from neq_cli.recipe.keys import MATCH, NAMES_NO_CONFIGURATION, matched_run
 from neq_cli.runs.compare.statistics import mean_known, summarise
 from neq_cli.runs.store.run import Run
 from neq_cli.text import printable
 
-# Not part of a configuration: the seed, what resolves from other keys, and what changes no result.
-SEED_AND_SURROUNDINGS = frozenset(
-    {
-        "seed",
-        "description",
-        "device",
-        "checkpoint_minutes",
-        "channels_last",
-        "cuda_graph",
-        "policy.matched_p",
-        "data.root",
-        "data.workers",
-        "data.download",
-        "data.cache",
-    }
-)
 # Configurations that differ here answer different questions; `data.probe_size` alone is left free.
 _COMPARABLE_BLOCKS = ("data", "model", "task", "epochs")
 _COMPARABLE_ANYWAY = frozenset({"data.probe_size"})
 UNSET = "not set"
-_MATCH = "match"
 
 Settings = Mapping[str, str]
 
@@ -45,12 +29,12 @@ def settings(run: Run) -> Settings:
         if isinstance(value, dict):
             for name, item in value.items():
                 visit(item, f"{key}.{name}" if key else name)
-        elif value is not None and key not in SEED_AND_SURROUNDINGS:  # null is what a key is before anybody sets it
+        elif value is not None and key not in NAMES_NO_CONFIGURATION:  # null is what a key is before anybody sets it
             flat[key] = json.dumps(_number_as_float(value), ensure_ascii=False)
 
     visit(run.recipe, "")
     if _is_matched(run):
-        flat["policy.p"] = _MATCH  # whichever run it was matched to, and by whatever path
+        flat["policy.p"] = MATCH  # whichever run it was matched to, and by whatever path
     return flat
 
 
@@ -137,7 +121,7 @@ def differing_keys(flats: Iterable[Settings]) -> list[str]:
 
 def written(setting: str) -> str:
     """Write a value of ``Settings`` as people do: no quotes, no needless ``.0``."""
-    return setting if setting in (UNSET, _MATCH) else _short(json.loads(setting))
+    return setting if setting in (UNSET, MATCH) else _short(json.loads(setting))
 
 
 def model_and_data(run: Run) -> str:
@@ -171,14 +155,13 @@ def matched_to_seeds(runs: Sequence[Run]) -> bool:
 
 
 def _is_matched(run: Run) -> bool:
-    p = run.setting("policy.p")
-    return run.setting("policy.kind") == "stochastic" and isinstance(p, str) and p.startswith("match:")
+    return run.setting("policy.kind") == "stochastic" and matched_run(run.setting("policy.p")) is not None
 
 
 def _matched_p(runs: Sequence[Run]) -> str:
     summary = summarise(matched_values(runs))
     if not summary.n:
-        return _MATCH
+        return MATCH
     return f"{summary.mean:.3g}" if summary.n == 1 else f"{summary.mean:.3g} ± {summary.std:.2g}"
 
 

@@ -9,31 +9,13 @@ from typing import Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.recipe.describe import shown
-from neq_cli.recipe.keys import Problem, Recipe, StochasticPolicy
+from neq_cli.recipe.keys import MAY_CHANGE, Problem, Recipe, StochasticPolicy, matched_run
 from neq_cli.recipe.validate import validate
 from neq_cli.runs.store.paths import STATES, RunFiles, is_hidden, recipe_folder
 from neq_cli.runs.store.status import parse_time
 from neq_cli.runs.store.untrusted import damaged, read_json, read_yaml
 from neq_cli.text import printable
 
-# What does not change what is trained, or may change in the middle. Whether another batch_size keeps the number of
-# images per update depends on the number of processes, which is not known here.
-MAY_CHANGE = (
-    "description",
-    "epochs",
-    "batch_size",
-    "device",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "data.cache",
-    "eval_every",
-    "checkpoint_minutes",
-    "compile",
-    "cuda_graph",
-    "channels_last",
-    "deterministic",
-)
 _NAMES_IN_ANY_CASE = ("optimizer.name", "scheduler.name")
 _NAMES_OF_ARGUMENTS = ("policy.kind", "scheduler.name")
 _ABSENT = object()
@@ -143,7 +125,7 @@ def merged(stored: Recipe, wanted: Recipe) -> Recipe:
 
 
 def _name_of_matched(policy: StochasticPolicy) -> str | float:
-    return policy.p if isinstance(policy.p, float) else PurePath(policy.p).name
+    return policy.p if isinstance(policy.p, float) else PurePath(matched_run(policy.p) or "").name
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.recipe import Recipe
+from neq_cli.recipe.keys import MAY_CHANGE
 from neq_cli.recipe.load import dump_recipe
-from neq_cli.runs.store.resumable import MAY_CHANGE, candidates, differences, merged, newest_unfinished, stored_recipe
+from neq_cli.runs.store.resumable import candidates, differences, merged, newest_unfinished, stored_recipe
 from neq_cli.runs.store.writer import RunWriter
 
 PLAIN: dict[str, Any] = {
