@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neq_cli.complaints import complain
+from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,6 +33,7 @@ RecipeArgument = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2")
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
@@ -38,6 +41,11 @@ BaselineOption = Annotated[
     Path | None, typer.Option(metavar="RUN_DIR", help="the run to compare with; default the baseline policy's")
 ]
 AllowDifferences = Annotated[bool, typer.Option("--allow-differences", help="also where data, model or epochs differ")]
+
+
+def with_device(overrides: Sequence[str] | None, device: str | None) -> list[str]:
+    """Return the overrides with what ``--device`` says."""
+    return [*(overrides or ()), *([f"device={device}"] if device else ())]
 
 
 def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
@@ -81,3 +89,11 @@ def show(content: RenderableType, narrowest: int = 80) -> None:
 def show_json(content: Any) -> None:
     """Print JSON for other programs."""
     print(json.dumps(content, indent=2))
+
+
+def one_of_several() -> bool:
+    """Whether torchrun started this, asked before torch is imported."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise NeqError(f"WORLD_SIZE: '{count}' is no number of processes; torchrun sets it, or unset it")
+    return int(count) > 1
