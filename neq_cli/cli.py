@@ -10,7 +10,7 @@ from typing import Any
 
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
 from neq_cli import ending
-from neq_cli.complaints import complain, warning_line
+from neq_cli.complaints import complain, linger, warning_line
 from neq_cli.errors import NeqError, Terminated
 
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Terminated as error:
         complain(ending.last_words(error.signal, str(error)))
         code = ending.exit_code(error.signal)
-        _linger()
+        linger()
         if for_good:
             watch.stop(for_good=True)
             ending.finish(code)
@@ -61,15 +61,8 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
     finally:
         warnings.formatwarning = format_before
     if code:
-        _linger()
+        linger()
     return code
-
-
-def _linger() -> None:
-    """Stay until other processes have found out why this one ends, where it has joined any."""
-    distributed = sys.modules.get("neq_cli.training.processes.joined")
-    if distributed is not None:
-        distributed.joined().linger()
 
 
 def _unexpected(error: BaseException) -> int:

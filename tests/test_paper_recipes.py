@@ -21,8 +21,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 
 from neq_cli.jobs import train as running
 from neq_cli.recipe.entrypoints import add_import_folder
-from neq_cli.recipe.load import load_recipe
-from neq_cli.recipe.source import shipped_directory, shipped_names
+from neq_cli.recipe.load import load_recipe, shipped_directory, shipped_names
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.text import format_flops
 from neq_cli.training.checks import check_section

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def recipe_names(incomplete: str) -> list[str]:
     """Return the shipped recipes that a word may become."""
-    from neq_cli.recipe.source import shipped_names
+    from neq_cli.recipe.load import shipped_names
 
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
@@ -52,8 +52,7 @@ def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) 
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.keys import warnings
-    from neq_cli.recipe.load import load_recipe
-    from neq_cli.recipe.source import find_recipe
+    from neq_cli.recipe.load import find_recipe, load_recipe
     from neq_cli.training.checks import check_section
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.

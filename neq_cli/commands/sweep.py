@@ -39,7 +39,7 @@ def sweep(
     from neq_cli.jobs.sweep.run import run_sweep
     from neq_cli.jobs.train import matched_flops
     from neq_cli.recipe.entrypoints import add_import_folder
-    from neq_cli.recipe.source import find_recipe
+    from neq_cli.recipe.load import find_recipe
     from neq_cli.runs.views.live.sweep_view import choose_sweep_view, plan_lines
     from neq_cli.training.checks import check_section
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
+from neq_cli.errors import NeqError, RecipeError, RecipeValueError, RunDirectoryError
 from neq_cli.events import Compiling, EpochRecord, RunResumed
 from neq_cli.jobs.earlier import Earlier, earlier_choices
 from neq_cli.jobs.recorder import Recording, status_of
@@ -29,7 +29,6 @@ from neq_cli.runs.store.writer import ELSEWHERE, RunWriter, default_run_director
 from neq_cli.runs.views.live.progress import Progress
 from neq_cli.text import counted, format_metric, printable
 from neq_cli.training.bench.options import BenchOptions
-from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.startup import Startup
 
 if TYPE_CHECKING:

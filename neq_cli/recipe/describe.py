@@ -84,11 +84,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def one_line(text: str) -> str:
-    """Return ``text`` with line breaks, escape codes and other unprintable characters spelt out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
 def _item(slot: Slot | None) -> Slot | None:
     """Return what the entries of a list are, looking through "or null"."""
     if slot is None:

@@ -11,8 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from neq_cli.errors import did_you_mean
-from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -201,7 +201,7 @@ def test_warnings() -> None:
 
 
 def test_recipes_are_read_without_torch() -> None:
-    modules = "describe document entrypoints keys load reference shipped source validate yaml"
+    modules = "describe document entrypoints keys load reference shipped validate yaml"
     imports = "; ".join(f"import neq_cli.recipe.{module}" for module in modules.split())
     work = "neq_cli.recipe.shipped.list_recipes(); neq_cli.recipe.reference.recipe_reference()"
     code = f"import sys; {imports}; {work}; sys.exit('torch' in sys.modules)"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from neq_cli.errors import RecipeError
+from neq_cli.recipe import Check
 from neq_cli.recipe.keys import (
     CustomPolicy,
     DataSection,
@@ -19,7 +20,7 @@ from neq_cli.recipe.keys import (
     Section,
     StochasticPolicy,
 )
-from neq_cli.recipe.load import Check, dump_recipe, load_recipe
+from neq_cli.recipe.load import dump_recipe, load_recipe
 
 GOOD = """\
 model: {name: resnet32, kwargs: {num_classes: 10}}

@@ -12,9 +12,10 @@ from itertools import product
 from typing import Any
 
 from neq_cli.errors import RecipeError
-from neq_cli.recipe.describe import one_line, shown
+from neq_cli.recipe.describe import shown
 from neq_cli.recipe.keys import CHANGES, SURROUNDINGS
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
+from neq_cli.text import escaped
 
 LARGEST = 1000  # points; a run of seconds each would take them most of an hour
 _SAFE = re.compile(r"[A-Za-z0-9_.+-]+=[A-Za-z0-9_.+-]+")
@@ -92,7 +93,7 @@ def parse_grid(arguments: Sequence[str]) -> Grid:
             twice = _first_repeated([_text(_value(text)) for text in texts])
             what = f"{shown(twice)} is given twice; remove one" if twice is not None else None
         if what is not None:
-            problems.append(one_line(f"command line: {argument}: {what}"))
+            problems.append(escaped(f"command line: {argument}: {what}"))
             continue
         axes[key] = Axis(key, tuple(texts))
     count = math.prod(len(axis.texts) for axis in axes.values())

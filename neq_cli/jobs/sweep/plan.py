@@ -11,10 +11,9 @@ from neq_cli.errors import RecipeError, RunDirectoryError
 from neq_cli.jobs.sweep.folding import folded
 from neq_cli.jobs.sweep.grid import Grid, Point, parse_grid
 from neq_cli.jobs.sweep.matching import Matches, find_matches, with_match
-from neq_cli.recipe import Problem
+from neq_cli.recipe import Check, Problem
 from neq_cli.recipe.keys import warnings
-from neq_cli.recipe.load import Check, LoadedRecipe, load_recipe
-from neq_cli.recipe.source import find_recipe
+from neq_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
 from neq_cli.runs.store.paths import RunFiles, check_resumable
 from neq_cli.runs.store.resumable import differences, stored_recipe
 from neq_cli.runs.store.sweep_folder import SweepFiles, check_sweep, default_sweep_directory
