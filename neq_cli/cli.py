@@ -9,31 +9,31 @@ from collections.abc import Sequence
 from typing import Any
 
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
-from neq_cli import ending
+from neq_cli import signals
 from neq_cli.complaints import complain, linger, warning_line
 from neq_cli.errors import NeqError, Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad usage or recipe, 130 interrupted, 143 terminated."""
-    watch = ending.Watch()
+    watch = signals.Watch()
     for_good = arguments is None  # this is all that the process is for
     try:
         watch.start()
         code = _run(arguments, watch)
     except Terminated as error:
-        complain(ending.last_words(error.signal, str(error)))
-        code = ending.exit_code(error.signal)
+        complain(signals.last_words(error.signal, str(error)))
+        code = signals.exit_code(error.signal)
         linger()
         if for_good:
             watch.stop(for_good=True)
-            ending.finish(code)
+            signals.finish(code)
     finally:
         watch.stop(for_good=for_good)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
+def _run(arguments: Sequence[str] | None, watch: signals.Watch) -> Any:
     """Return the exit code of a command that no signal ended, after a line for what was wrong; Terminated else."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that knows no "±" gets a "?" rather than a traceback.

@@ -7,7 +7,7 @@ from neq_cli.commands.shared import AsJson, Overrides, RecipeArgument, load, sho
 
 def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count one sample's back-propagation without training, averaged over the recipe's epochs."""
-    from neq_cli.jobs.train import estimated_flops
+    from neq_cli.jobs.prepare import estimated_flops
     from neq_cli.runs.views.tables.flops import render_flops
 
     loaded = load(recipe, overrides)

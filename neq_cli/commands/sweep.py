@@ -35,9 +35,9 @@ def sweep(
     The same command goes on with the same sweep, also with more values. Values with commas of their own:
     scheduler.milestones=[10,20],[20,30] or policy='{kind: baseline},{kind: stochastic, p: 0.5}'.
     """
+    from neq_cli.jobs.prepare import matched_flops
     from neq_cli.jobs.sweep.plan import plan_sweep
     from neq_cli.jobs.sweep.run import run_sweep
-    from neq_cli.jobs.train import matched_flops
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.load import find_recipe
     from neq_cli.runs.views.live.sweep_view import choose_sweep_view, plan_lines

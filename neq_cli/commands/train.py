@@ -63,7 +63,7 @@ def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:
     """Build everything and print what ``train`` would begin with."""
     from rich.console import Console
 
-    from neq_cli.jobs.train import prepared
+    from neq_cli.jobs.prepare import prepared
     from neq_cli.runs.views.live.progress import PlainProgress
     from neq_cli.text import format_flops
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from neq_cli.errors import RecipeError, RunDirectoryError
-from neq_cli.jobs.sweep.folding import folded
 from neq_cli.jobs.sweep.grid import Grid, Point, parse_grid
 from neq_cli.jobs.sweep.matching import Matches, find_matches, with_match
 from neq_cli.recipe import Check, Problem
@@ -161,3 +160,22 @@ def _raise_folded(problems: Sequence[tuple[Point, Sequence[str]]], points: int, 
     lines = folded([(point.name, said) for point, said in problems], points)
     if lines:
         raise RecipeError([*lines, *advice])
+
+
+def folded(said: Sequence[tuple[str, Sequence[str]]], runs: int) -> tuple[str, ...]:
+    """Return what is said of many runs, each line once, behind the names of those it is said of unless it is all.
+
+    ``said`` are (name, lines) pairs; ``runs`` is how many runs there are, also those of which nothing is said.
+    """
+    names: dict[str, list[str]] = {}
+    for name, lines in said:
+        for line in lines:
+            names.setdefault(line, []).append(name)
+    return tuple(f"{_of(names[line], runs)}{line}" for line in names)
+
+
+def _of(names: Sequence[str], runs: int) -> str:
+    if len(names) == runs and runs > 1:
+        return ""
+    more = len(names) - 1
+    return f"{names[0]}{f' and {more} more' if more else ''}: "
