@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
-from neq_cli.recipe.keys import POLICIES, Recipe, Section, Words, policy_kind
+from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.policy_keys import POLICIES, policy_kind
+from neq_cli.recipe.values import Section, Words
 
 _UNIONS = (Union, types.UnionType)
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from neq_cli.recipe.describe import expected, shown
-from neq_cli.recipe.keys import DEFAULT_POLICY_KIND, POLICIES, ParameterGroup, Recipe, Section
+from neq_cli.recipe.keys import ParameterGroup, Recipe
+from neq_cli.recipe.policy_keys import DEFAULT_POLICY_KIND, POLICIES
+from neq_cli.recipe.values import Section
 
 Row = tuple[str, str, str, str]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from neq_cli.errors import RecipeError
 from neq_cli.recipe.describe import shown
-from neq_cli.recipe.keys import CHANGES, SURROUNDINGS
+from neq_cli.recipe.keys import CHANGES
+from neq_cli.recipe.values import SURROUNDINGS
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
 from neq_cli.text import escaped
 
