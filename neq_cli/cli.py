@@ -1,4 +1,7 @@
-"""Where a command begins and ends: the signals first, then its call, and one line for every mistake of the user's."""
+"""Runs a command from its first moment to its exit code: signals first, then its call, one line for every mistake.
+
+Typer only parses: its own way to end (boxes, exit code 1 for Ctrl-C) is not ours, so it is called without it.
+"""
 
 from __future__ import annotations
 

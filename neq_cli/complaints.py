@@ -1,4 +1,4 @@
-"""Lines on stderr: what is wrong or worth a warning, once where several processes have the same to say.
+"""Prints lines on stderr: what is wrong or worth a warning, once where several processes have the same to say.
 
 Holds the processes that this one has joined, so that the command line asks them without importing torch.
 """

@@ -1,4 +1,4 @@
-"""The one error family: what a user sees as one line per problem, and the exit code that goes with it."""
+"""The one family of errors: each is what a user sees, one line per problem, with the exit code that goes with it."""
 
 from __future__ import annotations
 

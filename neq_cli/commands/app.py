@@ -1,4 +1,4 @@
-"""The commands as one application of Typer's, each with an example."""
+"""Puts the commands together as one application of Typer's, each with an example."""
 
 from __future__ import annotations
 

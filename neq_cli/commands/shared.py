@@ -1,4 +1,4 @@
-"""What the commands share: arguments, reading what they name, printing; torch is imported by none of it."""
+"""Shared by the commands: arguments, reading what they name, printing; only ``load`` imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe may say (keys.py), and how one is read, checked, resolved and shipped; never imports torch."""
+"""What a recipe may say (keys.py), and how one is read, checked, resolved and shipped; no module here imports torch."""
 
 from neq_cli.recipe.keys import (
     Check,

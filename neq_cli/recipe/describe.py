@@ -1,4 +1,4 @@
-"""What each key of a recipe takes, in plain words, told from the models: for problems and for the reference table."""
+"""Says in plain words what each key of a recipe takes, as the models tell: for problems and for the reference table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Python callables named in a recipe: importing them, and checking arguments against signatures; never calls them."""
+"""Imports the Python callables that a recipe names, and checks arguments against their signatures; calls none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The Markdown table of every key of a recipe, told from the models."""
+"""Writes the Markdown table of every key of a recipe, as the models tell; only the documentation and its test call it.
+
+Apart from describe.py, whose sentences users see whenever a recipe is wrong: the table changes for other reasons.
+"""
 
 from __future__ import annotations
 

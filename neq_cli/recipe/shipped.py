@@ -1,4 +1,4 @@
-"""The recipes that neq ships: what there is, and copies of them to change."""
+"""Lists the recipes that neq ships, and copies them to be changed; ``neq recipes`` and ``neq init`` call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every problem of a recipe's values at once, each in one plain sentence; where it was written is told elsewhere."""
+"""Finds every problem of a recipe's values at once, each in one plain sentence; load.py adds where it was written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From KEY=V1,V2,... to the points of a grid, each with a name that is safe as a folder's; values are not checked."""
+"""Expands KEY=V1,V2,... to the points of a grid, each with a name that is safe as a folder's; checks no values."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def parse_grid(arguments: Sequence[str]) -> Grid:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at the commas that stand in no brackets, braces or quotes, as YAML has these."""
+    """Split at the commas that stand in no brackets, braces or quotes, as YAML has these.
+
+    By hand, not as one YAML list: within a list, a bracket in a path ends the value, and one mistake spoils them all.
+    """
     pieces, start, depth, quote = [], 0, 0, ""
     begins = True  # only where a value begins do quotes and brackets mean anything
     index = 0

@@ -1,4 +1,4 @@
-"""`p: match` among the policies of a sweep: which NEq run of the same sweep a stochastic one takes its p from."""
+"""Finds the NEq run of a sweep that a stochastic policy with `p: match` in the same sweep is to match."""
 
 from __future__ import annotations
 

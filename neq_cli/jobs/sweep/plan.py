@@ -1,4 +1,4 @@
-"""Every run of a sweep, checked before anything is trained: recipes, names, and what is there of earlier calls."""
+"""Plans a sweep: checks every run before any is trained, its recipe, its name, and what earlier calls left of it."""
 
 from __future__ import annotations
 

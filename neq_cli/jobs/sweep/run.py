@@ -1,4 +1,4 @@
-"""A sweep from its plan to its end: a queue of runs, so many processes at once, and one signal for all of them."""
+"""Runs a sweep from its plan to its end: a queue of runs, so many processes at once, and one signal for all."""
 
 from __future__ import annotations
 
