@@ -1,4 +1,7 @@
-"""Where a command begins and ends: the signals first, then its call, and one line for every mistake of the user's."""
+"""Runs a command from its first moment to its exit code: signals first, then its call, one line for every mistake.
+
+Typer only parses: its own way to end (boxes, exit code 1 for Ctrl-C) is not ours, so it is called without it.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,31 @@ from collections.abc import Sequence
 from typing import Any
 
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
-from neq_cli import ending
-from neq_cli.complaints import complain, warning_line
+from neq_cli import signals
+from neq_cli.complaints import complain, linger, warning_line
 from neq_cli.errors import NeqError, Terminated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 bad usage or recipe, 130 interrupted, 143 terminated."""
-    watch = ending.Watch()
+    watch = signals.Watch()
     for_good = arguments is None  # this is all that the process is for
     try:
         watch.start()
         code = _run(arguments, watch)
     except Terminated as error:
-        complain(ending.last_words(error.signal, str(error)))
-        code = ending.exit_code(error.signal)
-        _linger()
+        complain(signals.last_words(error.signal, str(error)))
+        code = signals.exit_code(error.signal)
+        linger()
         if for_good:
             watch.stop(for_good=True)
-            ending.finish(code)
+            signals.finish(code)
     finally:
         watch.stop(for_good=for_good)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
+def _run(arguments: Sequence[str] | None, watch: signals.Watch) -> Any:
     """Return the exit code of a command that no signal ended, after a line for what was wrong; Terminated else."""
     for stream in (sys.stdout, sys.stderr):
         # A terminal that knows no "±" gets a "?" rather than a traceback.
@@ -61,15 +64,8 @@ def _run(arguments: Sequence[str] | None, watch: ending.Watch) -> Any:
     finally:
         warnings.formatwarning = format_before
     if code:
-        _linger()
+        linger()
     return code
-
-
-def _linger() -> None:
-    """Stay until other processes have found out why this one ends, where it has joined any."""
-    distributed = sys.modules.get("neq_cli.training.processes.joined")
-    if distributed is not None:
-        distributed.joined().linger()
 
 
 def _unexpected(error: BaseException) -> int:

@@ -1,16 +1,44 @@
-"""Lines on stderr: what is wrong or worth a warning, once where several processes have the same to say."""
+"""Prints lines on stderr: what is wrong or worth a warning, once where several processes have the same to say.
+
+Holds the processes that this one has joined, so that the command line asks them without importing torch.
+"""
 
 from __future__ import annotations
 
 import sys
+from typing import Protocol
+
+
+class Company(Protocol):
+    """The processes that train together, as far as the lines on stderr depend on them."""
+
+    def say_once(self, message: str) -> bool:
+        """Whether this process is the one that prints the message."""
+        ...
+
+    def linger(self) -> None:
+        """Stay until the others have found out why this process ends."""
+        ...
+
+
+_company: list[Company] = []  # at most one
+
+
+def keep_company(company: Company) -> None:
+    """Have the lines of this process said once among all; ``training.processes`` calls it once it has joined others."""
+    _company[:] = [company]
 
 
 def complain(message: str) -> None:
     """Print a line to stderr, once where several processes have the same one."""
-    # Nobody has joined others before this module is there.
-    distributed = sys.modules.get("neq_cli.training.processes.joined")
-    if distributed is None or distributed.joined().say_once(message):
+    if all(company.say_once(message) for company in _company):
         print(message, file=sys.stderr)
+
+
+def linger() -> None:
+    """Stay until other processes have found out why this one ends, where it has joined any."""
+    for company in _company:
+        company.linger()
 
 
 def warning_line(

@@ -1,4 +1,4 @@
-"""The one error family: what a user sees as one line per problem, and the exit code that goes with it."""
+"""The one family of errors: each is what a user sees, one line per problem, with the exit code that goes with it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ class RecipeError(NeqError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+class RecipeValueError(RecipeError):
+    """A value of the recipe that cannot be used: ``key`` is its dotted path, ``reason`` what is wrong and the mend."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        self.key = key
+        self.reason = reason
+        super().__init__([f"{key}: {reason}"])
+
+    def __reduce__(self) -> tuple[type[RecipeValueError], tuple[str, str]]:
+        return type(self), (self.key, self.reason)
 
 
 class RunDirectoryError(NeqError):
@@ -47,6 +59,13 @@ class Terminated(BaseException):
 def described(error: BaseException) -> str:
     """Return what a run's status and other processes are told of ``error``: its line, after its kind where not ours."""
     return str(error) if isinstance(error, NeqError) else f"{type(error).__name__}: {error}"
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """Return ``"ValueError: its first line"``, cut to ``limit`` characters."""
+    text = " ".join(str(error).strip().split("\n", 1)[0].split())
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,7 @@
-"""Freed memory kept for the next step of a training on the CPU, where the C library is glibc."""
+"""Keeps freed memory for the next step of a training on the CPU, where the C library is glibc.
+
+``neq_cli.keep_freed_memory`` is public, and lies here so that it is had without torch.
+"""
 
 from __future__ import annotations
 

@@ -75,6 +75,11 @@ def _printable_character(character: str) -> str:
     return " " if unicodedata.category(character) == "Zs" else "\N{REPLACEMENT CHARACTER}"
 
 
+def escaped(text: str) -> str:
+    """Return ``text`` with line breaks, escape codes and other unprintable characters spelt out, in one line."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def ratio_percent(part: float, whole: float) -> float:
     """``part`` in percent of ``whole``; NaN where the whole is zero."""
     return 100.0 * part / whole if whole else math.nan

@@ -20,9 +20,9 @@ from torchvision import datasets
 from torchvision.models.swin_transformer import SwinTransformer
 
 from neq_cli.jobs import train as running
+from neq_cli.jobs.prepare import estimated_flops
 from neq_cli.recipe.entrypoints import add_import_folder
-from neq_cli.recipe.load import load_recipe
-from neq_cli.recipe.source import shipped_directory, shipped_names
+from neq_cli.recipe.load import load_recipe, shipped_directory, shipped_names
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.text import format_flops
 from neq_cli.training.checks import check_section
@@ -238,4 +238,4 @@ def test_the_schedule_of_deeplab_is_the_references_at_the_start_of_each_epoch() 
 )
 def test_the_flops_of_table_2(name: str, overrides: list[str], paper: str) -> None:
     recipe = load_recipe(name, overrides)
-    assert format_flops(running.estimated_flops(recipe)["flops_paper"]) == paper
+    assert format_flops(estimated_flops(recipe)["flops_paper"]) == paper

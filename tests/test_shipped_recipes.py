@@ -13,8 +13,7 @@ from PIL import Image
 from torchvision import datasets
 
 from neq_cli.recipe.entrypoints import add_import_folder
-from neq_cli.recipe.load import load_recipe
-from neq_cli.recipe.source import shipped_directory, shipped_names
+from neq_cli.recipe.load import load_recipe, shipped_directory, shipped_names
 from neq_cli.training.checks import check_section
 from neq_cli.training.session import prepare
 

@@ -1,1 +1,1 @@
-"""The commands of `neq`, one function each: parse, call, print."""
+"""The commands of `neq`, a file a verb: what it takes, what it calls, what it prints."""

@@ -1,4 +1,4 @@
-"""The commands as one application of Typer's, each with an example."""
+"""Puts the commands together as one application of Typer's, each with an example."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from neq_cli import __version__
-from neq_cli.commands import recipes, results, training
+from neq_cli.commands.bench import bench
+from neq_cli.commands.compare import compare
+from neq_cli.commands.export import export
+from neq_cli.commands.flops import flops
+from neq_cli.commands.inspect import inspect
+from neq_cli.commands.recipes import init, recipes
+from neq_cli.commands.report import report
+from neq_cli.commands.sweep import sweep
+from neq_cli.commands.train import train
+from neq_cli.commands.validate import validate
 
 app = typer.Typer(
     name="neq",
@@ -38,16 +47,16 @@ def _common(
 
 
 for command, example in (
-    (training.train, "neq train digits epochs=5 policy.epsilon=0.005"),
-    (results.inspect, "neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'"),
-    (results.compare, "neq compare runs/digits/* runs/digits-baseline/* --markdown"),
-    (results.report, "neq report runs/digits/* runs/digits-baseline/* -o report.html --svg figures"),
-    (recipes.flops, "neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5"),
-    (training.bench, "neq bench resnet32-cifar10 --fractions 0.5,0.9 --rounds 3"),
-    (training.sweep, "neq sweep digits policy.epsilon=0.001,0.01 seed=1,2,3 --jobs 2"),
-    (recipes.validate, "neq validate resnet32-cifar10 epochs=100"),
-    (recipes.recipes, "neq recipes"),
-    (recipes.init, "neq init digits my-experiment"),
-    (results.export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
+    (train, "neq train digits epochs=5 policy.epsilon=0.005"),
+    (inspect, "neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'"),
+    (compare, "neq compare runs/digits/* runs/digits-baseline/* --markdown"),
+    (report, "neq report runs/digits/* runs/digits-baseline/* -o report.html --svg figures"),
+    (flops, "neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5"),
+    (bench, "neq bench resnet32-cifar10 --fractions 0.5,0.9 --rounds 3"),
+    (sweep, "neq sweep digits policy.epsilon=0.001,0.01 seed=1,2,3 --jobs 2"),
+    (validate, "neq validate resnet32-cifar10 epochs=100"),
+    (recipes, "neq recipes"),
+    (init, "neq init digits my-experiment"),
+    (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
 ):
     app.command(epilog=f"Example: {example}")(command)

@@ -1,4 +1,4 @@
-"""Commands on recipes, which train nothing: what there is, whether one is right, what it would cost."""
+"""``neq recipes`` and ``neq init``: the recipes that ship with neq, listed and copied."""
 
 from __future__ import annotations
 
@@ -7,33 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neq_cli.commands.shared import (
-    AsJson,
-    Overrides,
-    RecipeArgument,
-    load,
-    recipe_names,
-    show,
-    show_json,
-)
-
-
-def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count one sample's back-propagation without training, averaged over the recipe's epochs."""
-    from neq_cli.jobs.train import estimated_flops
-    from neq_cli.runs.views.tables.flops import render_flops
-
-    loaded = load(recipe, overrides)
-    estimate = estimated_flops(loaded)
-    if as_json:
-        show_json(estimate)
-    else:
-        show(render_flops(loaded.name, estimate))
-
-
-def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Check a recipe without opening its data, and print it with every default written out."""
-    print(load(recipe, overrides).resolved_yaml(), end="")
+from neq_cli.commands.shared import recipe_names, show
 
 
 def recipes() -> None:

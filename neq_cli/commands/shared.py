@@ -1,8 +1,9 @@
-"""What the commands share: arguments, reading what they name, printing; torch is imported by none of it."""
+"""Shared by the commands: arguments, reading what they name, printing; only ``load`` imports torch."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neq_cli.complaints import complain
+from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 def recipe_names(incomplete: str) -> list[str]:
     """Return the shipped recipes that a word may become."""
-    from neq_cli.recipe.source import shipped_names
+    from neq_cli.recipe.load import shipped_names
 
     return [name for name in shipped_names() if name.startswith(incomplete)]
 
@@ -31,6 +33,7 @@ RecipeArgument = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2")
 ]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
@@ -40,12 +43,16 @@ BaselineOption = Annotated[
 AllowDifferences = Annotated[bool, typer.Option("--allow-differences", help="also where data, model or epochs differ")]
 
 
+def with_device(overrides: Sequence[str] | None, device: str | None) -> list[str]:
+    """Return the overrides with what ``--device`` says."""
+    return [*(overrides or ()), *([f"device={device}"] if device else ())]
+
+
 def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.keys import warnings
-    from neq_cli.recipe.load import load_recipe
-    from neq_cli.recipe.source import find_recipe
+    from neq_cli.recipe.load import find_recipe, load_recipe
     from neq_cli.training.checks import check_section
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
@@ -81,3 +88,11 @@ def show(content: RenderableType, narrowest: int = 80) -> None:
 def show_json(content: Any) -> None:
     """Print JSON for other programs."""
     print(json.dumps(content, indent=2))
+
+
+def one_of_several() -> bool:
+    """Whether torchrun started this, asked before torch is imported."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if not count.isdecimal():
+        raise NeqError(f"WORLD_SIZE: '{count}' is no number of processes; torchrun sets it, or unset it")
+    return int(count) > 1

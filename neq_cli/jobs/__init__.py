@@ -1,1 +1,1 @@
-"""A recipe trained into a run directory: started, recorded, paused, resumed, ended."""
+"""Trains recipes into run directories: start, record, pause, resume, end; where training and runs meet."""

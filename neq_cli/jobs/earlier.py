@@ -1,4 +1,4 @@
-"""Kernel choices that earlier runs have timed on the same machine: taken over, so that nothing is timed twice."""
+"""A run takes over the kernel choices that earlier runs timed on the same machine, so that nothing is timed twice."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.runs.store.paths import RunFiles, is_hidden
+from neq_cli.runs.store.paths import RunFiles, is_hidden, recipe_folder
 from neq_cli.runs.store.untrusted import damaged, read_json
 from neq_cli.text import printable
 
 if TYPE_CHECKING:
     from neq_cli.freezing.backward.dispatch import Choice
+    from neq_cli.recipe.load import LoadedRecipe
+    from neq_cli.training.processes.joined import Processes
 
 _MOST_RUNS = 16
 """The newest that are looked at."""
@@ -25,6 +27,18 @@ class Earlier:
 
     choices: Mapping[str, Choice] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def choices_beside(loaded: LoadedRecipe, path: Path | None, processes: Processes) -> Earlier:
+    """Return what the runs beside the one at ``path`` have timed, where that one is going to time anything."""
+    from neq_cli.training.loop.device import machine, resolve_device
+
+    if loaded.recipe.deterministic or loaded.recipe.backward == "dense":
+        return Earlier()
+    device = resolve_device(loaded.recipe.device, processes.local_rank if processes.count > 1 else None)
+    own = None if path is None else path.absolute()
+    folder = recipe_folder(loaded.name) if own is None else own.parent
+    return earlier_choices(folder, machine(device, processes.count), own)
 
 
 def earlier_choices(folder: Path, machine: Mapping[str, Any], own: Path | None = None) -> Earlier:

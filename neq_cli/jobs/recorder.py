@@ -1,17 +1,20 @@
-"""A session into its run directory while it trains: epochs, checkpoints, kernel choices, and how it ended."""
+"""Records a session in its run directory while it trains: epochs, checkpoints, kernel choices, and how it ended."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import Terminated, TrainingError, described
+from neq_cli.errors import RunDirectoryError, Terminated, TrainingError, described
 from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
-from neq_cli.jobs.signals import StopRequests
-from neq_cli.runs.store.writer import RunWriter, atomic_write, writing
+from neq_cli.jobs.stop_requests import StopRequests
+from neq_cli.recipe.load import dump_recipe
+from neq_cli.recipe.shipped import python_files
+from neq_cli.runs.store.writer import RunWriter, atomic_write, default_run_directory, writing
 from neq_cli.runs.views.live.progress import Progress
 
 if TYPE_CHECKING:
@@ -19,7 +22,40 @@ if TYPE_CHECKING:
     from neq_cli.training.session import Session
 
 
-class Recording:
+def create_directory(chosen: Path | None, name: str, session: Session) -> RunWriter:
+    """Make the run directory of ``session``: ``chosen``, or one named after the recipe, the time and the seed."""
+    recipe, about = dump_recipe(session.recipe), environment_of(session)
+    if chosen is not None:
+        return RunWriter.create(chosen, recipe, about)
+    attempts = 10
+    while True:
+        attempts -= 1
+        try:
+            return RunWriter.create(default_run_directory(name, session.recipe.seed, datetime.now()), recipe, about)
+        except RunDirectoryError:
+            # Another run that began in the same second may have taken the name.
+            if not attempts:
+                raise
+
+
+def environment_of(session: Session) -> dict[str, Any]:
+    """Return what environment.json says of the session: machine, versions, data and processes."""
+    from neq_cli.training.loop.device import environment
+
+    trainer = session.trainer
+    about = {"data": dict(session.data_content), "processes": trainer.processes.count}
+    matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
+    return {**environment(trainer.device), **about, **matched}
+
+
+def write_beginning(writer: RunWriter, session: Session, directory: Path) -> None:
+    """Write what is known before the first step: the Python files that the recipe names, and the notes."""
+    for source in python_files(session.recipe, directory):
+        writer.write_source(source.name, source.read_bytes())
+    writer.write_started(session.started)
+
+
+class Recorder:
     """Follows a session to its end. ``writer`` is None in all but the first of several processes.
 
     ``best`` is the best score so far, None where there is none. All processes follow together.

@@ -1,20 +1,26 @@
-"""Which run ``--resume`` goes on with, and from which checkpoint; every reason not to is one line."""
+"""Finds the run that ``--resume`` goes on with, and reads where it stands; every reason not to is one line."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import RecipeError, RunDirectoryError
+from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.jobs.earlier import Earlier
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.load import LoadedRecipe
 from neq_cli.runs.store.paths import check_resumable
 from neq_cli.runs.store.resumable import ANEW, differences, merged, newest_unfinished, stored_recipe
+from neq_cli.runs.store.run import read_run
 from neq_cli.runs.store.untrusted import damaged, read_json
 from neq_cli.runs.store.writer import RunWriter
+from neq_cli.text import counted, format_metric, printable
+
+if TYPE_CHECKING:
+    from neq_cli.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,19 @@ class Start:
     messages: tuple[str, ...] = ()
     damaged: tuple[Path, ...] = ()  # checkpoints that must not become the one before last
     earlier: Earlier = field(default_factory=Earlier)
+
+
+def resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tuple[RunWriter | None, Start]:
+    """Take the run that ``loaded`` goes on with, and read from where; None and a start from nothing without one."""
+    path, said = find_run(loaded, chosen)
+    if path is None:
+        return None, Start(loaded.recipe, messages=(said,))
+    writer, start = open_run(loaded, path, processes)
+    if start.state is not None:
+        so_far = start.state["so_far"]
+        within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
+        said += f" after epoch {start.state['epoch']}{within}"
+    return writer, replace(start, messages=(said, *start.messages))
 
 
 def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, str]:
@@ -112,6 +131,32 @@ def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[s
     if problems:
         raise RunDirectoryError("\n".join([*problems, f"{writer.path}: no checkpoint is whole; train anew"]))
     return None, [], ()
+
+
+def restore(session: Session, start: Start) -> None:
+    """Put the state that was saved into the session. RunDirectoryError where it is another model's."""
+    if start.state is None:
+        return
+    try:
+        session.trainer.load_state_dict(start.state)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NeqError) as error:
+        reason = printable(" ".join(str(error).split()), 300)
+        raise RunDirectoryError(
+            f"checkpoint: does not fit what recipe and code make now ({type(error).__name__}: {reason}); undo what "
+            "changed in the model's code, or train anew without --resume"
+        ) from error
+
+
+def finished_already(writer: RunWriter, start: Start) -> str:
+    """Return the line that tells how far a finished run is trained, and how good it is."""
+    run = read_run(writer.path)
+    scores = run.column(run.metric)
+    last = float(next((score for score in scores[::-1] if score == score), math.nan))  # the last that was measured
+    epoch = start.state["epoch"] if start.state is not None else 0
+    reached = f"{counted(epoch, 'epoch')}, {printable(run.metric)} {format_metric(last, run.metric)}"
+    if epoch > start.recipe.epochs:
+        reached += f", the {start.recipe.epochs} asked for among them"
+    return f"finished already: {writer.path}: {reached}; more epochs=... would extend it"
 
 
 def _check(path: Path, state: object) -> None:

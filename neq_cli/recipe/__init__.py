@@ -1,21 +1,17 @@
-"""What a recipe may say (keys.py), and how one is read, checked, resolved and shipped; never imports torch."""
+"""What a recipe may say (keys.py), and how one is read, checked, resolved and shipped; no module here imports torch."""
 
 from neq_cli.recipe.keys import (
-    BaselinePolicy,
     Check,
-    CustomPolicy,
     DataSection,
     ModelSection,
-    NEqPolicy,
     OptimizerSection,
     ParameterGroup,
-    PolicySection,
     Problem,
     Recipe,
     SchedulerSection,
-    Section,
-    StochasticPolicy,
 )
+from neq_cli.recipe.policy_keys import BaselinePolicy, CustomPolicy, NEqPolicy, PolicySection, StochasticPolicy
+from neq_cli.recipe.values import Section
 
 __all__ = [
     "BaselinePolicy",

@@ -1,4 +1,4 @@
-"""What each key of a recipe takes, in plain words, told from the models: for problems and for the reference table."""
+"""Says in plain words what each key of a recipe takes, as the models tell: for problems and for the reference table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
-from neq_cli.recipe.keys import POLICIES, Recipe, Section, Words, policy_kind
+from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.policy_keys import POLICIES, policy_kind
+from neq_cli.recipe.values import Section, Words
 
 _UNIONS = (Union, types.UnionType)
 
@@ -82,11 +84,6 @@ def shown(value: Any) -> str:
     """Return a value as a recipe would show it, cut where it is long: 'ten', true, [1, 2]."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def one_line(text: str) -> str:
-    """Return ``text`` with line breaks, escape codes and other unprintable characters spelt out."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _item(slot: Slot | None) -> Slot | None:

@@ -1,4 +1,7 @@
-"""A recipe as written: its values, and where each stands in the file or on the command line; nothing is validated."""
+"""Holds a recipe as written: its values, and where each stands in the file or on the command line; validates nothing.
+
+By hand, for the place of a value must survive overrides, which no YAML library's marks know of.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from neq_cli.recipe.keys import POLICIES, SchedulerSection
+from neq_cli.recipe.keys import SchedulerSection
+from neq_cli.recipe.policy_keys import POLICIES
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
 

@@ -1,4 +1,4 @@
-"""Python callables named in a recipe: importing them, and checking arguments against signatures; never calls them."""
+"""Imports the Python callables that a recipe names, and checks arguments against their signatures; calls none."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from neq_cli.errors import did_you_mean
-from neq_cli.training.problems import RecipeValueError, one_line
+from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 

@@ -1,4 +1,4 @@
-"""What a recipe may say: every key, its type and its default; names that only torch knows are checked in training."""
+"""Every key of a recipe, its type and its default; names that only torch knows are checked in training."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-
-@dataclass(frozen=True)
-class Words:
-    """What a key takes, in words, where its type alone does not say it; ``choices`` are what a typo may have meant."""
-
-    text: str
-    choices: tuple[str, ...] = ()
+from neq_cli.recipe.policy_keys import POLICIES, NEqPolicy, PolicySection
+from neq_cli.recipe.values import (
+    COURSE,
+    DRAW,
+    RESULT,
+    SURROUNDINGS,
+    Augment,
+    BelowOne,
+    Cache,
+    Change,
+    Count,
+    Device,
+    Entrypoint,
+    NotNegative,
+    PerChannel,
+    PixelRange,
+    Positive,
+    PositivePerChannel,
+    Section,
+    Share,
+    Task,
+)
 
 
 @dataclass(frozen=True)
@@ -25,59 +40,8 @@ class Problem:
     message: str
 
 
-@dataclass(frozen=True)
-class Change:
-    """What another value of a key makes of a run; every key says it in its annotation.
-
-    ``may_change``: a run that is resumed may take the other value. ``names_configuration``: runs that differ in the key
-    are compared as two configurations; else as one, like runs that differ in their seed.
-    """
-
-    may_change: bool
-    names_configuration: bool
-
-
-RESULT = Change(may_change=False, names_configuration=True)  # what is trained
-COURSE = Change(may_change=True, names_configuration=True)  # how far and by what means; may change in the middle
-SURROUNDINGS = Change(may_change=True, names_configuration=False)  # where it is computed; changes no result
-DRAW = Change(may_change=False, names_configuration=False)  # one of many runs of the same configuration
-
-
-class Section(BaseModel):
-    """A block of a recipe: unknown keys are refused, values are not coerced across types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 # Called with a section's name and the section, with "device" and its text, or with "" and the whole recipe.
 Check = Callable[[str, Any], Iterable[Problem]]
-
-_DOTTED = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
-_CALLABLE = rf"{_DOTTED}:{_DOTTED}"
-
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
-Entrypoint = Annotated[str, Field(pattern=f"^{_CALLABLE}$"), Words("pkg.mod:callable")]
-MATCH = "match"  # alone, where a sweep is to find the run
-MatchedRun = Annotated[str, Field(pattern=f"^{MATCH}:.+"), Words(f"{MATCH}:RUN_DIR")]
-Task = Annotated[
-    str,
-    Field(pattern=f"^(classification|segmentation|{_CALLABLE})$"),
-    Words("classification, segmentation or pkg.mod:callable", ("classification", "segmentation")),
-]
-PerChannel = Annotated[list[float], Field(min_length=1)]
-PositivePerChannel = Annotated[list[Positive], Field(min_length=1)]
-PixelRange = Annotated[list[float], Field(min_length=2, max_length=2), Words("list of two numbers, low and high")]
-Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
-Cache = Literal["auto", "memory", "device", "none"]
-Device = Annotated[
-    str,
-    Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
-    Words("auto, cpu, cuda, cuda:N, mps or another torch device", ("auto", "cpu", "cuda", "mps")),
-]
 
 
 def _exactly_one_source(name: str | None, entrypoint: str | None) -> None:
@@ -266,97 +230,6 @@ class SchedulerSection(_ArgumentsSection):
         """The argument that says how long the schedule is: where it is not given, it follows from the epochs."""
         lengths = {"cosine": "T_max", "cosineannealing": "T_max", "polynomial": "total_iters", "linear": "total_iters"}
         return lengths.get(self.name.lower().removesuffix("lr"))
-
-
-class BaselinePolicy(Section):
-    """Freezes nothing."""
-
-    kind: Annotated[Literal["baseline"], RESULT] = "baseline"
-
-
-class NEqPolicy(Section):
-    """Freezes neurons at equilibrium (Eq. 1, 3, 4, 6)."""
-
-    kind: Annotated[Literal["neq"], RESULT] = "neq"
-    epsilon: Annotated[NotNegative, RESULT] = Field(
-        default=0.001, description="frozen when |velocity| < epsilon (Eq. 6)"
-    )
-    mu: Annotated[float, Field(ge=0, lt=1), RESULT] = Field(
-        default=0.5, description="damping of the velocity (Eq. 4); safe up to 0.5"
-    )
-    definition: Annotated[Literal["paper", "reference"], RESULT] = Field(
-        default="paper", description="paper: its equations; reference: what the authors' code computes"
-    )
-
-
-def matched_run(p: object) -> str | None:
-    """Return the RUN_DIR of ``p: match:RUN_DIR``, None where p is a share or anything else."""
-    word, colon, run = str(p).partition(":")
-    return run if colon and word == MATCH else None
-
-
-def match_with(run: object) -> str:
-    """Return the p that ``matched_run`` reads as ``run``."""
-    return f"{MATCH}:{run}"
-
-
-class StochasticPolicy(Section):
-    """Freezes a random share of every layer's neurons, drawn anew each epoch."""
-
-    kind: Annotated[Literal["stochastic"], RESULT] = "stochastic"
-    p: Annotated[Share | MatchedRun, RESULT] = Field(
-        description="share of neurons; match:RUN_DIR takes the p with that run's mean paper FLOPs", examples=[0.5]
-    )
-    matched_p: Annotated[Share | None, DRAW] = Field(
-        default=None, description="what match: came to; written into the resolved recipe", examples=[0.38]
-    )
-
-    @property
-    def share(self) -> float | None:
-        """p itself, or what ``match:`` came to; None where that is yet to be found."""
-        return self.p if isinstance(self.p, float) else self.matched_p
-
-    @property
-    def run_to_match(self) -> str | None:
-        """The run directory whose FLOPs p is yet to be matched to, None where the share is known."""
-        return matched_run(self.p) if self.share is None else None
-
-
-class CustomPolicy(Section):
-    """Any policy of your own."""
-
-    kind: Annotated[Literal["entrypoint"], RESULT] = "entrypoint"
-    entrypoint: Annotated[Entrypoint, RESULT] = Field(
-        description="callable that returns a Policy", examples=["my_policies:coin_toss"]
-    )
-    kwargs: Annotated[dict[str, Any], RESULT] = Field(
-        default_factory=dict, description="arguments of the callable", examples=["{share: 0.5}"]
-    )
-
-
-DEFAULT_POLICY_KIND = "neq"
-POLICIES: dict[str, type[Section]] = {
-    "baseline": BaselinePolicy,
-    "neq": NEqPolicy,
-    "stochastic": StochasticPolicy,
-    "entrypoint": CustomPolicy,
-}
-
-
-def policy_kind(policy: Any) -> Any:
-    """Return a policy section's kind, written or default, of a mapping or a validated section."""
-    if isinstance(policy, dict):
-        return policy.get("kind", DEFAULT_POLICY_KIND)
-    return getattr(policy, "kind", DEFAULT_POLICY_KIND)
-
-
-PolicySection = Annotated[
-    Annotated[BaselinePolicy, Tag("baseline")]
-    | Annotated[NEqPolicy, Tag("neq")]
-    | Annotated[StochasticPolicy, Tag("stochastic")]
-    | Annotated[CustomPolicy, Tag("entrypoint")],
-    Discriminator(lambda policy: str(policy_kind(policy))),
-]
 
 
 class Recipe(Section):

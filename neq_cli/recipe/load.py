@@ -1,4 +1,7 @@
-"""From a path or name to a checked recipe, or to all its problems; names only torch knows are left to checks."""
+"""Reads a recipe from a path, or by the name of one that neq ships, and checks it; or tells all its problems at once.
+
+Names that only torch knows are left to ``checks``, which the caller gives.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neq_cli.errors import RecipeError
-from neq_cli.recipe.describe import one_line, shown
+from neq_cli.errors import RecipeError, did_you_mean
+from neq_cli.recipe.describe import shown
 from neq_cli.recipe.document import Document, Located, Override, Place
-from neq_cli.recipe.keys import Check, Problem, Recipe
-from neq_cli.recipe.source import find_recipe, read_text, shipped_directory
+from neq_cli.recipe.keys import Check, Recipe
 from neq_cli.recipe.validate import valid_parts, validate
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
+from neq_cli.text import escaped
 
-__all__ = ["Check", "LoadedRecipe", "Problem", "dump_recipe", "load_recipe"]
+LARGEST = 1_000_000  # bytes; far above any recipe, and quickly read
+
+
+def shipped_directory() -> Path:
+    """Return the folder of shipped recipes: in the installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in shipped_directory().glob("[!.]*.yaml"))
+
+
+def find_recipe(reference: str) -> Path:
+    """Return the file that ``reference`` means; a path wins over a shipped name. Raise ``RecipeError``."""
+    name, known = escaped(reference), shipped_names()
+    if not reference:
+        raise RecipeError([f"no recipe given; give a file or one of {', '.join(known)}"])
+    try:
+        path = Path(reference).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except PermissionError:
+        raise RecipeError([f"{name}: cannot be read: permission denied"]) from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null character, an unknown ~user
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError([f"{name}: is no path: {reason.rstrip('.').lower()}"]) from None
+    if exists and not is_directory:
+        return path.absolute()
+    if reference in known:
+        return shipped_directory() / f"{reference}.yaml"
+    if is_directory:
+        inside = path / "recipe.yaml"
+        mend = f"did you mean '{escaped(str(inside))}'?" if inside.is_file() else "give the recipe file in it"
+        raise RecipeError([f"{name}: is a directory, not a recipe; {mend}"])
+    suggestion = did_you_mean(path.stem, known)
+    raise RecipeError([f"{name}: no such file, nor a recipe of that name; known: {', '.join(known)}{suggestion}"])
 
 
 @dataclass(frozen=True)
@@ -40,7 +80,7 @@ class LoadedRecipe:
     def problem(self, key: str, message: str) -> str:
         """Return the line that tells a user of a problem with ``key``, and where it was written."""
         path = tuple(key.split("."))
-        return one_line(_line(self.document.place(path), path, message, self.file))
+        return escaped(_line(self.document.place(path), path, message, self.file))
 
     def resolved_yaml(self) -> str:
         """Return the recipe with its overrides and defaults written out; see ``dump_recipe``."""
@@ -61,12 +101,28 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), checks: Sequence[
     """
     path = find_recipe(reference)
     file = path.name if path.parent == shipped_directory() else reference
-    document = _read(read_text(path, file), file)
+    document = _read(_text_of(path, file), file)
     document.override(overrides)
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
         raise RecipeError(_lines(problems, file))
     return LoadedRecipe(recipe, path, file, document)
+
+
+def _text_of(path: Path, name: str) -> str:
+    """Return a recipe's text; ``name`` is what problems call the file. Raise ``RecipeError``."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise RecipeError([f"{name}: cannot be read: {(error.strerror or str(error)).lower()}"]) from None
+    if len(content) > LARGEST:
+        raise RecipeError([f"{name}: is larger than 1 MB, so not a recipe; give a YAML file"])
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError([f"{name}:{line}: is not UTF-8 text; save it as UTF-8"]) from None
 
 
 def _read(text: str, file: str) -> Document:
@@ -106,7 +162,7 @@ def _run(checks: Sequence[Check], name: str, part: Any, document: Document) -> l
 def _lines(problems: Sequence[Located], file: str) -> list[str]:
     """Return one line per problem: the file's from top to bottom, then the command line's from left to right."""
     ordered = sorted(problems, key=lambda problem: _order(problem[0]))
-    return list(dict.fromkeys(one_line(_line(*problem, file)) for problem in ordered))
+    return list(dict.fromkeys(escaped(_line(*problem, file)) for problem in ordered))
 
 
 def _order(place: Place) -> tuple[int, int]:

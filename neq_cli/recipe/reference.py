@@ -1,4 +1,7 @@
-"""The Markdown table of every key of a recipe, told from the models."""
+"""Writes the Markdown table of every key of a recipe, as the models tell; only the documentation and its test call it.
+
+Apart from describe.py, whose sentences users see whenever a recipe is wrong: the table changes for other reasons.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from neq_cli.recipe.describe import expected, shown
-from neq_cli.recipe.keys import DEFAULT_POLICY_KIND, POLICIES, ParameterGroup, Recipe, Section
+from neq_cli.recipe.keys import ParameterGroup, Recipe
+from neq_cli.recipe.policy_keys import DEFAULT_POLICY_KIND, POLICIES
+from neq_cli.recipe.values import Section
 
 Row = tuple[str, str, str, str]
 

@@ -1,4 +1,4 @@
-"""The recipes that neq ships: what there is, and copies of them to change."""
+"""Lists the recipes that neq ships, and copies them to be changed; ``neq recipes`` and ``neq init`` call it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 from neq_cli.errors import NeqError, did_you_mean
 from neq_cli.recipe.keys import Recipe
-from neq_cli.recipe.load import load_recipe
-from neq_cli.recipe.source import shipped_directory, shipped_names
+from neq_cli.recipe.load import load_recipe, shipped_directory, shipped_names
 
 
 @dataclass(frozen=True)

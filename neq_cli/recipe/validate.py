@@ -1,4 +1,4 @@
-"""Every problem of a recipe's values at once, each in one plain sentence; where it was written is told elsewhere."""
+"""Finds every problem of a recipe's values at once, each in one plain sentence; load.py adds where it was written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pydantic_core import ErrorDetails
 
 from neq_cli.errors import did_you_mean
 from neq_cli.recipe.describe import Slot, choices, expected, section_at, shown, slot_at
-from neq_cli.recipe.keys import POLICIES, Device, PolicySection, Recipe, Section, policy_kind
+from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.policy_keys import POLICIES, PolicySection, policy_kind
+from neq_cli.recipe.values import Device, Section
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
 _MISSING = object()

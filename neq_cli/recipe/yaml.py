@@ -1,4 +1,8 @@
-"""YAML as recipes use it: plain values and the line of every key; no aliases, tags or repeated keys."""
+"""Reads and writes YAML as recipes use it: plain values and the line of every key; no aliases, tags or repeated keys.
+
+On PyYAML's nodes and marks, not ruamel.yaml: by its YAML 1.2, ``yes`` and ``on`` in recipes of today would become text,
+and the plain sentences for what is no YAML would have to be written all the same.
+"""
 
 from __future__ import annotations
 

@@ -49,10 +49,9 @@ def build_policy(section: PolicySection, seed: int) -> Policy:
 
 def chosen_share(section: StochasticPolicy) -> float:
     """Return p itself, or what ``match:`` came to."""
-    share = section.p if isinstance(section.p, float) else section.matched_p
-    if share is None:
+    if section.share is None:
         raise RecipeValueError("policy.p", f"'{section.p}' has not been matched yet; give policy.matched_p")
-    return share
+    return section.share
 
 
 def trainable_shares(anatomy: Anatomy, p: float) -> dict[str, float]:

@@ -8,7 +8,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neq_cli.errors import RecipeError, TrainingError
+from neq_cli.errors import RecipeValueError as RecipeValueError
+from neq_cli.errors import TrainingError
+from neq_cli.errors import one_line as one_line
 
 if TYPE_CHECKING:
     from neq_cli.recipe import Recipe
@@ -17,18 +19,6 @@ _OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOENT, errno.EIO, errno.EMFILE, errno.ENFILE),
 }
-
-
-class RecipeValueError(RecipeError):
-    """A value of the recipe that cannot be used: ``key`` is its dotted path, ``reason`` what is wrong and the mend."""
-
-    def __init__(self, key: str, reason: str) -> None:
-        self.key = key
-        self.reason = reason
-        super().__init__([f"{key}: {reason}"])
-
-    def __reduce__(self) -> tuple[type[RecipeValueError], tuple[str, str]]:
-        return type(self), (self.key, self.reason)
 
 
 class DataError(TrainingError):
@@ -40,13 +30,6 @@ class DataError(TrainingError):
     def __init__(self, message: str) -> None:
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         super().__init__(message.rpartition(name)[2].strip() if message.startswith("Caught ") else message)
-
-
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """Return ``"ValueError: its first line"``, cut to ``limit`` characters."""
-    text = " ".join(str(error).strip().split("\n", 1)[0].split())
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def of_the_disk(error: BaseException) -> bool:

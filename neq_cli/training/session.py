@@ -199,7 +199,7 @@ def match(
     ``shape`` is that of one sample, batch dimension first.
     """
     policy = recipe.policy
-    if not isinstance(policy, StochasticPolicy) or isinstance(policy.p, float) or policy.matched_p is not None:
+    if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
         return recipe, []
     if matched_flops is None:
         raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")

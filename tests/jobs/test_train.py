@@ -16,7 +16,6 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from neq_cli.ending import Watch
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.events import EpochRecord, Record
 from neq_cli.freezing import Observation
@@ -24,6 +23,7 @@ from neq_cli.jobs import train as running
 from neq_cli.recipe.load import LoadedRecipe, load_recipe
 from neq_cli.runs.store.run import read_run
 from neq_cli.runs.views.live.progress import Silent
+from neq_cli.signals import Watch
 from neq_cli.training.loop.checkpoint import load_state, read_weights
 
 SMALL = """

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe.entrypoints import accepted_arguments, add_import_folder, check_kwargs, load_entrypoint
-from neq_cli.training.problems import DataError, RecipeValueError, one_line
+from neq_cli.training.problems import DataError
 
 
 @pytest.fixture(autouse=True)

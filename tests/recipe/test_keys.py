@@ -10,20 +10,15 @@ from pydantic import ValidationError
 
 from neq_cli.recipe.keys import (
     CHANGES,
-    POLICIES,
-    BaselinePolicy,
-    Change,
     DataSection,
-    NEqPolicy,
     OptimizerSection,
     ParameterGroup,
     Recipe,
     SchedulerSection,
-    StochasticPolicy,
-    match_with,
-    matched_run,
     warnings,
 )
+from neq_cli.recipe.policy_keys import POLICIES, BaselinePolicy, NEqPolicy, StochasticPolicy, match_with, matched_run
+from neq_cli.recipe.values import Change
 
 SMALLEST = {"model": {"name": "resnet18"}, "data": {"name": "CIFAR10"}, "epochs": 3, "optimizer": {"name": "sgd"}}
 
@@ -201,7 +196,7 @@ def test_warnings() -> None:
 
 
 def test_recipes_are_read_without_torch() -> None:
-    modules = "describe document entrypoints keys load reference shipped source validate yaml"
+    modules = "describe document entrypoints keys load policy_keys reference shipped validate values yaml"
     imports = "; ".join(f"import neq_cli.recipe.{module}" for module in modules.split())
     work = "neq_cli.recipe.shipped.list_recipes(); neq_cli.recipe.reference.recipe_reference()"
     code = f"import sys; {imports}; {work}; sys.exit('torch' in sys.modules)"

@@ -6,20 +6,19 @@ from pathlib import Path
 import pytest
 
 from neq_cli.errors import RecipeError
+from neq_cli.recipe import Check
 from neq_cli.recipe.keys import (
-    CustomPolicy,
     DataSection,
     ModelSection,
-    NEqPolicy,
     OptimizerSection,
     ParameterGroup,
     Problem,
     Recipe,
     SchedulerSection,
-    Section,
-    StochasticPolicy,
 )
-from neq_cli.recipe.load import Check, dump_recipe, load_recipe
+from neq_cli.recipe.load import dump_recipe, load_recipe
+from neq_cli.recipe.policy_keys import CustomPolicy, NEqPolicy, StochasticPolicy
+from neq_cli.recipe.values import Section
 
 GOOD = """\
 model: {name: resnet32, kwargs: {num_classes: 10}}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from neq_cli.recipe.keys import POLICIES, Recipe
+from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.policy_keys import POLICIES
 from neq_cli.recipe.reference import recipe_reference
 
 

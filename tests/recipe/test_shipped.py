@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from neq_cli.errors import NeqError
-from neq_cli.recipe import source
+from neq_cli.recipe import load
 from neq_cli.recipe.keys import Recipe, warnings
 from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.shipped import copy_recipe, list_recipes
@@ -83,16 +83,16 @@ def test_the_digits_recipes_differ_in_their_policy_only(other: str) -> None:
 
 
 def test_an_installed_package_has_them_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = source.shipped_directory()
-    monkeypatch.setattr(source, "__file__", str(tmp_path / "neq_cli" / "recipe" / "source.py"))
-    assert source.shipped_directory() == tmp_path / "recipes"
+    checkout = load.shipped_directory()
+    monkeypatch.setattr(load, "__file__", str(tmp_path / "neq_cli" / "recipe" / "load.py"))
+    assert load.shipped_directory() == tmp_path / "recipes"
     inside = tmp_path / "neq_cli" / "recipes"
     inside.mkdir(parents=True)
     (inside / "digits.yaml").write_bytes((checkout / "digits.yaml").read_bytes())
     (inside / "._digits.yaml").write_bytes(b"what macOS keeps beside a file")
-    assert source.shipped_directory() == inside
-    assert source.find_recipe("digits") == inside / "digits.yaml"
-    assert source.shipped_names() == ["digits"]
+    assert load.shipped_directory() == inside
+    assert load.find_recipe("digits") == inside / "digits.yaml"
+    assert load.shipped_names() == ["digits"]
 
 
 def test_a_copy_is_the_same_recipe(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""One run of a sweep, in a process of its own: `neq` that saves and ends when the sweep that started it is gone."""
+"""Is `neq` for one run of a sweep: it saves and ends when the sweep that started it is gone.
+
+A module of its own, for it is what ``python -m`` starts, and imports nothing heavy before it watches.
+"""
 
 from __future__ import annotations
 

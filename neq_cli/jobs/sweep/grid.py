@@ -1,4 +1,4 @@
-"""From KEY=V1,V2,... to the points of a grid, each with a name that is safe as a folder's; values are not checked."""
+"""Expands KEY=V1,V2,... to the points of a grid, each with a name that is safe as a folder's; checks no values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from itertools import product
 from typing import Any
 
 from neq_cli.errors import RecipeError
-from neq_cli.recipe.describe import one_line, shown
-from neq_cli.recipe.keys import CHANGES, SURROUNDINGS
+from neq_cli.recipe.describe import shown
+from neq_cli.recipe.keys import CHANGES
+from neq_cli.recipe.values import SURROUNDINGS
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
+from neq_cli.text import escaped
 
 LARGEST = 1000  # points; a run of seconds each would take them most of an hour
 _SAFE = re.compile(r"[A-Za-z0-9_.+-]+=[A-Za-z0-9_.+-]+")
@@ -92,7 +94,7 @@ def parse_grid(arguments: Sequence[str]) -> Grid:
             twice = _first_repeated([_text(_value(text)) for text in texts])
             what = f"{shown(twice)} is given twice; remove one" if twice is not None else None
         if what is not None:
-            problems.append(one_line(f"command line: {argument}: {what}"))
+            problems.append(escaped(f"command line: {argument}: {what}"))
             continue
         axes[key] = Axis(key, tuple(texts))
     count = math.prod(len(axis.texts) for axis in axes.values())
@@ -108,7 +110,10 @@ def parse_grid(arguments: Sequence[str]) -> Grid:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at the commas that stand in no brackets, braces or quotes, as YAML has these."""
+    """Split at the commas that stand in no brackets, braces or quotes, as YAML has these.
+
+    By hand, not as one YAML list: within a list, a bracket in a path ends the value, and one mistake spoils them all.
+    """
     pieces, start, depth, quote = [], 0, 0, ""
     begins = True  # only where a value begins do quotes and brackets mean anything
     index = 0

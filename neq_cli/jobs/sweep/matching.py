@@ -1,4 +1,4 @@
-"""`p: match` among the policies of a sweep: which NEq run of the same sweep a stochastic one takes its p from."""
+"""Finds the NEq run of a sweep that a stochastic policy with `p: match` in the same sweep is to match."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neq_cli.jobs.sweep.grid import Point
-from neq_cli.recipe.keys import MATCH, match_with, policy_kind
+from neq_cli.recipe.policy_keys import MATCH, match_with, policy_kind
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
 from neq_cli.runs.store.sweep_folder import SweepFiles
 

@@ -1,4 +1,4 @@
-"""Every run of a sweep, checked before anything is trained: recipes, names, and what is there of earlier calls."""
+"""Plans a sweep: checks every run before any is trained, its recipe, its name, and what earlier calls left of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from neq_cli.errors import RecipeError, RunDirectoryError
-from neq_cli.jobs.sweep.folding import folded
 from neq_cli.jobs.sweep.grid import Grid, Point, parse_grid
 from neq_cli.jobs.sweep.matching import Matches, find_matches, with_match
-from neq_cli.recipe import Problem
+from neq_cli.recipe import Check, Problem
 from neq_cli.recipe.keys import warnings
-from neq_cli.recipe.load import Check, LoadedRecipe, load_recipe
-from neq_cli.recipe.source import find_recipe
+from neq_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
 from neq_cli.runs.store.paths import RunFiles, check_resumable
 from neq_cli.runs.store.resumable import differences, stored_recipe
 from neq_cli.runs.store.sweep_folder import SweepFiles, check_sweep, default_sweep_directory
@@ -162,3 +160,22 @@ def _raise_folded(problems: Sequence[tuple[Point, Sequence[str]]], points: int, 
     lines = folded([(point.name, said) for point, said in problems], points)
     if lines:
         raise RecipeError([*lines, *advice])
+
+
+def folded(said: Sequence[tuple[str, Sequence[str]]], runs: int) -> tuple[str, ...]:
+    """Return what is said of many runs, each line once, behind the names of those it is said of unless it is all.
+
+    ``said`` are (name, lines) pairs; ``runs`` is how many runs there are, also those of which nothing is said.
+    """
+    names: dict[str, list[str]] = {}
+    for name, lines in said:
+        for line in lines:
+            names.setdefault(line, []).append(name)
+    return tuple(f"{_of(names[line], runs)}{line}" for line in names)
+
+
+def _of(names: Sequence[str], runs: int) -> str:
+    if len(names) == runs and runs > 1:
+        return ""
+    more = len(names) - 1
+    return f"{names[0]}{f' and {more} more' if more else ''}: "

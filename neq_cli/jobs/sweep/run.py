@@ -1,4 +1,4 @@
-"""A sweep from its plan to its end: a queue of runs, so many processes at once, and one signal for all of them."""
+"""Runs a sweep from its plan to its end: a queue of runs, so many processes at once, and one signal for all."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from neq_cli.errors import RunDirectoryError, Terminated, TrainingError
-from neq_cli.jobs.signals import StopRequests
-from neq_cli.jobs.sweep.folding import folded
-from neq_cli.jobs.sweep.plan import PlannedRun, SweepPlan
-from neq_cli.jobs.sweep.process import Job, train_command
-from neq_cli.jobs.sweep.sharing import cores, cuda_devices, shared_environment
+from neq_cli.jobs.stop_requests import StopRequests
+from neq_cli.jobs.sweep.plan import PlannedRun, SweepPlan, folded
+from neq_cli.jobs.sweep.process import Job, cores, cuda_devices, shared_environment, train_command
 from neq_cli.runs.store.sweep_folder import SweepRecord, open_sweep
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, STOPPED, SweepState
 from neq_cli.runs.views.live.sweep_view import SweepView

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from neq_cli.recipe.keys import MATCH, NAMES_NO_CONFIGURATION, matched_run
+from neq_cli.recipe.keys import NAMES_NO_CONFIGURATION
+from neq_cli.recipe.policy_keys import MATCH, matched_run
 from neq_cli.runs.compare.statistics import mean_known, summarise
 from neq_cli.runs.store.run import Run
 from neq_cli.text import printable

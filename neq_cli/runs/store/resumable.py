@@ -9,7 +9,8 @@ from typing import Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.recipe.describe import shown
-from neq_cli.recipe.keys import MAY_CHANGE, Problem, Recipe, StochasticPolicy, matched_run
+from neq_cli.recipe.keys import MAY_CHANGE, Problem, Recipe
+from neq_cli.recipe.policy_keys import StochasticPolicy, matched_run
 from neq_cli.recipe.validate import validate
 from neq_cli.runs.store.paths import STATES, RunFiles, is_hidden, recipe_folder
 from neq_cli.runs.store.status import parse_time

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from neq_cli.recipe.keys import Cache
+from neq_cli.recipe.values import Cache
 from neq_cli.training.data.images import Images, StoredImages
 from neq_cli.training.data.memory import free_memory
 from neq_cli.training.data.parts import Data

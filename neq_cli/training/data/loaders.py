@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from neq_cli.recipe.keys import Cache
+from neq_cli.recipe.values import Cache
 from neq_cli.training.data.cache import choose_cache
 from neq_cli.training.data.cached import KeptApart, KeptBatches, Reading
 from neq_cli.training.data.images import Images, KeptImages, ReadImages, StoredImages

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as images_functional
 
-from neq_cli.recipe.keys import Augment
+from neq_cli.recipe.values import Augment
 
 _IMAGENET_SIZE = 224
 _IMAGENET_RESIZE = 256 / 224  # torchvision's ImageNet tests scale the shorter side to 256 and cut 224 from the middle

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neq_cli.errors import RunDirectoryError, TrainingError
-from neq_cli.recipe.describe import one_line
+from neq_cli.text import escaped
 
 _DTYPES = {
     "F64": torch.float64,
@@ -56,7 +56,7 @@ def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
     for name, tensor in ordered:
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _NAMES:
             kind = f"{tensor.layout} {tensor.dtype} tensor on {tensor.device}".replace("torch.", "")
-            raise TrainingError(f"{one_line(str(path))}: {one_line(name)}: a {kind} cannot be stored")
+            raise TrainingError(f"{escaped(str(path))}: {escaped(name)}: a {kind} cannot be stored")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         entries[_text(name)] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     own = {"checksum": _NO_CHECKSUM.decode(), **{_text(key): _text(value) for key, value in metadata.items()}}
@@ -64,7 +64,7 @@ def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
     header += b" " * (-len(header) % 8)
     if len(entries) != len(tensors) or len(header) > _LARGEST_HEADER or _marks(header) > _MOST_MARKS:
         raise TrainingError(
-            f"{one_line(str(path))}: {len(tensors)} tensors with {len(header)} bytes to describe them; at most "
+            f"{escaped(str(path))}: {len(tensors)} tensors with {len(header)} bytes to describe them; at most "
             f"{_LARGEST_HEADER} bytes, {_MOST_MARKS} commas and brackets, and names that differ as UTF-8"
         )
     with path.open("wb") as file:
@@ -95,19 +95,19 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
                 raise _Damage("not a regular file")
             return _read(file, state.st_size)
     except FileNotFoundError as error:
-        raise RunDirectoryError(f"{one_line(str(path))}: missing") from error
+        raise RunDirectoryError(f"{escaped(str(path))}: missing") from error
     except _Damage as damage:
         raise damaged(path, str(damage)) from damage
     except OSError as error:
-        reason = one_line(error.strerror or str(error))
-        raise RunDirectoryError(f"{one_line(str(path))}: cannot be read: {reason}") from error
+        reason = escaped(error.strerror or str(error))
+        raise RunDirectoryError(f"{escaped(str(path))}: cannot be read: {reason}") from error
     except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's allocator
         raise damaged(path, f"{type(error).__name__}: too large for the memory") from error
 
 
 def damaged(path: Path, reason: str) -> RunDirectoryError:
     """Return the error for a file of tensors that is not as it was written."""
-    return RunDirectoryError(f"{one_line(str(path))}: damaged ({one_line(reason)}); use another, or train again")
+    return RunDirectoryError(f"{escaped(str(path))}: damaged ({escaped(reason)}); use another, or train again")
 
 
 class _Damage(Exception):

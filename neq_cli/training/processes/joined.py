@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from neq_cli.complaints import keep_company
 from neq_cli.errors import NeqError, Terminated, TrainingError, described
 from neq_cli.freezing.backward.dispatch import Choice, read_choice
 from neq_cli.freezing.processes.agreement import overwrite_from_first
@@ -240,6 +241,7 @@ def join() -> Processes:
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
         local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         _joined = Processes(rank, count, local_rank, local_count, own, lifeline)
+        keep_company(_joined)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         mend = "start them with torchrun"

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from neq_cli.errors import RecipeError, RunDirectoryError
-from neq_cli.jobs.sweep.folding import folded
-from neq_cli.jobs.sweep.plan import plan_sweep
+from neq_cli.jobs.sweep.plan import folded, plan_sweep
 from neq_cli.recipe import Problem
 from neq_cli.recipe.load import LoadedRecipe, load_recipe
 from neq_cli.runs.views.live.sweep_state import FINISHED, PENDING

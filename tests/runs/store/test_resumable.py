@@ -147,8 +147,8 @@ def test_epochs_of_a_schedule_that_was_laid_out_for_them(name: str, argument: st
 
 
 def test_lengths_of_schedules_are_those_that_training_fills_in() -> None:
+    from neq_cli.errors import RecipeValueError
     from neq_cli.training.loop import optimizers as optim
-    from neq_cli.training.problems import RecipeValueError
 
     known = 0
     for name in ["constant", *optim._SHORT, *optim._SCHEDULERS]:

@@ -10,8 +10,7 @@ import torch
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import Recipe
-from neq_cli.recipe.load import load_recipe
-from neq_cli.recipe.source import shipped_names
+from neq_cli.recipe.load import load_recipe, shipped_names
 from neq_cli.training.bench.measure import bench
 from neq_cli.training.bench.noise import find_data
 from neq_cli.training.bench.options import BenchOptions

@@ -10,7 +10,7 @@ from rounding import apart
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from neq_cli.recipe.keys import Augment
+from neq_cli.recipe.values import Augment
 from neq_cli.training.data import transforms
 from neq_cli.training.data.transforms import Mixing, Preparation, crop_and_mirror, drawn_from, erased
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from neq_cli import Freezer, NEq, Stochastic
 from neq_cli.events import EpochRecord
-from neq_cli.recipe.keys import Cache
 from neq_cli.recipe.load import load_recipe
+from neq_cli.recipe.values import Cache
 from neq_cli.training.data.cached import KeptBatches
 from neq_cli.training.data.images import StoredImages
 from neq_cli.training.data.loaders import make_loaders

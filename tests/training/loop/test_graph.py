@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import RecipeError, TrainingError
-from neq_cli.jobs.train import prepared
+from neq_cli.jobs.prepare import prepared
 from neq_cli.recipe.load import load_recipe
 from neq_cli.training.checks import check_section
 from neq_cli.training.loop.graph import WARM_UP, GraphedStep

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted, so that the step can be finished and saved; a second one leaves at once."""
+"""Notes Ctrl-C and other signals, so that a run finishes its step and saves; a second one leaves at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from neq_cli import ending
+from neq_cli import signals
 from neq_cli.errors import Terminated
 
 
@@ -31,8 +31,8 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            ending.noting.append(self)
-            for number in ending.SIGNALS:
+            signals.noting.append(self)
+            for number in signals.SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -42,22 +42,22 @@ class StopRequests:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self in ending.noting:
-            ending.noting.remove(self)
+        if self in signals.noting:
+            signals.noting.remove(self)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        ending.answer(number)
+        signals.answer(number)
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number).name, now
             if not self.waits:
                 self._raised = True
-                ending.end_by(number)
-        elif not ending.repeats(number, now - self._received_at):
+                signals.end_by(number)
+        elif not signals.repeats(number, now - self._received_at):
             if self._raised:
-                ending.leave(number)
+                signals.leave(number)
             self._raised = True
-            ending.end_by(number)
+            signals.end_by(number)
 
     def error(self, message: str = "") -> Terminated:
         """Return what ends the run, with what the user should know."""

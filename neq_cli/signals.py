@@ -1,4 +1,4 @@
-"""How `neq` ends by a signal: by an exception in the main thread, or by a thread that watches where that says nothing.
+"""Ends `neq` by Ctrl-C and other signals: by an exception in the main thread, else by a thread that watches it.
 
 Imports next to nothing, for its handlers are to be there before anything else.
 """

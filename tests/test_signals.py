@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from neq_cli import ending
+from neq_cli import signals
 
 Start = Callable[..., Any]
 
@@ -38,7 +38,7 @@ def stuck(*arguments, **options):
 
 module.{name} = stuck
 """
-IMPATIENT = "import neq_cli.ending; neq_cli.ending._CLEANING_UP = 0.3"
+IMPATIENT = "import neq_cli.signals; neq_cli.signals._CLEANING_UP = 0.3"
 COMMANDS = {
     "train": (("train", "rich.yaml"), "neq_cli.recipe.load", "load_recipe"),
     "sweep": (("sweep", "rich.yaml", "seed=1,2"), "neq_cli.jobs.sweep.plan", "plan_sweep"),
@@ -148,8 +148,8 @@ def test_a_signal_in_a_finaliser_is_not_lost(
     began = time.monotonic()
     process = neq(command, "rich.yaml", before=before)
     assert process.wait(30) == code, process.text
-    assert time.monotonic() - began < ending._CLEANING_UP  # nor ended by the patience of the other thread
-    assert process.lines == [ending.last_words(signal.Signals(number).name)]
+    assert time.monotonic() - began < signals._CLEANING_UP  # nor ended by the patience of the other thread
+    assert process.lines == [signals.last_words(signal.Signals(number).name)]
 
 
 def test_a_training_that_does_not_answer_waits_for_the_second_signal(
@@ -239,10 +239,10 @@ def test_a_launchers_copy_of_a_signal_is_no_second_one(
 
 def test_what_only_repeats_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert [ending.repeats(signal.SIGTERM, seconds) for seconds in (0.5, 1.5)] == [True, False]
-    assert not ending.repeats(signal.SIGINT, 0.0)
+    assert [signals.repeats(signal.SIGTERM, seconds) for seconds in (0.5, 1.5)] == [True, False]
+    assert not signals.repeats(signal.SIGINT, 0.0)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert [ending.repeats(signal.SIGTERM, seconds) for seconds in (0.5, 1.5, 6)] == [True, True, False]
+    assert [signals.repeats(signal.SIGTERM, seconds) for seconds in (0.5, 1.5, 6)] == [True, True, False]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -295,7 +295,7 @@ def test_a_signal_as_it_starts_is_one_line(folder: Path, seconds: float, number:
     finally:
         process.kill()
     assert (process.returncode, out) == (code, ""), said
-    assert said == ending.last_words(signal.Signals(number).name) + "\n"
+    assert said == signals.last_words(signal.Signals(number).name) + "\n"
 
 
 def in_session(session: int) -> list[int]:
@@ -333,7 +333,7 @@ def test_a_signal_while_torch_compiles(folder: Path, seconds: float, numbers: tu
         process.kill()
     assert process.returncode == code, said
     assert "Traceback" not in said
-    assert said.splitlines()[-1] == ending.last_words(signal.Signals(numbers[-1]).name)
+    assert said.splitlines()[-1] == signals.last_words(signal.Signals(numbers[-1]).name)
     end = time.monotonic() + 20
     while (left := in_session(process.pid)) and time.monotonic() < end:
         time.sleep(0.05)

@@ -1,0 +1,60 @@
+"""``neq sweep``: a recipe trained once for every combination of values."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from neq_cli.commands.shared import DeviceOption, RecipeArgument, one_of_several, with_device
+from neq_cli.complaints import complain
+from neq_cli.errors import NeqError
+
+
+def sweep(
+    recipe: RecipeArgument,
+    axes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="changes; of several values, every combination is trained"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="sweep directory; default sweeps/RECIPE/KEYS")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="runs trained at once, each by a process of its own")] = 1,
+    device: DeviceOption = None,
+    progress: Annotated[
+        Literal["auto", "rich", "plain", "off"], typer.Option(help="live overview, a line per run, or nothing")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check every run and list them, train nothing")] = False,
+) -> None:
+    """Train a recipe once for every combination of values, skipping what is finished and resuming what is not.
+
+    The same command goes on with the same sweep, also with more values. Values with commas of their own:
+    scheduler.milestones=[10,20],[20,30] or policy='{kind: baseline},{kind: stochastic, p: 0.5}'.
+    """
+    from neq_cli.jobs.prepare import matched_flops
+    from neq_cli.jobs.sweep.plan import plan_sweep
+    from neq_cli.jobs.sweep.run import run_sweep
+    from neq_cli.recipe.entrypoints import add_import_folder
+    from neq_cli.recipe.load import find_recipe
+    from neq_cli.runs.views.live.sweep_view import choose_sweep_view, plan_lines
+    from neq_cli.training.checks import check_section
+
+    if one_of_several():
+        raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
+    add_import_folder(find_recipe(recipe).parent)
+    plan = plan_sweep(recipe, with_device(axes, device), output, [check_section], matched_flops)
+    for warning in plan.warnings:
+        complain(f"warning: {warning}")
+    if dry_run:
+        print("\n".join(plan_lines([run.run for run in plan.runs])))
+        print(f"would write {plan.files.root}")
+        return
+    run_directories = run_sweep(plan, jobs, choose_sweep_view(progress))
+    if progress != "off":
+        complain(f"compare them: neq compare {shlex.quote(str(run_directories))}/*")
+    if not sys.stdout.isatty():
+        print(run_directories)

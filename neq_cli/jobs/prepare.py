@@ -1,0 +1,109 @@
+"""Builds what a loaded recipe names, and tells what only data and model show to be wrong with its place in the file.
+
+``neq train`` takes the session from here; ``neq flops`` and ``neq bench``, which write no run directory, their numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from neq_cli.errors import RecipeError, RecipeValueError, RunDirectoryError
+from neq_cli.events import Compiling
+from neq_cli.recipe import Recipe, StochasticPolicy
+from neq_cli.recipe.load import LoadedRecipe
+from neq_cli.runs.store.run import read_run
+from neq_cli.training.bench.options import BenchOptions
+from neq_cli.training.startup import Startup
+
+if TYPE_CHECKING:
+    from neq_cli.freezing.backward.dispatch import Choice
+    from neq_cli.runs.views.tables.bench import BenchProgress
+    from neq_cli.training.processes.joined import Processes
+    from neq_cli.training.session import Session
+
+
+def prepared(
+    loaded: LoadedRecipe,
+    processes: Processes | None = None,
+    *,
+    resumed: bool = False,
+    choices: Mapping[str, Any] | None = None,
+    earlier: Mapping[str, Choice] | None = None,
+    startup: Startup | None = None,
+) -> Session:
+    """Return the session of ``loaded``, ready to train; the keywords are those of ``training.session.prepare``."""
+    from neq_cli.training.session import prepare
+
+    with _located(loaded):
+        return prepare(
+            loaded.recipe,
+            loaded.name,
+            matched_flops(loaded),
+            processes,
+            resumed=resumed,
+            choices=choices,
+            earlier=earlier,
+            startup=startup,
+        )
+
+
+def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Return the fields of ``FlopsEstimate`` for ``loaded``; notes only where there are any."""
+    from neq_cli.training.session import estimate_flops
+
+    with _located(loaded):
+        estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
+    return {key: value for key, value in estimate.items() if key != "notes" or value}
+
+
+def measured_steps(loaded: LoadedRecipe, options: BenchOptions, progress: BenchProgress) -> dict[str, Any]:
+    """Return what `neq bench --json` prints; ``progress`` is told how it gets on."""
+    from neq_cli.training.bench.measure import bench
+
+    with _located(loaded), compiling_told(loaded.recipe, progress.compiling):
+        return {"recipe": loaded.name, **bench(loaded.recipe, options, progress.show)}
+
+
+def matched_flops(loaded: LoadedRecipe) -> float | None:
+    """Return the mean paper FLOPs of the run that ``p: match:RUN_DIR`` names; None where the policy names none."""
+    policy = loaded.recipe.policy
+    if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
+        return None
+    try:
+        run = read_run(Path(os.path.expanduser(policy.run_to_match)))  # noqa: PTH111 - leaves ~nobody as it is
+        return float(run.column("flops_paper").mean())
+    except RunDirectoryError as error:
+        raise RecipeError([loaded.problem("policy.p", str(error))]) from error
+
+
+@contextmanager
+def compiling_told(recipe: Recipe, show: Callable[[Compiling], object]) -> Iterator[None]:
+    """Have ``show`` told of what is compiled inside, where the recipe asks for that."""
+    if not recipe.compile:
+        yield
+        return
+    from neq_cli.training.loop import compiling
+
+    with compiling.told(show):
+        yield
+
+
+@contextmanager
+def _located(loaded: LoadedRecipe) -> Iterator[None]:
+    """Tell what only data and model show to be wrong with its place in the recipe or on the command line."""
+    try:
+        with own_prints_on_stderr():
+            yield
+    except RecipeValueError as error:
+        raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+
+
+def own_prints_on_stderr() -> redirect_stdout[TextIO]:
+    """Return a context in which what users' own code prints goes to stderr: stdout is for results."""
+    return redirect_stdout(sys.stderr)
