@@ -16,7 +16,7 @@ from pages import ROOT, check_generated, spans
 PACKAGE = ROOT / "neq_cli"
 PAGE = "neq_cli/README.md"
 
-GROUND = ("errors", "text", "events", "complaints", "ending", "freed_memory")
+GROUND = ("errors", "text", "events", "complaints", "signals", "freed_memory")
 """Modules at the top that any room may use, but `freezing`, which is usable alone; they use `errors` at most."""
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, ("errors",)),
@@ -34,7 +34,6 @@ WITHOUT_TORCH = (*GROUND, "recipe", "runs", "commands", "cli")
 """Rooms that never import torch by themselves, so that `neq --help` is quick and runs are read where there is none."""
 EXCEPTIONS = {
     ("neq_cli.jobs.sweep.child", "cli"): "a run of a sweep is `neq` in a process of its own",
-    ("neq_cli.recipe.entrypoints", "training"): "RecipeValueError is not yet among the errors",
 }
 NO_MODULES = {
     "py.typed": "the package is typed",
