@@ -16,10 +16,9 @@ from pages import PAGES, ROOT, Block, anchors, blocks, check_generated, neq_argu
 from neq_cli import __version__
 from neq_cli.cli import main
 from neq_cli.commands.app import app
-from neq_cli.recipe.load import load_recipe
+from neq_cli.recipe.load import load_recipe, shipped_names
 from neq_cli.recipe.reference import recipe_reference
 from neq_cli.recipe.shipped import list_recipes
-from neq_cli.recipe.load import shipped_names
 
 NEQ: Any = typer.main.get_command(app)
 PYTHON, YAML, SHELL = blocks("python"), blocks("yaml"), blocks("console", "bash", "text")
