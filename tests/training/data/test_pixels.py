@@ -190,7 +190,11 @@ def test_8_bits_are_read_as_torchvision_reads_them(tmp_path: Path, mode: str) ->
     exif = Image.Exif()
     exif[0x112] = 6  # turned by a quarter
     picture.save(path, exif=exif)
-    assert torch.equal(as_tensor(read_image(path)), as_tensor(default_loader(str(path))))
+    try:
+        expected = as_tensor(default_loader(str(path)))
+    except OSError:
+        pytest.skip(f"this Pillow cannot read what it writes in {mode}")
+    assert torch.equal(as_tensor(read_image(path)), expected)
 
 
 def test_an_image_of_fewer_bits_than_the_range_is_named(tmp_path: Path) -> None:
