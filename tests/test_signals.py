@@ -138,7 +138,7 @@ module.{name} = drop
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "name"), [("bench", "training.bench.measuring", "bench"), ("train", "running", "prepared")]
+    ("command", "module", "name"), [("bench", "training.bench.measure", "bench"), ("train", "jobs.train", "prepared")]
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_a_finaliser_is_not_lost(

@@ -90,21 +90,36 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     # A run that was extended has more than its first command line asks for, and is as finished.
     finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
     if state is not None:
-        trained = state["epoch"] + (state["so_far"] is not None)
-        if recipe.epochs < trained and not finished:
-            said = f"{recipe.epochs}, but epoch {trained} is trained, on the way to {stored.epochs}"
-            ending = f", or {trained} to end there" if trained < stored.epochs else ""
-            problems.append(Problem("epochs", f"{said}; give {stored.epochs} to go on{ending}"))
-        begun = len(state["processes"])
-        before, now = stored.batch_size * begun, recipe.batch_size * processes
-        if before != now:
-            messages.append(f"{processes} processes, begun with {begun}: {now} images a step, not {before}")
-        if before != now and recipe.batch_size != stored.batch_size:
-            said = f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run has {before}"
-            problems.append(Problem("batch_size", f"{said}; keep that number, {ANEW}"))
+        if not finished:
+            problems += _epochs_problems(stored, recipe, state)
+        said, wrong = _images_a_step(stored, recipe, len(state["processes"]), processes)
+        messages += said
+        problems += wrong
     if problems:
         raise RecipeError([loaded.problem(problem.key, problem.message) for problem in problems])
     return Start(recipe, state, _kernel_choices(writer), finished, tuple(messages), bad)
+
+
+def _epochs_problems(stored: Recipe, recipe: Recipe, state: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with ``epochs`` where more are trained than ``recipe`` asks for."""
+    trained = state["epoch"] + (state["so_far"] is not None)
+    if recipe.epochs >= trained:
+        return []
+    said = f"{recipe.epochs}, but epoch {trained} is trained, on the way to {stored.epochs}"
+    or_end = f", or {trained} to end there" if trained < stored.epochs else ""
+    return [Problem("epochs", f"{said}; give {stored.epochs} to go on{or_end}")]
+
+
+def _images_a_step(stored: Recipe, recipe: Recipe, begun: int, processes: int) -> tuple[list[str], list[Problem]]:
+    """Return what the user should know where a step has another number of images, and what is wrong where asked for."""
+    before, now = stored.batch_size * begun, recipe.batch_size * processes
+    if before == now:
+        return [], []
+    messages = [f"{processes} processes, begun with {begun}: {now} images a step, not {before}"]
+    if recipe.batch_size == stored.batch_size:
+        return messages, []
+    said = f"{recipe.batch_size} in {processes} processes are {now} images a step, but the run has {before}"
+    return messages, [Problem("batch_size", f"{said}; keep that number, {ANEW}")]
 
 
 def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str], tuple[Path, ...]]:
