@@ -259,7 +259,7 @@ def test_an_epoch_stopped_at_any_sync_is_whole_or_not_there(
 
 def test_a_kill_at_any_moment_leaves_a_run_that_reads(tmp_path: Path, recipe: Any) -> None:
     script = f"""
-import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import sys; sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
 import yaml
 from pathlib import Path
 from conftest import make_records, SIZES

@@ -136,7 +136,7 @@ def test_a_mistake_of_the_programs_stays_what_it_is(workers: int) -> None:
 PROGRAM = """
 import signal, sys, time
 sys.path.insert(0, {tests!r})
-from test_batches import Reported
+from test_workers import Reported
 from neq_cli.training.data.workers import in_batches
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: print("signal", int(number), flush=True))
@@ -195,7 +195,7 @@ def test_idle_workers_end_when_the_program_is_killed() -> None:
 def test_a_stuck_worker_does_not_keep_the_program_from_ending() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_batches import Reported\n"
+        "from test_workers import Reported\n"
         "from neq_cli.training.data.workers import in_batches\n"
         "import signal, time\n"
         "signal.alarm(2); signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))\n"
