@@ -121,7 +121,8 @@ def stack(name: str, mode: Mode, reentrant: str, freeze: Any) -> tuple[Stack, Te
 BOTH = pytest.mark.parametrize("reentrant", ["yes", "no"])
 MODES = pytest.mark.parametrize("mode", ["exact", "truncated"])
 # Convolutions of one position have a kernel of their own, for which "sliced" stands in elsewhere.
-BY_EACH_KERNEL = pytest.mark.parametrize("kernel", ("dense", "dense from the start", "sliced", "rounded"), indirect=True)
+KERNELS = ("dense", "dense from the start", "sliced", "rounded")
+BY_EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 
 
 @BOTH

@@ -313,12 +313,10 @@ def test_models(name: str, share: float, mode: Mode, kernel: str) -> None:
 
 
 # Torchvision's swin_t and swin_v2_t, a quarter as wide.
-NARROW_SWIN = partial(SwinTransformer, [4, 4], 24, [2, 2, 6, 2], [3, 6, 12, 24], stochastic_depth_prob=0.2, num_classes=5)
+NARROW = partial(SwinTransformer, [4, 4], 24, [2, 2, 6, 2], [3, 6, 12, 24], stochastic_depth_prob=0.2, num_classes=5)
 SWINS = {
-    "swin_t": partial(NARROW_SWIN, window_size=[7, 7]),
-    "swin_v2_t": partial(
-        NARROW_SWIN, window_size=[8, 8], block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2
-    ),
+    "swin_t": partial(NARROW, window_size=[7, 7]),
+    "swin_v2_t": partial(NARROW, [8, 8], block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
 }
 
 
