@@ -1,4 +1,4 @@
-"""Tests marked `gpu` skip where there is no CUDA device; `neq` as a process of its own, and what its runs come to."""
+"""How tests share a machine; those marked `gpu`; `neq` as a process of its own, and what its runs come to."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# One thread for the small tensors of tests: more of them would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Give folders a process for each core, and files by name none but pytest's own, which is there at once."""
+    files = [Path(argument.partition("::")[0]) for argument in config.args]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores == 1 or all(file.suffix == ".py" for file in files) else min(cores, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

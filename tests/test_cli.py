@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -407,14 +406,6 @@ def test_a_failure_while_training_is_code_1(capsys: pytest.CaptureFixture[str], 
     assert "no finished epoch yet" in line
 
 
-def wait_for_an_epoch(process: subprocess.Popen[str], run: Path) -> None:
-    ends = time.monotonic() + 60
-    while not (run / "checkpoints" / "last.safetensors").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < ends
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
@@ -424,17 +415,18 @@ def wait_for_an_epoch(process: subprocess.Popen[str], run: Path) -> None:
     ],
 )
 def test_a_run_that_is_stopped_can_be_read(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, number: int, code: int, line: str | None
+    neq: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    number: int,
+    code: int,
+    line: str | None,
 ) -> None:
-    process = start("train", "digits", *SHORT, "epochs=1000", "-o", "run", "--device", "cpu", folder=tmp_path)
-    try:
-        wait_for_an_epoch(process, tmp_path / "run")
-        process.send_signal(number)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == code
+    process = neq("train", "digits", *SHORT, "epochs=1000", "-o", "run", "--device", "cpu")
+    assert process.until((tmp_path / "run" / "checkpoints" / "last.safetensors").exists), process.text
+    process.kill(number)
+    assert process.wait() == code
+    err = process.text
     assert "Traceback" not in err
     if line is not None:
         assert err.splitlines()[-1] == line

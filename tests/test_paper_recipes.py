@@ -55,7 +55,7 @@ def write_cifar(root: Path) -> None:
 
 def write_images(root: Path, test: str = "val") -> None:
     """ImageNet's tree: a folder for each class, named by its number in WordNet, in train/ and val/."""
-    for part, count in (("train", 6), (test, 2)):
+    for part, count in (("train", 3), (test, 2)):
         for name in ("n01440764", "n01443537", "n01484850"):
             (root / part / name).mkdir(parents=True)
             for number in range(count):
@@ -66,7 +66,7 @@ def write_images(root: Path, test: str = "val") -> None:
 def write_coco(root: Path) -> None:
     """COCO's tree: a folder of images for each part, and its objects as outlines in a JSON file."""
     (root / "annotations").mkdir(parents=True)
-    for part, count in (("train", 8), ("val", 3)):
+    for part, count in (("train", 6), ("val", 3)):
         (root / f"{part}2017").mkdir()
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1}, {"id": 18}]}
         for number in range(1, count + 1):
@@ -90,7 +90,7 @@ def write_coco(root: Path) -> None:
 
 def write_masks(root: Path) -> None:
     """Images and masks of the same names; 11 is void, as in CamVid."""
-    for part, count in (("train", 8), ("test", 3)):
+    for part, count in (("train", 6), ("test", 3)):
         for kind in ("images", "masks"):
             (root / part / kind).mkdir(parents=True)
         for number in range(count):
@@ -139,7 +139,7 @@ OVERRIDES: dict[str, list[str]] = {
     "resnet18-imagenet": ["batch_size=4", "data.image_size=32"],
     "swin_b-imagenet": [*SWIN, "batch_size=4", "data.image_size=32", "precision=bf16"],  # a CPU has no fp16 training
     "deeplabv3_resnet50-coco": [
-        *("batch_size=2", "data.image_size=48", "data.base_size=52", "model.weights_backbone=null"),
+        *("batch_size=2", "data.image_size=32", "data.base_size=36", "model.weights_backbone=null"),
     ],
     "segmentation-folder": ["batch_size=2", "data.image_size=32", "data.base_size=40"],
 }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import torch
@@ -163,12 +165,32 @@ def assert_gradients() -> Callable[..., None]:
     return check
 
 
+class Worker:
+    """A process that runs functions of test files, forked from one that has imported torch."""
+
+    def __init__(self, parent: subprocess.Popen[str], pipes: Path) -> None:
+        names = [f"{pipes}.{way}" for way in ("orders", "answers")]
+        for name in names:
+            os.mkfifo(name)
+        assert parent.stdin is not None
+        parent.stdin.write(json.dumps(names) + "\n")
+        parent.stdin.flush()
+        self.orders = os.fdopen(os.open(names[0], os.O_WRONLY), "w")
+        self.answers = os.fdopen(os.open(names[1], os.O_RDONLY))
+
+    def stop(self) -> None:
+        for pipe in (self.orders, self.answers):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
 class Workers:
-    """Processes that import torch once and then run functions of test files together, by gloo."""
+    """Processes that import torch once for all and then run functions of test files together, by gloo."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.running: list[subprocess.Popen[str]] = []
+        self.parent: subprocess.Popen[str] | None = None
+        self.running: list[Worker] = []
         self.jobs = 0
 
     def __call__(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -177,21 +199,21 @@ class Workers:
         job = self.folder / str(self.jobs)
         job.mkdir()
         (job / "arguments").write_bytes(pickle.dumps(arguments))
+        if self.parent is None:
+            self.parent = self._start()
         while len(self.running) < count:
-            self.running.append(self._start())
+            self.running.append(Worker(self.parent, job / f"worker{len(self.running)}"))
         workers = self.running[:count]
         for rank, worker in enumerate(workers):
-            assert worker.stdin is not None
             order = {
                 "file": function.__code__.co_filename, "function": function.__name__, "rank": rank, "count": count,
                 "job": str(job),
             }  # fmt: skip
-            worker.stdin.write(json.dumps(order) + "\n")
-            worker.stdin.flush()
+            worker.orders.write(json.dumps(order) + "\n")
+            worker.orders.flush()
         results = []
         for rank, worker in enumerate(workers):
-            assert worker.stdout is not None
-            while (said := worker.stdout.readline()) != "done\n":  # gloo has something to say too
+            while (said := worker.answers.readline()) != "done\n":
                 if not said:
                     self.stop()
                     pytest.fail(f"process {rank} ended")
@@ -205,15 +227,24 @@ class Workers:
     def _start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
-        return subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        pipe, command = subprocess.PIPE, [sys.executable, __file__]
+        parent = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, start_new_session=True)
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        return parent
 
     def stop(self) -> None:
+        """End all of them, whatever they do."""
         for worker in self.running:
-            worker.kill()
-            worker.communicate()
+            worker.stop()
         self.running = []
+        if self.parent is not None:
+            try:
+                self.parent.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.parent.pid, signal.SIGKILL)
+                self.parent.communicate()
+            self.parent = None
 
 
 @pytest.fixture(scope="session")
@@ -223,10 +254,26 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     pool.stop()
 
 
-def serve() -> None:
-    modules: dict[str, Any] = {}
+def fork_workers() -> None:
+    import torch._dynamo  # what every worker's first wrapper would import
+
     torch.set_num_threads(1)
+    print("ready", flush=True)
     for line in sys.stdin:
+        orders, answers = json.loads(line)
+        if not os.fork():
+            os.dup2(2, 1)  # gloo has something to say
+            with Path(orders).open() as read, Path(answers).open("w") as write:
+                serve(read, write)
+            os._exit(0)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def serve(orders: TextIO, answers: TextIO) -> None:
+    modules: dict[str, Any] = {}
+    for line in orders:
         order = json.loads(line)
         job, rank = Path(order["job"]), order["rank"]
         try:
@@ -250,8 +297,8 @@ def serve() -> None:
         except BaseException:
             result = (False, traceback.format_exc())
         (job / f"result{rank}").write_bytes(pickle.dumps(result))
-        print("done", flush=True)
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    fork_workers()

@@ -63,9 +63,10 @@ def install(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
     The buffers will be those of ``tensors``: others are taken away, missing ones registered. To be undone by
     ``found_again``.
     """
-    names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    parameters = {id(parameter): tensors.get(name, parameter) for name, parameter in model.named_parameters()}
-    missing = {name: tensor for name, tensor in tensors.items() if name not in dict(model.named_parameters())}
+    own = dict(model.named_parameters())
+    names = {id(tensor): name for name, tensor in [*own.items(), *model.named_buffers()]}
+    parameters = {id(parameter): tensors.get(name, parameter) for name, parameter in own.items()}
+    missing = {name: tensor for name, tensor in tensors.items() if name not in own}
     modules = dict(model.named_modules())
     for prefix, module in modules.items():
         for container in vars(module).values():

@@ -120,6 +120,9 @@ def stack(name: str, mode: Mode, reentrant: str, freeze: Any) -> tuple[Stack, Te
 
 BOTH = pytest.mark.parametrize("reentrant", ["yes", "no"])
 MODES = pytest.mark.parametrize("mode", ["exact", "truncated"])
+# Convolutions of one position have a kernel of their own, for which "sliced" stands in elsewhere.
+KERNELS = ("dense", "dense from the start", "sliced", "rounded")
+BY_EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 
 
 @BOTH
@@ -140,6 +143,7 @@ def test_steps_are_those_of_plain_pytorch(
 
 
 @BOTH
+@BY_EACH_KERNEL
 @pytest.mark.parametrize("way", ["accumulated", "two at once", "never stepped", "kept"])
 def test_other_loops(way: str, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
     model, inputs, freezer = stack("attention", "exact", reentrant, freeze)
@@ -204,6 +208,7 @@ def _process_group() -> Iterator[None]:
 
 
 @BOTH
+@BY_EACH_KERNEL
 @pytest.mark.usefixtures("_process_group")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_in_distributed_data_parallel(reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
@@ -276,6 +281,7 @@ def test_a_choice_takes_force_between_steps(freeze: Any, force: Any) -> None:
 
 
 @BOTH
+@BY_EACH_KERNEL
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_transformers_models(name: str, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
     transformers = pytest.importorskip("transformers")

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import swin_t, swin_v2_t
-from torchvision.models.swin_transformer import SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from neq_cli import Freezer
 from neq_cli.freezing.backward.sliced import Mode
 
 # Sums of at most 2^14 terms, a few layers deep, that differ by their order.
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
+
+# Convolutions of one position have a kernel of their own, "pointwise", for which "sliced" stands in elsewhere. What is
+# trained or frozen whole is computed by none of them.
+KERNELS = ("dense", "dense from the start", "sliced", "rounded")
+BY_EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 
 
 class Sets:
@@ -183,6 +187,7 @@ def test_multihead_attention(kind: str, share: float, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
+@BY_EACH_KERNEL
 def test_every_kernel(mode: Mode, kernel: str) -> None:
     for kind in KINDS:
         check(Attends(kind), torch.randn(3, 5, 8), 0.5, mode)
@@ -291,7 +296,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("share", "kernel"), [(0.0, "sliced"), *((0.5, kernel) for kernel in KERNELS), (1.0, "sliced")], indirect=["kernel"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, share: float, mode: Mode, kernel: str) -> None:
     make, shape = MODELS[name]
@@ -299,17 +306,24 @@ def test_models(name: str, share: float, mode: Mode, kernel: str) -> None:
     # Every projection is sliced or computes nothing: attention is not an exception.
     uses = {layer: use for layer, use in freezer.kernels().items() if freezer.layers[layer].cost == "linear"}
     assert bool(uses) == bool(share)
-    applied = {"sliced" if kernel == "pointwise" else kernel, "sliced" if kernel == "rounded" else kernel}
+    applied = {kernel, "sliced" if kernel == "rounded" else kernel}
     assert {use.kernel for use in uses.values()} <= {*applied, "none", None}
     if share == 1.0:
         assert {use.kernel for use in uses.values()} == {"none"}
 
 
+# Torchvision's swin_t and swin_v2_t, a quarter as wide.
+NARROW = partial(SwinTransformer, [4, 4], 24, [2, 2, 6, 2], [3, 6, 12, 24], stochastic_depth_prob=0.2, num_classes=5)
+SWINS = {
+    "swin_t": partial(NARROW, window_size=[7, 7]),
+    "swin_v2_t": partial(NARROW, [8, 8], block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2),
+}
+
+
 @pytest.mark.parametrize("share", [0.5, 1.0])
-@pytest.mark.parametrize("build", [swin_t, swin_v2_t])
-def test_torchvision_swin(build: Callable[..., nn.Module], share: float) -> None:
-    model = build(num_classes=5).double()
-    check(model, torch.randn(1, 3, 32, 32), share, "exact")
+@pytest.mark.parametrize("name", SWINS)
+def test_torchvision_swin(name: str, share: float) -> None:
+    check(SWINS[name]().double(), torch.randn(1, 3, 32, 32), share, "exact")
 
 
 # Operands beside the weight that are not the neurons' own.
@@ -371,6 +385,7 @@ BESIDE: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("beside", BESIDE)
+@BY_EACH_KERNEL
 def test_what_is_passed_beside_the_weight_has_its_whole_gradient(beside: str, mode: Mode, kernel: str) -> None:
     for share in (0.5, 1.0):
         freezer = check(Around(BESIDE[beside]()), torch.randn(3, 5, 8), share, mode)
@@ -379,6 +394,7 @@ def test_what_is_passed_beside_the_weight_has_its_whole_gradient(beside: str, mo
 
 @pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("share", [0.5, 1.0])
+@BY_EACH_KERNEL
 def test_what_is_passed_beside_the_weight_under_autocast(share: float, kernel: str) -> None:
     model, tokens = Around(Beit()), torch.randn(3, 5, 8)
     reference = copy.deepcopy(model)
@@ -404,6 +420,7 @@ class LateBias(nn.Module):
         return self.head(self.layer(torch.tanh(self.embed(inputs))).flatten(1))
 
 
+@BY_EACH_KERNEL
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
@@ -438,7 +455,9 @@ def test_a_convolution_with_a_bias_from_elsewhere(kernel: str) -> None:
         check(copy.deepcopy(model), torch.randn(2, 3, 2, 2), share, "exact")
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("share", "kernel"), [*((0.5, kernel) for kernel in KERNELS), (1.0, "sliced")], indirect=["kernel"]
+)
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
 def test_timms_models_with_biases_apart(name: str, share: float, kernel: str) -> None:
     timm = pytest.importorskip("timm")

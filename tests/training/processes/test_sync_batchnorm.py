@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from neq_cli.freezing.model.neurons import find_neurons
 from neq_cli.training.processes.sync_batchnorm import synchronised
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[3]
 SPLITS = {2: [3, 5], 3: [2, 1, 5]}
 # Name -> (layer, shape of a sample).
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
@@ -101,20 +98,22 @@ def one_of_several(rank: int, processes: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def several(
+    request: pytest.FixtureRequest, neq_in: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     """What each of 2 or 3 processes found."""
     folder, processes = tmp_path_factory.mktemp("processes"), request.param
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    started = [
-        subprocess.Popen([*command, str(rank), str(processes), str(folder)], env=environment)
-        for rank in range(processes)
-    ]
-    try:
-        assert [process.wait(timeout=100) for process in started] == [0] * processes
-    finally:
-        for process in started:
-            process.kill()
+    # Forked where torch is imported already; none of them gets as far as a command of neq's.
+    code = f"""
+import runpy, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+runpy.run_path({__file__!r})["one_of_several"]({{rank}}, {processes}, Path({str(folder)!r}))
+raise SystemExit
+"""
+    started = [neq_in(folder, before=code.format(rank=rank)) for rank in range(processes)]
+    for process in started:
+        assert process.wait(100) == 0, process.text
     return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
 
@@ -216,7 +215,3 @@ def test_a_layer_that_does_more_is_refused() -> None:
             f"sync_batchnorm: 1 is a {kind}, which cannot be synchronised on cpu, unlike torch's own BatchNorm; "
             "set it to false"
         )
-
-
-if __name__ == "__main__":
-    one_of_several(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
