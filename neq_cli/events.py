@@ -22,6 +22,7 @@ class RunStarted:
     metric: str  # the column that tells how good the model is: "test_top1", "test_miou"
     layers: Mapping[str, int]  # neurons of every observed layer, in forward order
     notes: tuple[str, ...]  # what is trained outside neurons, what runs dense and why; also logged in the run directory
+    epsilon: float | None = None  # the |velocity| below which the policy freezes; None where it goes by something else
 
 
 @dataclass(frozen=True)

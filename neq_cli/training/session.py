@@ -165,6 +165,7 @@ def prepare(
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
         notes=(*notes, *freezer.notes, *freezing_notes(freezer.anatomy, recipe.backward)),
+        epsilon=recipe.policy.epsilon if isinstance(recipe.policy, NEqPolicy) else None,
     )
     return Session(recipe, trainer, started, _content(data), matched_flops)
 

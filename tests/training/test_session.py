@@ -32,6 +32,7 @@ def test_a_session_says_what_it_is() -> None:
     assert started.recipe_name == "small"
     assert started.description == "resnet8 on digits"
     assert started.policy == "neq epsilon=0.001 mu=0.5"
+    assert started.epsilon == 0.001
     assert started.epochs == 2
     assert started.steps_per_epoch == 1388 // 64
     assert started.metric == "test_top1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +44,7 @@ class RunView:
         self.frozen_known = True  # false in a resumed run whose files cannot be read, until its first epoch ends
         self.froze = 0
         self.thawed = 0
-        self.epsilon = epsilon_of(started.policy)
+        self.epsilon = started.epsilon
         self.velocity_bins = velocity_bins(np.zeros(0, dtype=np.float32))
         self.below_epsilon = math.nan  # share of observed neurons
         self.compiling: Compiling | None = None  # what steps wait for
@@ -159,12 +158,3 @@ def velocity_bins(velocity: NDArray[np.float32]) -> NDArray[np.int64]:
     exponents = np.log10(np.maximum(velocity, 10.0**low))
     indices = np.clip(((exponents - low) * BINS_PER_DECADE).astype(np.int64), 0, bins - 1)
     return np.bincount(indices, minlength=bins).astype(np.int64)
-
-
-def epsilon_of(policy: str) -> float | None:
-    """The threshold that a policy's text names, as in ``neq epsilon=0.001 mu=0.5``."""
-    match = re.search(r"\bepsilon=([0-9][0-9.eE+-]*)", policy)
-    try:
-        return float(match.group(1)) if match else None
-    except ValueError:
-        return None

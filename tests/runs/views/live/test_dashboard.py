@@ -65,7 +65,7 @@ def records(names: list[str], epochs: int, of: int = 250, eval_every: int = 1) -
 def _generate(names: tuple[str, ...], epochs: int, of: int, eval_every: int) -> Iterator[Record]:
     random = np.random.default_rng(7)
     sizes = {name: 10 + index for index, name in enumerate(names)}
-    yield RunStarted("tiny", "a net on data", "neq epsilon=0.001 mu=0.5", "cpu", of, 500, "test_top1", sizes, ())
+    yield RunStarted("tiny", "a net on data", "neq epsilon=0.001 mu=0.5", "cpu", of, 500, "test_top1", sizes, (), 1e-3)
     trained = {name: np.ones(size, dtype=bool) for name, size in sizes.items()}
     for epoch in range(1, epochs + 1):
         layers = []
@@ -238,7 +238,7 @@ def test_velocity_in_one_line() -> None:
 def test_a_policy_without_epsilon_has_no_mark() -> None:
     run = records(SMALL, 3)
     assert isinstance(run[0], RunStarted)
-    run[0] = replace(run[0], policy="stochastic p=0.2")
+    run[0] = replace(run[0], policy="stochastic p=0.2", epsilon=None)
     line = line_with(render_frame(80, 24, run), "|velocity|")
     assert "│" not in line
     assert "below" not in line
