@@ -32,7 +32,7 @@ def bench(
     On noise in the shape that the recipe gives, so that no data is needed, and with random weights.
     """
     from neq_cli.jobs.prepare import measured_steps
-    from neq_cli.runs.views.tables.bench import bench_progress, render_bench
+    from neq_cli.runs.views.tables.costs import bench_progress, render_bench
     from neq_cli.training.bench.options import parse_options
 
     options = parse_options(fractions, modes, orders, rounds, layers)  # before torch is imported, which takes seconds

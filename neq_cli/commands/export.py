@@ -31,7 +31,7 @@ def export(
         raise NeqError(f"{output}: already exists; choose another with -o")
     if output.suffix != ".safetensors":
         raise NeqError(f"{output}: must end in .safetensors")
-    from neq_cli.runs.store.writer import atomic_write, writing
+    from neq_cli.runs.store.disk import atomic_write, writing
     from neq_cli.training.loop.checkpoint import read_weights, save_weights
 
     weights = read_weights(path)

@@ -8,7 +8,7 @@ from neq_cli.commands.shared import AsJson, Overrides, RecipeArgument, load, sho
 def flops(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count one sample's back-propagation without training, averaged over the recipe's epochs."""
     from neq_cli.jobs.prepare import estimated_flops
-    from neq_cli.runs.views.tables.flops import render_flops
+    from neq_cli.runs.views.tables.costs import render_flops
 
     loaded = load(recipe, overrides)
     estimate = estimated_flops(loaded)

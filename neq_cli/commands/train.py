@@ -35,7 +35,7 @@ def train(
 
     On several processes: torchrun --nproc-per-node N -m neq_cli train RECIPE.
     """
-    from neq_cli.runs.store.writer import check_available, default_run_directory
+    from neq_cli.runs.store.paths import check_available, default_run_directory
     from neq_cli.runs.views.live.progress import Silent, choose_progress
 
     began = time.perf_counter()

@@ -23,7 +23,7 @@ from neq_cli.training.startup import Startup
 
 if TYPE_CHECKING:
     from neq_cli.freezing.backward.dispatch import Choice
-    from neq_cli.runs.views.tables.bench import BenchProgress
+    from neq_cli.runs.views.tables.costs import BenchProgress
     from neq_cli.training.processes.joined import Processes
     from neq_cli.training.session import Session
 

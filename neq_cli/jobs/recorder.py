@@ -14,7 +14,9 @@ from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.recipe.load import dump_recipe
 from neq_cli.recipe.shipped import python_files
-from neq_cli.runs.store.writer import RunWriter, atomic_write, default_run_directory, writing
+from neq_cli.runs.store.disk import atomic_write, writing
+from neq_cli.runs.store.paths import default_run_directory
+from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Progress
 
 if TYPE_CHECKING:

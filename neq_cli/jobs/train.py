@@ -19,9 +19,9 @@ from neq_cli.jobs.recorder import Recorder, create_directory, environment_of, st
 from neq_cli.jobs.resume import Start, finished_already, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.recipe.load import LoadedRecipe, dump_recipe
-from neq_cli.runs.store.past_epochs import past_epochs
-from neq_cli.runs.store.run import read_run
-from neq_cli.runs.store.writer import ELSEWHERE, RunWriter, writing
+from neq_cli.runs.store.disk import writing
+from neq_cli.runs.store.run import past_epochs, read_run
+from neq_cli.runs.store.writer import ELSEWHERE, RunWriter
 from neq_cli.runs.views.live.progress import Progress
 from neq_cli.training.startup import Startup
 

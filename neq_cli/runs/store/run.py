@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.errors import RunDirectoryError
+from neq_cli.events import EpochRecord, LayerState
 from neq_cli.runs.store.lock import is_alive
 from neq_cli.runs.store.neurons import read_neurons
 from neq_cli.runs.store.paths import STATES, RunFiles
@@ -156,3 +157,27 @@ def _is_there(path: Path) -> bool:
         return path.exists()
     except OSError:  # no permission to look: reading it then says so
         return True
+
+
+def past_epochs(run: Run) -> tuple[EpochRecord, ...]:
+    """Return the records of all finished epochs; the last has its layers, unless their files cannot be read."""
+    *earlier, last = run.metrics
+    epochs = [EpochRecord(int(row["epoch"]), row, ()) for row in earlier]
+    return (*epochs, EpochRecord(int(last["epoch"]), last, _layers(run)))
+
+
+def _layers(run: Run) -> tuple[LayerState, ...]:
+    try:
+        neurons = run.neurons(run.epochs)
+        return tuple(
+            LayerState(
+                name=row.layer,
+                kind=row.kind,
+                flops_paper=row.flops_paper,
+                flops_executed=row.flops_executed,
+                **neurons[row.layer],
+            )
+            for row in run.layers(run.epochs)
+        )
+    except (RunDirectoryError, KeyError):  # which `neq inspect` says; the training does not need them
+        return ()

@@ -13,16 +13,14 @@ from typing import Any
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, RunStarted
 from neq_cli.runs.store.csv_files import Beginning, append_rows, beginning, cut
-from neq_cli.runs.store.disk import PARTIAL, check_own, check_writable, sync_folder
-from neq_cli.runs.store.disk import atomic_write as atomic_write
-from neq_cli.runs.store.disk import writing as writing
+from neq_cli.runs.store.disk import PARTIAL, atomic_write, check_own, check_writable, sync_folder, writing
 from neq_cli.runs.store.lock import Lock, acquire
-from neq_cli.runs.store.paths import CHECKPOINTS as CHECKPOINTS
-from neq_cli.runs.store.paths import STATES as STATES
-from neq_cli.runs.store.paths import RunFiles as RunFiles
-from neq_cli.runs.store.paths import cannot_be_made, check_resumable
-from neq_cli.runs.store.paths import check_available as check_available
-from neq_cli.runs.store.paths import default_run_directory as default_run_directory
+from neq_cli.runs.store.paths import (
+    RunFiles,
+    cannot_be_made,
+    check_available,
+    check_resumable,
+)
 from neq_cli.runs.store.serialisation import LAYER_COLUMNS, cell, layer_row, neurons_file
 from neq_cli.runs.store.status import resumed_environment, resumed_status
 from neq_cli.runs.store.untrusted import damaged, read_json

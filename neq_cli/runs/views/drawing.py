@@ -1,15 +1,18 @@
-"""What a frame is built of: lines of styled text, each as wide as asked; knows no run."""
+"""Lines of styled text, and numbers drawn with block and line characters; every one exactly as wide as asked."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 
+import numpy as np
 from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
-
-from neq_cli.runs.views.sparkline import bar, chart, shorten
 
 PLAIN = Style()
 STRONG = Style(bold=True)
@@ -121,3 +124,123 @@ def stat_lines(row: StatRow, columns: StatColumns, width: int, stretch: int = 1)
     lines = [[indent, *line] for line in graph[:-1]]
     bottom = [label, value, span(" " * GAP), *graph[-1], span(" " * GAP), span(tail.rjust(columns.tail))]
     return [fit(line, width) for line in [*lines, bottom]]
+
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+ELLIPSIS = "…"
+_WORD = re.compile(r"[^0-9.]+")
+
+
+def averaged(values: Sequence[float], width: int) -> list[float]:
+    """At most ``width`` values in order: all of them, or the means of as many equal stretches.
+
+    NaN stays out of a mean; a stretch of nothing else is NaN.
+    """
+    if len(values) <= width:
+        return list(values)
+    edges = [index * len(values) // width for index in range(width + 1)]
+    stretches = [[value for value in values[start:end] if math.isfinite(value)] for start, end in pairwise(edges)]
+    return [sum(stretch) / len(stretch) if stretch else math.nan for stretch in stretches]
+
+
+def chart(
+    values: Sequence[float], width: int, rows: int = 1, low: float | None = None, high: float | None = None
+) -> list[str]:
+    """Draw values from left to right as columns of ``rows`` characters, top row first; NaN is blank.
+
+    ``low`` and ``high`` are the values of the lowest and the highest mark; by default the extremes of what is drawn.
+    One column stands for one value until they no longer fit, then for the mean of several.
+    """
+    if width < 1 or rows < 1:
+        return [""] * max(rows, 0)
+    points = averaged(values, width)
+    known = [point for point in points if math.isfinite(point)]
+    low = min(known, default=0.0) if low is None else low
+    high = max(known, default=0.0) if high is None else high
+    steps = rows * 8 - 1  # an eighth stays free, so that charts below one another do not melt into a block
+    heights = [_level(point, low, high, steps) for point in points]
+    lines = []
+    for row in range(rows - 1, -1, -1):
+        line = "".join(LEVELS[min(max(height - row * 8, 0), 8)] for height in heights)
+        lines.append(line.ljust(width))
+    return lines
+
+
+def _level(value: float, low: float, high: float, steps: int) -> int:
+    """1 to ``steps``: what was measured leaves a mark, however low it is; 0 for NaN."""
+    if not math.isfinite(value):
+        return 0
+    if high <= low:
+        return max(1, steps // 2)
+    share = (min(max(value, low), high) - low) / (high - low)
+    return 1 + round(share * (steps - 1))
+
+
+def histogram(counts: Sequence[int], width: int) -> str:
+    """Draw counts of equal bins in ``width`` columns; an empty column is blank, a single count leaves a mark.
+
+    A bin that lies across two columns counts in both by its share, so that an even spread looks even at any width.
+    """
+    if width < 1 or not len(counts):
+        return " " * max(width, 0)
+    cumulative = np.concatenate([[0], np.cumsum(counts)])
+    edges = np.interp(np.linspace(0, len(counts), width + 1), np.arange(len(counts) + 1), cumulative)
+    columns = np.diff(edges)
+    levels = np.ceil(7 * columns / max(columns.max(), 1e-9) - 1e-9).astype(int)
+    return "".join(LEVELS[level] for level in levels)
+
+
+def bar(share: float, width: int) -> tuple[str, str]:
+    """The heavy and the light part of a bar. Only nothing looks empty and only everything looks full."""
+    if width < 1:
+        return "", ""
+    share = min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
+    halves = round(share * width * 2)
+    if share > 0:
+        halves = max(halves, 1)
+    if share < 1:
+        halves = min(halves, width * 2 - 1)
+    heavy = "━" * (halves // 2) + "╸" * (halves % 2)
+    return heavy, "─" * (width - len(heavy))
+
+
+def shorten(text: str, width: int) -> str:
+    """``text`` in at most ``width`` terminal cells; what is too long loses its middle, where names differ least."""
+    if cell_len(text) <= width:
+        return text
+    if width < 2:
+        return ELLIPSIS * max(width, 0)
+    head = (width - 1) // 2
+    tail = width - 1 - head
+    return _start(text, head) + ELLIPSIS + _start(text[::-1], tail)[::-1]
+
+
+def _start(text: str, cells: int) -> str:
+    """As many leading characters as fit in ``cells``; some are two cells wide."""
+    used = 0
+    for index, character in enumerate(text):
+        used += cell_len(character)
+        if used > cells:
+            return text[:index]
+    return text
+
+
+@lru_cache(maxsize=8)  # the names on a screen stay, while their numbers change
+def shorten_names(names: tuple[str, ...], width: int) -> list[str]:
+    """Dotted names in at most ``width`` cells each: words are cut alike, numbers stay, as they tell layers apart.
+
+    ``stages.2.blocks.17.attention`` in 17 cells is ``sta…2.blo…17.att…``: an ellipsis takes a dot's place.
+    """
+    long = {name for name in names if cell_len(name) > width}
+    letters = max((len(word) for name in long for word in _WORD.findall(name)), default=0)
+    short: dict[str, str] = {}
+    while long and letters:
+        letters -= 1
+        short = {name: _cut_words(name, letters) for name in long}
+        if all(cell_len(text) <= width for text in short.values()):
+            break
+    return [shorten(short.get(name, name), width) for name in names]
+
+
+def _cut_words(name: str, letters: int) -> str:
+    return re.sub(rf"([^0-9.]{{{letters}}})[^0-9.]+\.?", rf"\1{ELLIPSIS}", name) if letters else name

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from neq_cli.training.data.memory import group_folders
+from neq_cli.training.data.cache import group_folders
 
 _ROOT = Path("/")
 

@@ -14,8 +14,7 @@ from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.catalogue import masks_problems, range_problems, statistics
 from neq_cli.training.data.images import Images, ReadImages, StoredImages, place_of
-from neq_cli.training.data.joint import JointPreparation
-from neq_cli.training.data.masks import MaskedImages, is_mask
+from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
 from neq_cli.training.data.transforms import Mixing, Preparation
@@ -74,7 +73,7 @@ def load_data(section: DataSection, seed: int) -> Data:
     preparation = _preparation(section, source, first_image.shape[0], masked=masked, finished=finished)
     everything = torch.arange(len(source.test))
     train: Images
-    if isinstance(preparation, JointPreparation):
+    if isinstance(preparation, MaskPreparation):
         options: dict[str, Any] = {
             "name": source.name,
             "classes": len(source.classes),
@@ -124,7 +123,7 @@ def _preparation(section: DataSection, source: Source, channels: int, *, masked:
     if not finished or section.mean or section.std:
         options["mean"], options["std"] = statistics(section, channels)
     if masked:
-        return JointPreparation(section.image_size, section.augment, base_size=section.base_size, **options)
+        return MaskPreparation(section.image_size, section.augment, base_size=section.base_size, **options)
     mixing = None
     if section.mixup or section.cutmix:
         mixing = Mixing(section.mixup, section.cutmix, len(source.classes))

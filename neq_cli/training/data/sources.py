@@ -21,10 +21,9 @@ from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.data.catalogue import CATALOGUE, classes_above, find_name, kwargs_problems
-from neq_cli.training.data.coco import VOC_CLASSES, CocoMasks
 from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
-from neq_cli.training.data.mask_files import MaskFiles, open_folder
+from neq_cli.training.data.mask_sources import VOC_CLASSES, CocoMasks, MaskFiles, open_folder
 from neq_cli.training.data.pixels import Range, as_tensor, read_image
 from neq_cli.training.problems import of_the_disk
 

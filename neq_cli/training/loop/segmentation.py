@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from neq_cli.errors import TrainingError
-from neq_cli.training.data.joint import IGNORED
+from neq_cli.training.data.masks import IGNORED
 from neq_cli.training.models.outputs import auxiliary_outputs, main_output
 
 

@@ -18,8 +18,8 @@ from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
 from neq_cli.training.data.loaders import Loaders
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
+from neq_cli.training.loop.epoch import PLAIN, Clock, EpochSoFar
 from neq_cli.training.loop.full_memory import full_memory_named
-from neq_cli.training.loop.so_far import PLAIN, Clock, EpochSoFar
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task
 from neq_cli.training.problems import divergence_mend

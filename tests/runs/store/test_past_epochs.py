@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from neq_cli.events import EpochRecord
-from neq_cli.runs.store.past_epochs import past_epochs
-from neq_cli.runs.store.run import Run
+from neq_cli.runs.store.run import Run, past_epochs
 
 FROZEN = {"conv1": [[0, 2], [2], [1, 2, 3]], "bn1": [[], [1], [1]]}
 

@@ -24,8 +24,10 @@ import safetensors.numpy
 import yaml
 
 from neq_cli.errors import RunDirectoryError, TrainingError
+from neq_cli.runs.store.disk import atomic_write, writing
+from neq_cli.runs.store.paths import check_available
 from neq_cli.runs.store.run import read_run
-from neq_cli.runs.store.writer import RunWriter, atomic_write, check_available, writing
+from neq_cli.runs.store.writer import RunWriter
 
 
 @pytest.fixture

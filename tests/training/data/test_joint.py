@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neq_cli.training.data.joint import IGNORED, JointPreparation
+from neq_cli.training.data.masks import IGNORED, MaskPreparation
 
 HEIGHT, WIDTH = 40, 60
 
@@ -27,7 +27,7 @@ def agree(image: Tensor, mask: Tensor) -> float:
 
 @pytest.mark.parametrize("draw", range(20))
 def test_both_are_scaled_mirrored_and_cut_alike(draw: int) -> None:
-    preparation = JointPreparation(32, "segmentation", base_size=36)
+    preparation = MaskPreparation(32, "segmentation", base_size=36)
     image, mask = preparation.drawn(*pair(), draw)
     assert (image.shape, mask.shape) == ((3, 32, 32), (32, 32))
     assert (image.dtype, mask.dtype) == (torch.uint8, torch.uint8)
@@ -37,7 +37,7 @@ def test_both_are_scaled_mirrored_and_cut_alike(draw: int) -> None:
 
 
 def test_padding_lies_below_and_to_the_right_and_is_ignored() -> None:
-    preparation = JointPreparation(32, "segmentation", base_size=32)
+    preparation = MaskPreparation(32, "segmentation", base_size=32)
     padded = [preparation.drawn(*pair(), draw) for draw in range(40)]
     small = [(image, mask) for image, mask in padded if (mask == IGNORED).any()]
     assert 5 < len(small) < 35
@@ -48,7 +48,7 @@ def test_padding_lies_below_and_to_the_right_and_is_ignored() -> None:
 
 
 def test_the_draw_decides_and_nothing_else() -> None:
-    preparation = JointPreparation(24, "segmentation")
+    preparation = MaskPreparation(24, "segmentation")
     state = torch.get_rng_state()
     first = preparation.drawn(*pair(), 7)
     assert torch.equal(state, torch.get_rng_state())
@@ -60,7 +60,7 @@ def test_the_draw_decides_and_nothing_else() -> None:
 
 def test_scales_are_spread_from_half_to_twice() -> None:
     """A column of one pixel in 40 comes out as wide as the scale is."""
-    preparation = JointPreparation(None, "segmentation")
+    preparation = MaskPreparation(None, "segmentation")
     shares = []
     for draw in range(300):
         image, mask = preparation.drawn(*pair(), draw)
@@ -73,7 +73,7 @@ def test_scales_are_spread_from_half_to_twice() -> None:
 
 @pytest.mark.parametrize("base", [None, 20, 40])
 def test_tests_see_the_whole_image(base: int | None) -> None:
-    preparation = JointPreparation(base_size=base)
+    preparation = MaskPreparation(base_size=base)
     image, mask = preparation.whole(*pair())
     side = base or HEIGHT
     assert image.shape == (3, side, side * WIDTH // HEIGHT) == (3, *mask.shape)
@@ -83,7 +83,7 @@ def test_tests_see_the_whole_image(base: int | None) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(333, 500), (500, 333), (427, 640), (17, 17), (3, 100)])
 def test_the_size_is_known_beforehand(height: int, width: int) -> None:
-    preparation = JointPreparation(image_size=52)
+    preparation = MaskPreparation(image_size=52)
     image, _ = preparation.whole(
         torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(height, width, dtype=torch.uint8)
     )
@@ -91,6 +91,6 @@ def test_the_size_is_known_beforehand(height: int, width: int) -> None:
 
 
 def test_what_is_probed_is_the_middle() -> None:
-    image, mask = JointPreparation(20, base_size=40).cut(*pair())
+    image, mask = MaskPreparation(20, base_size=40).cut(*pair())
     assert torch.equal(mask, pair()[1][10:30, 20:40])
     assert torch.equal(image, pair()[0][:, 10:30, 20:40])

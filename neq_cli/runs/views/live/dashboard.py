@@ -18,8 +18,8 @@ from rich.text import Text
 from neq_cli.events import EpochRecord, Preparing, Record, RunStarted
 from neq_cli.runs.views.drawing import text_of
 from neq_cli.runs.views.live.frame import Painter
-from neq_cli.runs.views.live.pace import clock as time_text
 from neq_cli.runs.views.live.run_view import RunView
+from neq_cli.runs.views.live.run_view import clock as time_text
 from neq_cli.text import printable
 
 FRAMES_PER_SECOND = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from neq_cli.runs.views.drawing import QUIET, Line, StatRow, fit, span, stat_columns, stat_lines
+from neq_cli.runs.views.drawing import QUIET, Line, StatRow, fit, shorten, span, stat_columns, stat_lines
 from neq_cli.runs.views.live.frame_rows import (
     epoch_rule,
     flops_row,
@@ -19,9 +19,8 @@ from neq_cli.runs.views.live.frame_rows import (
     total_line,
     velocity_row,
 )
-from neq_cli.runs.views.live.layer_table import Layout, lay_out, layer_lines
+from neq_cli.runs.views.live.layers import Layout, lay_out, layer_lines
 from neq_cli.runs.views.live.run_view import RunView
-from neq_cli.runs.views.sparkline import shorten
 
 # What a low window keeps, the most needed first, with so many rows for layers at least.
 NEEDED = ("epoch", "phase", "loss", "metric", "total", "paper FLOPs", "identity", "frozen rule")

@@ -17,13 +17,13 @@ from neq_cli.runs.views.drawing import (
     StatRow,
     bar_line,
     ends,
+    histogram,
     rule,
+    shorten,
     span,
 )
-from neq_cli.runs.views.live.layer_table import format_velocity
-from neq_cli.runs.views.live.pace import clock
-from neq_cli.runs.views.live.run_view import VELOCITY_DECADES, RunView
-from neq_cli.runs.views.sparkline import histogram, shorten
+from neq_cli.runs.views.live.layers import format_velocity
+from neq_cli.runs.views.live.run_view import VELOCITY_DECADES, RunView, clock
 from neq_cli.text import MISSING, format_flops, format_metric, format_percent, printable
 
 METRIC_NAMES = {"test_top1": "test top-1", "test_miou": "test mIoU"}

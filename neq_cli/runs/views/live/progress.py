@@ -15,7 +15,7 @@ from rich.console import Console
 
 from neq_cli.events import Compiling, EpochRecord, Preparing, Record, RunStarted, StepProgress
 from neq_cli.runs.views.live.dashboard import Dashboard
-from neq_cli.runs.views.live.pace import Pace, clock
+from neq_cli.runs.views.live.run_view import Pace, clock
 from neq_cli.text import MISSING, format_flops, format_metric, format_percent, printable, ratio_percent
 
 _FIRST_LINE = 10.0  # seconds

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from rich.cells import cell_len, set_cell_size
 from rich.style import Style
 
-from neq_cli.runs.views.drawing import DONE, QUIET, STRONG, Line, bar_line, ends, fit, line_width, span
-from neq_cli.runs.views.live.pace import clock
+from neq_cli.runs.views.drawing import DONE, QUIET, STRONG, Line, bar, bar_line, ends, fit, line_width, shorten, span
+from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, PENDING, RUNNING, STOPPED, SweepState, SweptRun
-from neq_cli.runs.views.sparkline import bar, shorten
 from neq_cli.text import MISSING, format_metric, format_percent, printable
 
 _WRONG = Style(color="red")

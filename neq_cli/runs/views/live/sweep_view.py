@@ -13,8 +13,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from neq_cli.runs.views.live.dashboard import SteadyLive
-from neq_cli.runs.views.live.pace import clock
 from neq_cli.runs.views.live.progress import Mode, can_show_frames
+from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_frame import sweep_frame
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, RUNNING, SweepState, SweptRun
 from neq_cli.text import format_metric, format_percent, printable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neq_cli.runs.views.report.densities import Scale
+from neq_cli.runs.views.report.fields import Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

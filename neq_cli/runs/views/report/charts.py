@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.runs.compare.curves import Curve
+from neq_cli.runs.views.drawing import shorten
 from neq_cli.runs.views.report.axes import Axis, above, far_ticks, keep_within, new_axes, span, whole_numbers
-from neq_cli.runs.views.report.densities import Density
 from neq_cli.runs.views.report.drawing import Style
-from neq_cli.runs.views.report.layer_map import LayerMap
-from neq_cli.runs.views.sparkline import shorten
+from neq_cli.runs.views.report.fields import Density, LayerMap
 from neq_cli.text import printable
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from neq_cli.runs.store.disk import atomic_write
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.views.report.drawing import MARK, PAGE, drawn, require_matplotlib
 from neq_cli.runs.views.report.files import check_replaceable
-from neq_cli.runs.views.report.html import bullets, element, legend, swatch, text
-from neq_cli.runs.views.report.inline_svg import inline
+from neq_cli.runs.views.report.html import bullets, element, inline, legend, swatch, text
 from neq_cli.runs.views.report.pictures import (
     MOST_DENSITIES,
     MOST_MAPS,

@@ -24,9 +24,8 @@ from neq_cli.runs.views.report.charts import (
     draw_layers,
     draw_points,
 )
-from neq_cli.runs.views.report.densities import Density, densities
 from neq_cli.runs.views.report.drawing import SERIES, Style
-from neq_cli.runs.views.report.layer_map import LayerMap, layer_map
+from neq_cli.runs.views.report.fields import Density, LayerMap, densities, layer_map
 from neq_cli.text import counted, format_metric, format_percent, printable
 
 if TYPE_CHECKING:

@@ -537,8 +537,8 @@ def test_a_frame_costs_next_to_nothing() -> None:
     for _ in range(5):
         painter = Painter()
         for times in (first, later):
-            start = time.perf_counter()
+            start = time.process_time()
             painter.frame(view, 80, 24, 1.0)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
     assert min(first) < 0.010  # once per epoch
     assert min(later) < 0.001  # four times a second

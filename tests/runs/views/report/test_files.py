@@ -16,8 +16,8 @@ from neq_cli.errors import NeqError
 from neq_cli.runs.compare.curves import study
 from neq_cli.runs.store.run import Run, read_run
 from neq_cli.runs.views.report.axes import far_ticks
-from neq_cli.runs.views.report.densities import Scale
 from neq_cli.runs.views.report.drawing import MARK, PRINT
+from neq_cli.runs.views.report.fields import Scale
 from neq_cli.runs.views.report.files import write_figures, write_pictures
 from neq_cli.runs.views.report.page import build_report, render_report
 from neq_cli.runs.views.report.pictures import Picture, line, parts, pictures
@@ -132,7 +132,7 @@ def test_neither_torch_nor_pyplot_is_imported(runs: list[Run]) -> None:
     pytest.importorskip("matplotlib")
     code = (
         "import sys; from pathlib import Path; from neq_cli.runs.store.run import read_run;"
-        "from neq_cli.runs.report import drawing, page;"
+        "from neq_cli.runs.views.report import drawing, page;"
         f"picture = page.build_report([read_run(Path({str(runs[0].path)!r}))]).pictures[0];"
         "drawing.drawn(picture.draw, drawing.PAGE, 3.0, 'a', 'svg');"
         "print([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules])"

@@ -8,7 +8,7 @@ import pytest
 
 from neq_cli.errors import NeqError, RunDirectoryError
 from neq_cli.runs.store.run import Run
-from neq_cli.runs.views.report.layer_map import layer_map
+from neq_cli.runs.views.report.fields import layer_map
 
 LAYERS = "epoch,layer,kind,neurons,frozen,phi_mean,velocity_abs_mean,flops_paper,flops_executed\n"
 
@@ -40,8 +40,8 @@ def test_long_and_deep_runs_are_binned(
     make_run: Callable[..., Run], recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     columns, most_rows = 6, 10
-    monkeypatch.setattr("neq_cli.runs.views.report.layer_map.MOST_COLUMNS", columns)
-    monkeypatch.setattr("neq_cli.runs.views.report.layer_map.MOST_ROWS", most_rows)
+    monkeypatch.setattr("neq_cli.runs.views.report.fields.MOST_COLUMNS", columns)
+    monkeypatch.setattr("neq_cli.runs.views.report.fields.MOST_ROWS", most_rows)
     epochs, layers = 2 * columns - 1, 2 * most_rows + 1
     run = make_run("run", recipe(epochs=epochs), sizes={"l0": 2})
     run.files.layers.write_text(LAYERS + "".join(rows(epochs, layers)))

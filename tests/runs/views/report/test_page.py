@@ -268,8 +268,8 @@ def test_custom_metric_and_different_metrics(make_run: Callable[..., Run], recip
 
 @pytest.mark.usefixtures("undrawn")
 def test_long_runs_say_what_is_drawn(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neq_cli.runs.views.report.densities.MOST_EPOCHS", 2)
-    monkeypatch.setattr("neq_cli.runs.views.report.layer_map.MOST_COLUMNS", 2)
+    monkeypatch.setattr("neq_cli.runs.views.report.fields.MOST_EPOCHS", 2)
+    monkeypatch.setattr("neq_cli.runs.views.report.fields.MOST_COLUMNS", 2)
     page = render_report([make_run("run", frozen=FROZEN)])
     assert "2 of 3 epochs are drawn, evenly spread." in page
     assert "A cell takes together 1 layer and 2 epochs" in page

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from neq_cli.runs.views.tables.flops import render_flops
+from neq_cli.runs.views.tables.costs import render_flops
 
 ESTIMATE = {
     "flops_paper": 69.75e6,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from neq_cli.runs.views.sparkline import LEVELS, averaged, bar, chart, histogram, shorten, shorten_names
+from neq_cli.runs.views.drawing import LEVELS, averaged, bar, chart, histogram, shorten, shorten_names
 
 NAN = math.nan
 

@@ -1,4 +1,4 @@
-"""How `neq bench` shows what it measured: the circumstances, a table of steps, and one frozen set layer by layer."""
+"""How `neq flops` and `neq bench` show what they counted and measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from neq_cli.events import Compiling
 from neq_cli.runs.views.live.progress import PlainProgress, can_show_frames, compiling_text
-from neq_cli.text import MISSING, printable
+from neq_cli.text import MISSING, format_flops, format_percent, printable, ratio_percent
 
 Result = Mapping[str, Any]
 """What `neq bench --json` prints."""
@@ -209,3 +209,23 @@ def _short(value: float) -> str:
 
 def _megabytes(count: int | None) -> str:
     return MISSING if count is None else _short(count / 1e6)
+
+
+def render_flops(name: str, estimate: Mapping[str, Any]) -> RenderableType:
+    """Return tables of ``estimate``, whose keys are those of `neq flops --json`."""
+    sums = Table(box=None, pad_edge=False)
+    for column in (printable(name), "FLOPs", "nothing frozen", ""):
+        sums.add_column(Text(column), justify="left" if column == printable(name) else "right")
+    for accounting in ("paper", "executed"):
+        value, dense = estimate[f"flops_{accounting}"], estimate[f"flops_{accounting}_dense"]
+        share = format_percent(ratio_percent(value, dense))
+        sums.add_row(accounting, format_flops(value), format_flops(dense), share)
+    layers = Table(box=None, pad_edge=False)
+    for column in ("layer", "kind", "neurons", "paper", "executed"):
+        layers.add_column(column, justify="left" if column in ("layer", "kind") else "right", overflow="fold")
+    for layer, row in estimate["layers"].items():
+        paper, executed = format_flops(row["flops_paper"]), format_flops(row["flops_executed"])
+        layers.add_row(Text(printable(layer)), Text(row["kind"]), str(row["neurons"]), paper, executed)
+    unit = Text("one sample's back-propagation, one multiply-add each; per layer with nothing frozen", style="dim")
+    notes = [Text(f"note: {printable(note)}", style="yellow") for note in estimate.get("notes", ())]
+    return Group(sums, Text(), layers, unit, *notes)

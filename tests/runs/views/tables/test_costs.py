@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from neq_cli.events import Compiling
-from neq_cli.runs.views.tables.bench import bench_progress, render_bench
+from neq_cli.runs.views.tables.costs import bench_progress, render_bench
 
 TIMES = {
     "step_ms": 812.4, "step_ms_quartiles": [800.0, 820.0], "forward_ms": 300.0, "backward_ms": 500.0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from neq_cli.runs.views.report.drawing import PAGE, PLACEHOLDERS, drawn
-from neq_cli.runs.views.report.inline_svg import inline
+from neq_cli.runs.views.report.html import inline
 
 pytest.importorskip("matplotlib")
 HOSTILE = '</svg><script>alert(1)</script> "\'&--> $x^{$ url(#p) #fe01f0 id="a"'

@@ -13,7 +13,7 @@ from PIL import Image
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.coco import CATEGORIES, VOC_CLASSES, CocoMasks, painted
+from neq_cli.training.data.mask_sources import CATEGORIES, VOC_CLASSES, CocoMasks, painted
 from neq_cli.training.data.parts import load_data
 
 pytest.importorskip("pycocotools")
@@ -115,6 +115,6 @@ def test_without_pycocotools_it_says_what_to_install(tmp_path: Path, monkeypatch
     def fail(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named '{name}'")
 
-    monkeypatch.setattr("neq_cli.training.data.coco.import_module", fail)
+    monkeypatch.setattr("neq_cli.training.data.mask_sources.import_module", fail)
     with pytest.raises(NeqError, match=r"^data.name: COCO needs pycocotools .*; pip install 'neq\[coco\]'$"):
         load_data(DataSection(name="coco", root=str(tmp_path)), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neq_cli.runs.views.live.layer_groups import fold
+from neq_cli.runs.views.live.layers import fold
 
 
 def labels(names: list[str], capacity: int) -> list[str]:

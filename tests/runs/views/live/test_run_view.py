@@ -7,7 +7,7 @@ import math
 import pytest
 
 from neq_cli.events import StepProgress
-from neq_cli.runs.views.live.pace import Pace, clock
+from neq_cli.runs.views.live.run_view import Pace, clock
 
 
 def at(step: int, steps: int = 100, phase: str = "train", epoch: int = 1) -> StepProgress:

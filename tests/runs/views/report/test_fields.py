@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.runs.store.run import Run
-from neq_cli.runs.views.report.densities import FIELDS, MOST_EPOCHS, densities, sampled
+from neq_cli.runs.views.report.fields import FIELDS, MOST_EPOCHS, densities, sampled
 
 
 def write_neurons(run: Run, values: dict[int, np.ndarray]) -> None:

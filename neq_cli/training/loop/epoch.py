@@ -1,4 +1,4 @@
-"""A half-trained epoch: what it has come to in this process, interrupted or not, and the clock it is timed by."""
+"""An epoch that is half trained: what it has come to in this process, before and after interruptions; its clock."""
 
 from __future__ import annotations
 
