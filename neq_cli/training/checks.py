@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from neq_cli.errors import RecipeValueError
 from neq_cli.recipe import (
     CustomPolicy,
     DataSection,
@@ -24,7 +25,6 @@ from neq_cli.training.loop import optimizers as optim
 from neq_cli.training.loop import tasks
 from neq_cli.training.models import build as models
 from neq_cli.training.models import weights
-from neq_cli.training.problems import RecipeValueError
 
 _DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps", "gpu": "cuda"}  # what a word may mean
 

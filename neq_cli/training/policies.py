@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from itertools import pairwise
 
-from neq_cli.errors import NeqError
+from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.freezing import Baseline, NEq, Policy, Stochastic
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.sliced import Mode
 from neq_cli.freezing.policies import frozen_count
 from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, StochasticPolicy
 from neq_cli.recipe.entrypoints import load_entrypoint
-from neq_cli.training.problems import RecipeValueError, one_line
 
 
 def build_policy(section: PolicySection, seed: int) -> Policy:

@@ -8,9 +8,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neq_cli.errors import RecipeValueError as RecipeValueError
 from neq_cli.errors import TrainingError
-from neq_cli.errors import one_line as one_line
 
 if TYPE_CHECKING:
     from neq_cli.recipe import Recipe

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.errors import FreezingError, RecipeError, RecipeValueError
 from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
@@ -39,7 +39,6 @@ from neq_cli.training.policies import (
     matching_p,
     mean_stochastic_flops,
 )
-from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.processes.joined import Processes
 from neq_cli.training.processes.sync_batchnorm import synchronised
 from neq_cli.training.startup import Startup

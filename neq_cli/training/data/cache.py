@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
+from neq_cli.errors import RecipeValueError
 from neq_cli.recipe.values import Cache
 from neq_cli.training.data.images import Images, StoredImages
 from neq_cli.training.data.memory import free_memory
 from neq_cli.training.data.parts import Data
-from neq_cli.training.problems import RecipeValueError
 
 _CPU = torch.device("cpu")
 _SHARE = 4  # auto takes a quarter of what is free: the model and its activations come later

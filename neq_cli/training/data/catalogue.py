@@ -8,11 +8,10 @@ from typing import Any
 
 from torchvision import datasets
 
-from neq_cli.errors import did_you_mean
+from neq_cli.errors import RecipeValueError, did_you_mean
 from neq_cli.recipe import DataSection
 from neq_cli.recipe.entrypoints import check_kwargs, load_entrypoint
 from neq_cli.training.data.transforms import Preparation
-from neq_cli.training.problems import RecipeValueError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, of pixels in [0, 1]
 Shape = tuple[int, int, int]  # channels, height, width

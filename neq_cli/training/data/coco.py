@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.training.data.joint import IGNORED
 from neq_cli.training.data.pixels import Range, read_image
-from neq_cli.training.problems import RecipeValueError, one_line
 
 LAYOUT = "COCO holds train2017/, val2017/ and annotations/instances_{train,val}2017.json"
 # Pascal VOC's classes in its order, and what COCO calls and numbers them (0: none, the background).

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from neq_cli.errors import RecipeValueError
 from neq_cli.recipe.values import Cache
 from neq_cli.training.data.cache import choose_cache
 from neq_cli.training.data.cached import KeptApart, KeptBatches, Reading
@@ -16,7 +17,6 @@ from neq_cli.training.data.images import Images, KeptImages, ReadImages, StoredI
 from neq_cli.training.data.parts import Data
 from neq_cli.training.data.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.data.workers import Batches, in_batches
-from neq_cli.training.problems import RecipeValueError
 from neq_cli.training.startup import Startup
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch

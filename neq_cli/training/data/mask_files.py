@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.training.data.hidden import Hidden
 from neq_cli.training.data.masks import MOST_CLASSES, as_mask
 from neq_cli.training.data.pixels import Range, cannot_be_used, read_image
-from neq_cli.training.problems import RecipeValueError, one_line
 
 LAYOUT = "a segmentation folder holds train/images/*, train/masks/<same names>.png, and val/ or test/ likewise"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

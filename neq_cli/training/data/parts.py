@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.catalogue import masks_problems, range_problems, statistics
 from neq_cli.training.data.images import Images, ReadImages, StoredImages, place_of
@@ -18,7 +19,7 @@ from neq_cli.training.data.masks import MaskedImages, is_mask
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
 from neq_cli.training.data.transforms import Mixing, Preparation
-from neq_cli.training.problems import DataError, RecipeValueError, one_line
+from neq_cli.training.problems import DataError
 
 
 @dataclass(frozen=True)

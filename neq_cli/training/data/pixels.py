@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from neq_cli.training.problems import DataError, of_the_disk, one_line
+from neq_cli.errors import one_line
+from neq_cli.training.problems import DataError, of_the_disk
 
 Range = tuple[float, float]
 """The pixel values that become 0 and 1."""

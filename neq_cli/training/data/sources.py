@@ -17,7 +17,7 @@ from torchvision import datasets
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import DatasetFolder
 
-from neq_cli.errors import NeqError
+from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.data.catalogue import CATALOGUE, classes_above, find_name, kwargs_problems
@@ -26,7 +26,7 @@ from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
 from neq_cli.training.data.mask_files import MaskFiles, open_folder
 from neq_cli.training.data.pixels import Range, as_tensor, read_image
-from neq_cli.training.problems import RecipeValueError, of_the_disk, one_line
+from neq_cli.training.problems import of_the_disk
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from neq_cli.errors import did_you_mean
+from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.freezing.rows.optimizers import MIXING_OPTIMIZERS
 from neq_cli.recipe import OptimizerSection, ParameterGroup, SchedulerSection
 from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs
 from neq_cli.training.loop import fused
-from neq_cli.training.problems import RecipeValueError, one_line
 
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {
     name.lower(): kind

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.loop.segmentation import Segmentation
 from neq_cli.training.models.outputs import auxiliary_outputs, main_output
-from neq_cli.training.problems import RecipeValueError, one_line
 
 __all__ = ["Classification", "Segmentation", "Task", "auxiliary_outputs", "build_task", "find_task", "main_output"]
 

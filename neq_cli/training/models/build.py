@@ -18,13 +18,13 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from neq_cli.errors import NeqError, did_you_mean
+from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line
 from neq_cli.freezing.model.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
 from neq_cli.training.loop.tasks import main_output
 from neq_cli.training.models import cifar_resnet
-from neq_cli.training.problems import RecipeValueError, one_line, place_of
+from neq_cli.training.problems import place_of
 
 if TYPE_CHECKING:
     from neq_cli.training.data.parts import Data

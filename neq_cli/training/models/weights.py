@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from neq_cli.errors import did_you_mean
+from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.recipe import ModelSection
 from neq_cli.training.models.build import find_builder
 from neq_cli.training.models.swin_names import as_torchvision
-from neq_cli.training.problems import RecipeValueError, of_the_disk, one_line
+from neq_cli.training.problems import of_the_disk
 
 _NESTED = ("model", "state_dict")
 _SUFFIXES = (".safetensors", ".pt", ".pth")

@@ -17,10 +17,9 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from neq_cli.complaints import keep_company
-from neq_cli.errors import NeqError, Terminated, TrainingError, described
+from neq_cli.errors import NeqError, Terminated, TrainingError, described, one_line
 from neq_cli.freezing.backward.dispatch import Choice, read_choice
 from neq_cli.freezing.processes.agreement import overwrite_from_first
-from neq_cli.training.problems import one_line
 from neq_cli.training.processes.lifeline import Lifeline, open_lifeline
 from neq_cli.training.processes.meeting import met, without_stdout
 

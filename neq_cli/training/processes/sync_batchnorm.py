@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from neq_cli.training.problems import RecipeValueError
+from neq_cli.errors import RecipeValueError
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
