@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
-from neq_cli.jobs.earlier import Earlier
+from neq_cli.jobs.earlier_kernels import Earlier
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.load import LoadedRecipe
 from neq_cli.runs.store.paths import check_resumable

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neq_cli.events import EpochRecord, RunResumed
-from neq_cli.jobs.earlier import choices_beside
+from neq_cli.jobs.earlier_kernels import choices_beside
 from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
 from neq_cli.jobs.recorder import Recorder, create_directory, environment_of, status_of, write_beginning
 from neq_cli.jobs.resume import Start, finished_already, restore, resumption

@@ -13,7 +13,7 @@ import torch
 
 from neq_cli.freezing.backward import dispatch as dispatch_module
 from neq_cli.jobs import train as running
-from neq_cli.jobs.earlier import earlier_choices
+from neq_cli.jobs.earlier_kernels import earlier_choices
 from neq_cli.recipe.load import load_recipe
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.training.loop.device import describe_device, environment, machine
