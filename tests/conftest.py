@@ -23,10 +23,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Give folders a process for each core, and files by name none but pytest's own, which is there at once."""
-    files = [Path(argument.partition("::")[0]) for argument in config.args]
+    """Give folders a process for each core; none but pytest's own, which is there at once, to files given by name.
+
+    Nor to tests that another `-m` selects: of the slow ones a single one may take most of the memory, or the GPU.
+    """
+    files = all(argument.partition("::")[0].endswith(".py") for argument in config.args)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores == 1 or all(file.suffix == ".py" for file in files) else min(cores, 8)
+    return 0 if files or config.option.markexpr != "not slow" or cores == 1 else min(cores, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
