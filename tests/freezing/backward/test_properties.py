@@ -210,6 +210,8 @@ def test_any_convolution(kernel: str, mode: Mode) -> None:
     holds()
 
 
+# A kernel of its own, "pointwise", is only for convolutions.
+@pytest.mark.parametrize("kernel", ["dense", "dense from the start", "sliced", "rounded"], indirect=True)
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 def test_any_linear_layer(kernel: str, mode: Mode) -> None:
     @SETTINGS
