@@ -52,6 +52,11 @@ class Standing:
             or self.shapes.get(name) != now.shapes.get(name)
         ]
 
+    def compared(self, now: Standing) -> str:
+        """Return what processes that train copies of one model must find alike: what changed, and what is optimised."""
+        names = [name for name, one in now.parameters.items() if id(one) in now.optimized]
+        return f"{self.replaced(now)} {names} {self.differs(now)}"
+
     def carried(
         self,
         now: Standing,
