@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.model.neurons import Layer, Neurons
 from neq_cli.freezing.model.propagation import Propagation, propagate
 from neq_cli.freezing.model.trace import Trace
@@ -26,7 +26,7 @@ class Execution:
     frozen, but past layers that pass none on.
     """
 
-    mode: Mode
+    mode: BackwardMode
     dense: frozenset[str]
     rows_computed: Mapping[str, int]
     compiled: bool

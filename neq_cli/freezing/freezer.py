@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
-from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.answers import everything, settle
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import MODES, KernelUse, Mode
+from neq_cli.freezing.backward.sliced import MODES, BackwardMode, KernelUse
 from neq_cli.freezing.changes import Standing, gradients_switched_on, standing
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
@@ -80,7 +80,7 @@ class Freezer:
         probe_loader: Iterable[Any],
         policy: Policy | None = None,
         *,
-        backward: Mode = "exact",
+        backward: BackwardMode = "exact",
         dispatch: Dispatch | None = None,
         compiled: bool | None = None,
         exclude: Sequence[str] = (),
@@ -106,7 +106,7 @@ class Freezer:
             kind = type(self.optimizer).__name__
             self.notes.append(f"optimizer: {kind} was not tried; the user vouches that it updates row by row")
 
-        self.backward: Mode = backward
+        self.backward: BackwardMode = backward
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
         self._exclude, self._row_wise, self._wrapped = exclude, row_wise, is_wrapped(model)
@@ -243,7 +243,7 @@ class Freezer:
 
     def _study(self, now: Standing) -> Hold:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
-        anatomy = study(
+        anatomy = anatomy_of(
             self.model,
             first_probe_input(self.model, self.probe_loader, self._agreement.sample),
             optimized=now.optimized.values(),

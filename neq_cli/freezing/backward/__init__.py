@@ -10,8 +10,8 @@ in its place, until ``detach()``, and not inside ``suspended()``:
   and holds its plan as an attribute. With torch.compile all that can be sliced are, from the first set on, in which
   nothing is frozen. Copies and pickles are of their own class.
 - Hooks on parameters, called once a gradient has been accumulated (rows/zeroed.py), where rows are frozen. In truncated
-  mode, in a model that was given wrapped in DistributedDataParallel, on all others that an error may reach as well
-  (rows/unreached.py). They put calls off to the end of the running backward pass, and end with it.
+  mode, in a model that was given wrapped in DistributedDataParallel, on all others that an error may reach as well.
+  They put calls off to the end of the running backward pass, and end with it.
 
 From the making of the Freezer until ``detach()``, and kept in ``suspended()``:
 
@@ -45,6 +45,6 @@ Of the process, from the import on:
   The table of plans by number loses an entry when its slot, which a Freezer has, is collected.
 - The subclasses that swapping.py makes, one for each class and purpose: they are kept and used again.
 
-Of a wrapper, never of the model: the communication hook of a ``Replica`` (processes/replica.py). The mark for parameters
-that DistributedDataParallel shall ignore is on the model while the wrapper is made, and off again.
+Of a wrapper, never of the model: the communication hook of a ``Replica`` (processes/replica.py). The mark for
+parameters that DistributedDataParallel shall ignore is on the model while the wrapper is made, and off again.
 """

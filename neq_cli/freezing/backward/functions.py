@@ -10,7 +10,7 @@ from torch import Tensor
 from neq_cli.freezing.backward.operations import Operation
 
 if TYPE_CHECKING:
-    from neq_cli.freezing.backward.gradients import Plan
+    from neq_cli.freezing.backward.gradients import GradientPlan
 
 
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
@@ -29,7 +29,7 @@ class SomeRows(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         operation: Operation,
-        plan: Plan,
+        plan: GradientPlan,
         owns_bias: bool,
     ) -> Tensor:
         ctx.operation, ctx.plan = operation, plan
@@ -128,7 +128,7 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return memory_format
 
 
-def is_batch(error: Tensor) -> bool:
+def is_vectorised(error: Tensor) -> bool:
     """Whether ``error`` stands for many that are vectorised, as under ``torch.vmap`` or with ``is_grads_batched``."""
     return in_transform() or torch._C._dispatch_keys(error).has(_BATCHED)
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.backward.compiled import apply_compiled
 from neq_cli.freezing.backward.functions import Scaled, in_transform
-from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.intercepting import Watched, intercepted
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 from neq_cli.freezing.model.neurons import BATCH_NORMS, Cost
@@ -28,7 +28,7 @@ class Sliced:
     """The plan of a module's weight, and what it is for: another weight that is put in its place for a call, as by
     ``functional_call``, is no neuron's, nor is another bias."""
 
-    plan: Plan
+    plan: GradientPlan
     weight: Tensor
     bias: Tensor | None
 
