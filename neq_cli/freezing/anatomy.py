@@ -1,4 +1,4 @@
-"""What one look at a model tells before any training: its neurons, one traced sample, and who may never freeze."""
+"""One look at a model, before any training, tells its neurons, what one sample showed, and who may never freeze."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Anatomy:
 
     @property
     def functional(self) -> dict[str, str]:
-        """For each layer whose weight one module passes to a function, that module's name."""
+        """The name of the module that passes a layer's weight to a function, by layer, where one alone does."""
         return {
             name: next(iter(users))
             for name, users in self.trace.users.items()
@@ -84,7 +84,7 @@ class Anatomy:
 
     @cached_property
     def dense_because(self) -> dict[str, str]:
-        """For each layer whose gradients cannot be computed in part, why."""
+        """Why a layer's gradients cannot be computed in part, by layer, where they cannot."""
         functional = self.functional
         reasons = {name: why_dense(layer, name in functional) for name, layer in self.neurons.layers.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}

@@ -1,4 +1,4 @@
-"""What became of a model and its optimiser since they were last looked at: parameters that joined, left or changed."""
+"""Model and optimiser are compared with the last look at them: parameters may have joined, left or been replaced."""
 
 from __future__ import annotations
 

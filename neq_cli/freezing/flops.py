@@ -1,4 +1,8 @@
-"""FLOPs of one sample's back-propagation, one multiply-add each: the paper's accounting and what really runs."""
+"""The FLOPs of one sample's back-propagation are counted twice: as the paper does, and as they are executed.
+
+The unit is one multiply-add. Counted by hand, since torch's FlopCounterMode counts what has run, not what would with
+other sets in force, and knows nothing of the paper's accounting.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen sets in force on a model: fewer gradients are computed, rows stand still, what is cut off is left alone."""
+"""A Hold puts frozen sets in force on a model: fewer gradients are computed, and rows stand still."""
 
 from __future__ import annotations
 

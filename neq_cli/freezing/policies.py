@@ -1,4 +1,4 @@
-"""Who trains next epoch: the baseline, the paper's rule and its random counterpart."""
+"""A policy chooses who trains next epoch: the baseline, the paper's rule and its random counterpart."""
 
 from __future__ import annotations
 

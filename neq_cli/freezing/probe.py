@@ -1,4 +1,4 @@
-"""Old and new network side by side over the probe set: how similar every neuron's output stayed (Eq. 1)."""
+"""The probe compares old and new network over the probe set: how similar every neuron's output stayed (Eq. 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fewer gradients: swapped classes, sliced kernels, and which of them is chosen.
+"""Fewer gradients are computed: classes are swapped, kernels sliced, and the fastest is chosen.
 
 Freezing works in loops that know nothing of it, so it changes what others see. This is the whole list: what is changed,
 when, and what undoes it. What is changed for one call is undone where an exception leaves it, too.

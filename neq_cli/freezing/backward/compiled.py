@@ -1,4 +1,4 @@
-"""The sliced operations as torch.compile sees them: opaque, so that one graph serves every frozen set."""
+"""The sliced operations are opaque to torch.compile, so that one graph serves every frozen set."""
 
 from __future__ import annotations
 

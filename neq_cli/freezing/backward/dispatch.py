@@ -1,4 +1,8 @@
-"""Which kernel computes a layer's gradients: the fastest, timed once for each kind of call, or by a fixed rule."""
+"""A Dispatch chooses the kernel of a layer's gradients: the fastest, timed once a kind of call, or by rule.
+
+Timed by hand: torch.utils.benchmark times one statement after the other, here all take turns, so that what else slows
+the machine slows all of them.
+"""
 
 from __future__ import annotations
 

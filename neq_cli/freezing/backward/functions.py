@@ -1,4 +1,4 @@
-"""Operations as autograd records them: some rows' gradients, the input's alone, a fixed scale; no output is a view."""
+"""Operations are recorded by autograd with some rows' gradients, or the input's alone; no output is a view."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
 
 
 def is_vectorised(error: Tensor) -> bool:
-    """Whether ``error`` stands for many that are vectorised, as under ``torch.vmap`` or with ``is_grads_batched``."""
+    """Return whether ``error`` stands for many at once, as under ``torch.vmap`` or with ``is_grads_batched``."""
     return in_transform() or torch._C._dispatch_keys(error).has(_BATCHED)
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func runs: it differentiates and batches what Functions of ours hide from it."""
+    """Return whether a transform of torch.func runs, which differentiates and batches what our Functions hide."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

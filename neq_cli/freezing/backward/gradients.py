@@ -1,4 +1,7 @@
-"""One layer's gradients while a frozen set is in force: which rows are computed, by which kernel, and what is kept."""
+"""A GradientPlan computes one layer's gradients while a set is in force: which rows, by which kernel.
+
+By hand, since PyTorch computes the gradient of a weight whole or not at all.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers with frozen neurons compute fewer gradients: their modules change class while a frozen set is in force."""
+"""SlicedBackward puts frozen sets in force in a model's modules, and tells how each layer's gradients are computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from neq_cli.freezing.backward.compiled import Slot
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.gradients import GradientPlan, Operand
 from neq_cli.freezing.backward.intercepting import Watched
-from neq_cli.freezing.backward.swapping import Sliced, restore, swap_frozen, swap_intercepting, swap_sliced
+from neq_cli.freezing.backward.swapping import SlicedOperands, restore, swap_frozen, swap_intercepting, swap_sliced
 from neq_cli.freezing.model.neurons import Layer
 
 BackwardMode = Literal["exact", "truncated", "dense"]
@@ -86,7 +86,7 @@ class SlicedBackward:
             if self.compiled or plan.rows < len(plan.trainable):
                 self.plans[name] = plan
                 layer = self.layers[name]
-                sliced = Sliced(plan, self.parameters[layer.weight], self._bias(layer)[0])
+                sliced = SlicedOperands(plan, self.parameters[layer.weight], self._bias(layer)[0])
                 swap = partial(swap_sliced, layer.module, layer.cost, sliced, slot.number)
                 self.swaps.append((layer.module, swap))
         if not self.compiled:

@@ -1,4 +1,4 @@
-"""Which layers of a model own neurons, and where each neuron's parameters lie; needs no forward pass."""
+"""Layers own neurons, and each neuron's parameters lie in rows: both are found without a forward pass."""
 
 from __future__ import annotations
 

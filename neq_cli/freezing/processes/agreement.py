@@ -1,4 +1,4 @@
-"""What the processes that train copies of one model tell each other, so that all freeze the same neurons."""
+"""The processes that train copies of one model agree on what is frozen: process 0 decides, and all are compared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Agreement:
         self.group = group
 
     def check(self, contents: Iterable[bytes], what: str) -> None:
-        """Raise FreezingError in every process where ``contents``, those of its ``what``, differ in one."""
+        """Raise FreezingError in every process where one's ``contents``, in words ``what``, are not process 0's."""
         if self.group is not None:
             check_agreement(contents, self.group, what)
 

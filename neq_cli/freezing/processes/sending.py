@@ -1,4 +1,7 @@
-"""A communication hook for DistributedDataParallel that averages the trainable rows of each bucket alone."""
+"""A communication hook for DistributedDataParallel averages the trainable rows of each bucket alone.
+
+By hand, since torch's own hooks send whole buckets.
+"""
 
 from __future__ import annotations
 

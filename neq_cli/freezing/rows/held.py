@@ -1,4 +1,4 @@
-"""Frozen rows of parameters and their state, written back in few calls and to the bit; dense tensors only."""
+"""What frozen rows and their state are held at is written back in few calls and to the bit; dense tensors only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen rows stay bit-identical around ``optimizer.step()``, whatever row-wise optimiser: weights and its state."""
+"""A RowKeeper keeps frozen rows and their optimiser state bit-identical around ``optimizer.step()``."""
 
 from __future__ import annotations
 

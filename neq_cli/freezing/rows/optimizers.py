@@ -1,4 +1,4 @@
-"""Which optimisers work row by row, so that rows can be frozen; others are refused by name or after a small trial."""
+"""Optimisers that work row by row are told from those that mix rows, which are refused, by name or after a trial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an optimiser works row by row, by experiment: a copy of it acts on small copies of its parameters.
+"""An experiment tells whether an optimiser works row by row: a copy of it acts on small copies of its parameters.
 
 Gradients are given, whatever the weights: an optimiser that asks for them at another point, as SAM does, is judged by
 what it does with them. What first happens after a dozen steps, or to weights that are larger still, is not seen.
