@@ -46,11 +46,11 @@ class Freezer:
     ``backward``: ``exact`` computes the weight gradients of the trainable neurons only and the same errors as ever, so
     that training is what it would be without the saving, up to rounding. ``truncated`` is an approximation: frozen
     neurons of convolutions and linear layers pass no error to the layers below (a layer that no error reaches at all
-    is paused until one does). ``dense`` computes every gradient and
-    discards the frozen ones. ``dispatch`` holds the choices of kernels; by default they are timed, once for each kind
-    of call. ``compiled``: torch.compile runs the model (default: whether the one given is compiled); then nothing is
-    compiled again when the frozen sets change. Modules with frozen neurons are of a subclass of their own class in the
-    meantime; copies and pickles of them are not.
+    is paused until one does). ``dense`` computes every gradient and discards the frozen ones. ``dispatch`` holds the
+    choices of kernels; by default they are timed, once for each kind of call. ``compiled``: torch.compile runs the
+    model (default: whether the one given is compiled); then nothing is compiled again when the frozen sets change.
+    Modules with frozen neurons are of a subclass of their own class in the meantime; copies and pickles of them are
+    not. backward/__init__.py lists all that is changed for others.
 
     ``process_group``: the processes that train copies of the model together; each one's ``probe_loader`` yields its
     share of the probe set. The sums are added up over the group, process 0 chooses, and all hold the same sets; the
