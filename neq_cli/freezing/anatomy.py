@@ -1,4 +1,4 @@
-"""What one look at a model tells before any training: its neurons, one traced sample, and who may never freeze."""
+"""One look at a model, before any training, tells its neurons, what one sample showed, and who may never freeze."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
-from neq_cli.freezing.backward.sliced import Mode, why_dense
+from neq_cli.freezing.backward.sliced import BackwardMode, why_dense
 from neq_cli.freezing.equilibrium import Definition
 from neq_cli.freezing.flops import Execution, Flops, count_flops
 from neq_cli.freezing.model.axes import with_found_axes
@@ -42,7 +42,7 @@ class Anatomy:
     def flops(
         self,
         trainable: Mapping[str, Tensor | float],
-        mode: Mode = "exact",
+        mode: BackwardMode = "exact",
         *,
         rows_computed: Mapping[str, int] | None = None,
         compiled: bool = False,
@@ -55,7 +55,7 @@ class Anatomy:
         execution = self._execution(mode, compiled, rows_computed or {})
         return count_flops(self.neurons, self.trace, trainable, execution)
 
-    def reached(self, trainable: Mapping[str, Tensor], mode: Mode, *, compiled: bool = False) -> frozenset[str]:
+    def reached(self, trainable: Mapping[str, Tensor], mode: BackwardMode, *, compiled: bool = False) -> frozenset[str]:
         """Return the layers that an error reaches: in truncated mode frozen layers may cut others off from it."""
         shares = {name: float(rows.any()) for name, rows in trainable.items()}
         blocking = self._execution(mode, compiled, {}).blocking(self.neurons, shares)
@@ -67,13 +67,13 @@ class Anatomy:
         reached = parameters_reached(self.trace, self._execution("truncated", False, {}).blocking(self.neurons, shares))
         return [name for name in self.neurons.outside if name not in reached]
 
-    def _execution(self, mode: Mode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
+    def _execution(self, mode: BackwardMode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
         dense = frozenset([*self.dense_because, *(self.functional if compiled else ())])
         return Execution(mode, dense, rows_computed, compiled, attached=self.attached)
 
     @property
     def functional(self) -> dict[str, str]:
-        """For each layer whose weight one module passes to a function, that module's name."""
+        """The name of the module that passes a layer's weight to a function, by layer, where one alone does."""
         return {
             name: next(iter(users))
             for name, users in self.trace.users.items()
@@ -84,13 +84,13 @@ class Anatomy:
 
     @cached_property
     def dense_because(self) -> dict[str, str]:
-        """For each layer whose gradients cannot be computed in part, why."""
+        """Why a layer's gradients cannot be computed in part, by layer, where they cannot."""
         functional = self.functional
         reasons = {name: why_dense(layer, name in functional) for name, layer in self.neurons.layers.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def study(
+def anatomy_of(
     model: nn.Module,
     inputs: Any,
     *,

@@ -1,4 +1,4 @@
-"""From a policy's answer to sets that may be in force: checked, and with all that must train whatever it says."""
+"""A policy's answer becomes the sets in force: it is checked, and what must train does, whatever it says."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def settle(
 ) -> dict[str, Tensor]:
     """Return the new sets: those of the ``policy`` (its class' name), but for what must train.
 
-    That are layers it left out, those that are never frozen, neurons whose similarity is unknown, and what is tied to
-    any of these. Raises FreezingError where it ``chosen`` for an unknown layer, in a wrong shape or a wrong type.
+    Those are layers that it left out, those that are never frozen, neurons whose similarity is unknown, and what is
+    tied to any of these. Raises FreezingError where it has ``chosen`` for an unknown layer, in a wrong shape or type.
     """
     if not isinstance(chosen, Mapping):
         kind = type(chosen).__name__

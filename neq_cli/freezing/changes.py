@@ -1,4 +1,4 @@
-"""What became of a model and its optimiser since they were last looked at: parameters that joined, left or changed."""
+"""Model and optimiser are compared with the last look at them: parameters may have joined, left or been replaced."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class Standing:
             if self.parameters.get(name) is not now.parameters.get(name)
             or self.shapes.get(name) != now.shapes.get(name)
         ]
+
+    def compared(self, now: Standing) -> str:
+        """Return what processes that train copies of one model must find alike: what changed, and what is optimised."""
+        names = [name for name, one in now.parameters.items() if id(one) in now.optimized]
+        return f"{self.replaced(now)} {names} {self.differs(now)}"
 
     def carried(
         self,

@@ -1,4 +1,4 @@
-"""When a neuron is at equilibrium: the paper's Eq. 1, 3, 4 and 6 as pure functions on tensors of [neurons]."""
+"""The paper's Eq. 1, 3, 4 and 6 say when a neuron is at equilibrium: pure functions on tensors of [neurons]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""FLOPs of one sample's back-propagation, one multiply-add each: the paper's accounting and what really runs."""
+"""The FLOPs of one sample's back-propagation are counted twice: as the paper does, and as they are executed.
+
+The unit is one multiply-add. Counted by hand, since torch's FlopCounterMode counts what has run, not what would with
+other sets in force, and knows nothing of the paper's accounting.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.model.neurons import Layer, Neurons
 from neq_cli.freezing.model.propagation import Propagation, propagate
 from neq_cli.freezing.model.trace import Trace
@@ -26,7 +30,7 @@ class Execution:
     frozen, but past layers that pass none on.
     """
 
-    mode: Mode
+    mode: BackwardMode
     dense: frozenset[str]
     rows_computed: Mapping[str, int]
     compiled: bool

@@ -11,36 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
-from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.answers import everything, settle
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import MODES, KernelUse, Mode
+from neq_cli.freezing.backward.sliced import MODES, BackwardMode, KernelUse
 from neq_cli.freezing.changes import Standing, gradients_switched_on, standing
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
 from neq_cli.freezing.model.neurons import Layer, find_neurons
-from neq_cli.freezing.model.observing import (
-    first_input,
-    is_compiled,
-    is_wrapped,
-    outside_inference_mode,
-    undisturbed,
-    unwrap,
-)
-from neq_cli.freezing.policies import NEq, Observation, Policy
-from neq_cli.freezing.probe import copied, device_of, follow, overwrite, similarity, snapshot
-from neq_cli.freezing.processes.agreement import (
-    check_agreement,
-    chosen_by_first,
-    first_sample,
-    from_first,
-    named_from_first,
-    overwrite_from_first,
-    pack,
-)
+from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
+from neq_cli.freezing.policies import NEq, Observation, Policy, observe
+from neq_cli.freezing.probe import device_of, first_probe_input, follow, overwrite, similarity, snapshot
+from neq_cli.freezing.processes.agreement import Agreement, as_bytes
 from neq_cli.freezing.rows.optimizers import unwrap_optimizer
-from neq_cli.freezing.state import STATE_VERSION, check_state, fixed_tensors
+from neq_cli.freezing.state import State, check_state, fixed_tensors, load_policy
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,11 +46,11 @@ class Freezer:
     ``backward``: ``exact`` computes the weight gradients of the trainable neurons only and the same errors as ever, so
     that training is what it would be without the saving, up to rounding. ``truncated`` is an approximation: frozen
     neurons of convolutions and linear layers pass no error to the layers below (a layer that no error reaches at all
-    is paused until one does). ``dense`` computes every gradient and
-    discards the frozen ones. ``dispatch`` holds the choices of kernels; by default they are timed, once for each kind
-    of call. ``compiled``: torch.compile runs the model (default: whether the one given is compiled); then nothing is
-    compiled again when the frozen sets change. Modules with frozen neurons are of a subclass of their own class in the
-    meantime; copies and pickles of them are not.
+    is paused until one does). ``dense`` computes every gradient and discards the frozen ones. ``dispatch`` holds the
+    choices of kernels; by default they are timed, once for each kind of call. ``compiled``: torch.compile runs the
+    model (default: whether the one given is compiled); then nothing is compiled again when the frozen sets change.
+    Modules with frozen neurons are of a subclass of their own class in the meantime; copies and pickles of them are
+    not. backward/__init__.py lists all that is changed for others.
 
     ``process_group``: the processes that train copies of the model together; each one's ``probe_loader`` yields its
     share of the probe set. The sums are added up over the group, process 0 chooses, and all hold the same sets; the
@@ -95,7 +80,7 @@ class Freezer:
         probe_loader: Iterable[Any],
         policy: Policy | None = None,
         *,
-        backward: Mode = "exact",
+        backward: BackwardMode = "exact",
         dispatch: Dispatch | None = None,
         compiled: bool | None = None,
         exclude: Sequence[str] = (),
@@ -114,13 +99,14 @@ class Freezer:
         self.definition: Definition = getattr(self.policy, "definition", "paper")
         self.probe_autocast = probe_autocast
         self.process_group = process_group
+        self._agreement = Agreement(process_group)
         self.epoch = 0
         self.notes: list[str] = []
         if row_wise:
             kind = type(self.optimizer).__name__
             self.notes.append(f"optimizer: {kind} was not tried; the user vouches that it updates row by row")
 
-        self.backward: Mode = backward
+        self.backward: BackwardMode = backward
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
         self._exclude, self._row_wise, self._wrapped = exclude, row_wise, is_wrapped(model)
@@ -133,13 +119,10 @@ class Freezer:
         self._suspensions = 0
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
         self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
-        if process_group is not None:
-            self._check_agreement("layers or settings")
+        self._agreement.check(self._held(), "layers or settings")
         self._remember(snapshot(self.model))
-        if process_group is not None:
-            # DistributedDataParallel, made later, gives all processes the weights of process 0.
-            own = (self._previous[name] for name, _ in self.model.named_parameters())
-            overwrite_from_first((tensor for tensor in own if tensor is not None), process_group)
+        # DistributedDataParallel, made later, gives all processes the weights of process 0.
+        self._agreement.overwrite(self._previous[name] for name, _ in self.model.named_parameters())
 
     @outside_inference_mode
     def step(self) -> dict[str, Observation]:
@@ -148,7 +131,7 @@ class Freezer:
         Returns the observations by layer, in forward order; their ``trainable`` is the new set. Raises FreezingError
         where the policy answers with an unknown layer, a wrong shape or a wrong type; then nothing has changed.
         """
-        self._check_agreement("frozen sets")
+        self._agreement.check(self._held(), "frozen sets")
         self._look_anew()
         phi = similarity(
             self.model,
@@ -159,17 +142,15 @@ class Freezer:
             autocast=self.probe_autocast,
             process_group=self.process_group,
         )
-        if self.process_group is not None:  # whose sums may differ in their last bits where the network adds them up
-            everything = from_first(torch.cat(list(phi.values())), self.process_group)
-            phi = dict(zip(phi, torch.split(everything, [len(one) for one in phi.values()]), strict=True))
+        phi = self._agreement.rounded_alike(phi)
         dynamics = {name: self.dynamics[name].next(phi[name], self.mu, self.definition) for name in self.layers}
-        trainable = self._chosen(dynamics)
+        trainable = self._agreement.choose(lambda: self._chosen(dynamics), self.layers)
         self.epoch += 1
         self.dynamics = dynamics
         self._remember(snapshot(self.model))
         self._put_in_force(trainable)
-        self._check_agreement("frozen sets")
-        return {name: self._observation(dynamics[name], trainable[name]) for name in self.layers}
+        self._agreement.check(self._held(), "frozen sets")
+        return observe(dynamics, trainable)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -212,22 +193,8 @@ class Freezer:
             dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
             if self._standing.replaced(now):
                 overwrite(previous := {}, snapshot(self.model))
-        return {
-            "version": STATE_VERSION,
-            "epoch": self.epoch,
-            "layers": {
-                name: {
-                    "phi": moved.phi,
-                    "delta_phi": moved.delta_phi,
-                    "velocity": moved.velocity,
-                    "trainable": trainable[name],
-                }
-                for name, moved in dynamics.items()
-            },
-            "previous": dict(previous),
-            "policy": self.policy.state_dict(),
-            "computed": {name: rows for name, rows in self._rows_computed().items() if name in dynamics},
-        }
+        computed = {name: rows for name, rows in self._rows_computed().items() if name in dynamics}
+        return State(self.epoch, dynamics, trainable, previous, self.policy.state_dict(), computed).to_dict()
 
     @outside_inference_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -237,26 +204,14 @@ class Freezer:
         """
         self._look_anew()
         check_state(state, self.layers, self._previous, fixed_tensors(self.model))
-        self._load_policy(state.get("policy", {}))  # an empty dictionary is lost where a state was flattened
-        self.epoch = state["epoch"]
-        layers = {
-            name: {
-                key: tensor.cpu().clone()
-                for key, tensor in state["layers"][name].items()
-                if key in ("phi", "delta_phi", "velocity", "trainable")
-            }
-            for name in self.layers
-        }
-        self.dynamics = {
-            name: Dynamics(layer["phi"], layer["delta_phi"], layer["velocity"]) for name, layer in layers.items()
-        }
+        found = State.of(state, self.layers)
+        load_policy(self.policy, found.policy)
+        self.epoch, self.dynamics = found.epoch, dict(found.dynamics)
         # Buffers without a tensor are lost where a state was flattened.
         empty = {name: None for name, tensor in self._previous.items() if tensor is None}
-        self._remember({**empty, **state["previous"]}, device_of(self.model))
-        self._put_in_force({name: layer["trainable"] for name, layer in layers.items()})
-        self._computed = {
-            name: rows for name, rows in state.get("computed", {}).items() if name in self.hold.slicing.plans
-        }
+        self._remember({**empty, **found.previous}, device_of(self.model))
+        self._put_in_force(dict(found.trainable))
+        self._computed = {name: rows for name, rows in found.computed.items() if name in self.hold.slicing.plans}
 
     @outside_inference_mode
     def detach(self) -> None:
@@ -283,18 +238,14 @@ class Freezer:
                 self.hold.resume()
 
     def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
-        if self.process_group is not None:
-            parameters = {name for name, _ in self.model.named_parameters()}
-            buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
-            own = {name: tensor for name, tensor in tensors.items() if name in parameters}
-            tensors = {**own, **named_from_first(buffers, device_of(self.model), self.process_group)}
-        overwrite(self._previous, tensors, device)
+        parameters = {name for name, _ in self.model.named_parameters()}
+        overwrite(self._previous, self._agreement.buffers(tensors, parameters, device_of(self.model)), device)
 
     def _study(self, now: Standing) -> Hold:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
-        anatomy = study(
+        anatomy = anatomy_of(
             self.model,
-            self._first_probe_input(),
+            first_probe_input(self.model, self.probe_loader, self._agreement.sample),
             optimized=now.optimized.values(),
             exclude=self._exclude,
             definition=self.definition,
@@ -352,50 +303,15 @@ class Freezer:
         self.hold.put_in_force(trainable)
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
-        def choose() -> dict[str, Tensor]:
-            seen = {name: self._observation(dynamics[name], self.trainable[name]) for name in self.layers}
-            chosen = self.policy.choose(seen, self.epoch + 1)
-            return settle(chosen, type(self.policy).__name__, self.anatomy, dynamics)
+        chosen = self.policy.choose(observe(dynamics, self.trainable), self.epoch + 1)
+        return settle(chosen, type(self.policy).__name__, self.anatomy, dynamics)
 
-        if self.process_group is None:
-            return choose()
-        return chosen_by_first(choose, {name: layer.neurons for name, layer in self.layers.items()}, self.process_group)
-
-    def _check_agreement(self, what: str) -> None:
-        if self.process_group is not None:
-            now = self._standing.now(self.model, self.optimizer)
-            names = [name for name, one in now.parameters.items() if id(one) in now.optimized]
-            changed = f"{self._standing.replaced(now)} {names} {self._standing.differs(now)}"
-            about = f"{self.epoch} {self.backward} {self.mu} {self.definition} {list(self.layers)} {changed}"
-            phi = torch.cat([moved.phi for moved in self.dynamics.values()])
-            tensors = (pack(self.trainable), phi.view(torch.uint8))
-            contents = [about.encode(), *(bytes(tensor.tolist()) for tensor in tensors)]
-            check_agreement(contents, self.process_group, what)
+    def _held(self) -> Iterator[bytes]:
+        """Yield all in which the processes must agree."""
+        changed = self._standing.compared(self._standing.now(self.model, self.optimizer))
+        yield f"{self.epoch} {self.backward} {self.mu} {self.definition} {list(self.layers)} {changed}".encode()
+        yield from as_bytes(self.trainable, [moved.phi for moved in self.dynamics.values()])
 
     def _rows_computed(self) -> dict[str, int]:
         """Return by layer how many rows the last backward pass computed, where that is known."""
         return {**self._computed, **self.hold.rows_computed()}
-
-    def _load_policy(self, state: Mapping[str, Any]) -> None:
-        before = self.policy.state_dict()
-        try:
-            self.policy.load_state_dict(state)
-        except Exception as error:
-            self.policy.load_state_dict(before)
-            policy, reason = type(self.policy).__name__, " ".join(f"{type(error).__name__}: {error}".split())
-            raise FreezingError(f"freezer state: policy {policy} does not take it over ({reason[:300]})") from error
-
-    def _first_probe_input(self) -> Any:
-        if isinstance(self.probe_loader, Iterator):
-            raise FreezingError("probe_loader: can be read only once; give a list or a DataLoader, which starts anew")
-        with undisturbed(self.model):
-            batch = next(iter(self.probe_loader), None)
-        if self.process_group is not None:
-            # What the model does with its input may depend on it: all processes look at the same sample.
-            batch = first_sample(batch, self.process_group)
-        if batch is None:
-            raise FreezingError("probe_loader: yields no batch; give it at least one input")
-        return copied(first_input(batch), device_of(self.model))
-
-    def _observation(self, moved: Dynamics, trainable: Tensor) -> Observation:
-        return Observation(moved.phi.float(), moved.delta_phi.float(), moved.velocity.float(), trainable.clone())

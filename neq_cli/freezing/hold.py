@@ -1,4 +1,4 @@
-"""Frozen sets in force on a model: fewer gradients are computed, rows stand still, what is cut off is left alone."""
+"""A Hold puts frozen sets in force on a model: fewer gradients are computed, and rows stand still."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import Mode, SlicedBackward
+from neq_cli.freezing.backward.sliced import BackwardMode, SlicedBackward
 from neq_cli.freezing.changes import Places
 from neq_cli.freezing.rows.keeper import RowKeeper
-from neq_cli.freezing.rows.unreached import Unreached
+from neq_cli.freezing.rows.zeroed import Unreached
 
 
 class Hold:
@@ -29,7 +29,7 @@ class Hold:
         model: nn.Module,
         optimizer: Optimizer,
         anatomy: Anatomy,
-        mode: Mode,
+        mode: BackwardMode,
         dispatch: Dispatch,
         *,
         compiled: bool,

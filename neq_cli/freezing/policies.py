@@ -1,4 +1,4 @@
-"""Who trains next epoch: the baseline, the paper's rule and its random counterpart."""
+"""A policy chooses who trains next epoch: the baseline, the paper's rule and its random counterpart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from neq_cli.freezing.equilibrium import Definition, at_equilibrium
+from neq_cli.freezing.equilibrium import Definition, Dynamics, at_equilibrium
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ class Observation:
     delta_phi: Tensor
     velocity: Tensor
     trainable: Tensor
+
+
+def observe(dynamics: Mapping[str, Dynamics], trainable: Mapping[str, Tensor]) -> dict[str, Observation]:
+    """Return layers that move so, with these sets, as policies and users see them; all are copies."""
+    return {
+        name: Observation(moved.phi.float(), moved.delta_phi.float(), moved.velocity.float(), trainable[name].clone())
+        for name, moved in dynamics.items()
+    }
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
-"""Old and new network side by side over the probe set: how similar every neuron's output stayed (Eq. 1)."""
+"""The probe compares old and new network over the probe set: how similar every neuron's output stayed (Eq. 1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +132,21 @@ def _own(tensors: Mapping[str, Tensor | None], model: nn.Module) -> dict[str, Te
     return {
         name: tensor if tensor is None or name in kept else tensor.detach().clone() for name, tensor in tensors.items()
     }
+
+
+def first_probe_input(model: nn.Module, loader: Iterable[Any], agreed: Callable[[Any], Any]) -> Any:
+    """Return the inputs of the probe's first batch, where the model is; ``agreed`` makes all processes' the same.
+
+    Raises FreezingError where the probe yields nothing, or can be read only once.
+    """
+    if isinstance(loader, Iterator):
+        raise FreezingError("probe_loader: can be read only once; give a list or a DataLoader, which starts anew")
+    with undisturbed(model):
+        batch = next(iter(loader), None)
+    batch = agreed(batch)
+    if batch is None:
+        raise FreezingError("probe_loader: yields no batch; give it at least one input")
+    return copied(first_input(batch), device_of(model))
 
 
 def copied(inputs: Any, device: torch.device) -> Any:

@@ -1,15 +1,18 @@
-"""What may be taken over from a Freezer's state: every fault is found, and named, before anything changes."""
+"""A Freezer's state as it is saved and loaded: every fault in one is found, and named, before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.equilibrium import Dynamics
 from neq_cli.freezing.model.neurons import STOCK_LAYERS, Layer
+from neq_cli.freezing.policies import Policy
 
 STATE_VERSION = 1
 MOST_EPOCHS = 10**9
@@ -19,6 +22,61 @@ _KINDS = {
     "velocity": torch.float64,
     "trainable": torch.bool,
 }
+
+
+@dataclass(frozen=True)
+class State:
+    """What the next ``step()`` of a Freezer depends on; by layer or, ``previous``, by the name of a tensor."""
+
+    epoch: int
+    dynamics: Mapping[str, Dynamics]
+    trainable: Mapping[str, Tensor]
+    previous: Mapping[str, Tensor | None]
+    policy: Mapping[str, Any]
+    computed: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as nested dictionaries of tensors and plain values only."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "layers": {
+                name: {
+                    "phi": moved.phi,
+                    "delta_phi": moved.delta_phi,
+                    "velocity": moved.velocity,
+                    "trainable": self.trainable[name],
+                }
+                for name, moved in self.dynamics.items()
+            },
+            "previous": dict(self.previous),
+            "policy": self.policy,
+            "computed": dict(self.computed),
+        }
+
+    @staticmethod
+    def of(state: Mapping[str, Any], layers: Iterable[str]) -> State:
+        """Return what ``to_dict`` returned, after ``check_state`` found no fault; what is by layer are copies."""
+        copies = {name: {key: state["layers"][name][key].cpu().clone() for key in _KINDS} for name in layers}
+        return State(
+            state["epoch"],
+            {name: Dynamics(one["phi"], one["delta_phi"], one["velocity"]) for name, one in copies.items()},
+            {name: one["trainable"] for name, one in copies.items()},
+            state["previous"],
+            state.get("policy", {}),  # an empty dictionary is lost where a state was flattened
+            state.get("computed", {}),
+        )
+
+
+def load_policy(policy: Policy, state: Mapping[str, Any]) -> None:
+    """Have ``policy`` take over ``state``. Raises FreezingError where it does not, and leaves it as it was."""
+    before = policy.state_dict()
+    try:
+        policy.load_state_dict(state)
+    except Exception as error:
+        policy.load_state_dict(before)
+        kind, reason = type(policy).__name__, " ".join(f"{type(error).__name__}: {error}".split())
+        raise FreezingError(f"freezer state: policy {kind} does not take it over ({reason[:300]})") from error
 
 
 def fixed_tensors(model: nn.Module) -> frozenset[str]:

@@ -13,7 +13,7 @@ from neq_cli.runs.store.untrusted import damaged, read_json
 from neq_cli.text import printable
 
 if TYPE_CHECKING:
-    from neq_cli.freezing.backward.dispatch import Choice
+    from neq_cli.freezing.backward.dispatch import KernelChoice
     from neq_cli.recipe.load import LoadedRecipe
     from neq_cli.training.processes.joined import Processes
 
@@ -25,7 +25,7 @@ _MOST_RUNS = 16
 class Earlier:
     """Choices by the kind of call, and what the user should know of where they come from."""
 
-    choices: Mapping[str, Choice] = field(default_factory=dict)
+    choices: Mapping[str, KernelChoice] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -47,7 +47,7 @@ def earlier_choices(folder: Path, machine: Mapping[str, Any], own: Path | None =
     ``own`` is a run that goes on, and is left out. The newest run counts where several have timed the same. What is
     damaged is left out, and a note names it.
     """
-    choices: dict[str, Choice] = {}
+    choices: dict[str, KernelChoice] = {}
     notes: list[str] = []
     used: list[Path] = []
     for files in _newest(folder, own):
@@ -75,7 +75,7 @@ def _newest(folder: Path, own: Path | None) -> list[RunFiles]:
     return [files for _, files in sorted(dated, key=lambda pair: pair[0], reverse=True)[:_MOST_RUNS]]
 
 
-def _timed_on(files: RunFiles, machine: Mapping[str, Any]) -> dict[str, Choice]:
+def _timed_on(files: RunFiles, machine: Mapping[str, Any]) -> dict[str, KernelChoice]:
     if not files.environment.exists():
         return {}
     for about in _descriptions(files):

@@ -22,7 +22,7 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.startup import Startup
 
 if TYPE_CHECKING:
-    from neq_cli.freezing.backward.dispatch import Choice
+    from neq_cli.freezing.backward.dispatch import KernelChoice
     from neq_cli.runs.views.tables.costs import BenchProgress
     from neq_cli.training.processes.joined import Processes
     from neq_cli.training.session import Session
@@ -34,7 +34,7 @@ def prepared(
     *,
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
-    earlier: Mapping[str, Choice] | None = None,
+    earlier: Mapping[str, KernelChoice] | None = None,
     startup: Startup | None = None,
 ) -> Session:
     """Return the session of ``loaded``, ready to train; the keywords are those of ``training.session.prepare``."""

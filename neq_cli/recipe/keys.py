@@ -15,6 +15,7 @@ from neq_cli.recipe.values import (
     RESULT,
     SURROUNDINGS,
     Augment,
+    BackwardMode,
     BelowOne,
     Cache,
     Change,
@@ -251,7 +252,7 @@ class Recipe(Section):
     exclude: Annotated[list[str], RESULT] = Field(
         default_factory=list, description="globs of layers that are never frozen", examples=["['conv1', 'layer1.*']"]
     )
-    backward: Annotated[Literal["exact", "truncated", "dense"], RESULT] = Field(
+    backward: Annotated[BackwardMode, RESULT] = Field(
         default="exact",
         description="exact: no frozen weight gradients; truncated: nor frozen errors, an approximation; dense: all",
     )

@@ -8,7 +8,7 @@ from itertools import pairwise
 from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.freezing import Baseline, NEq, Policy, Stochastic
 from neq_cli.freezing.anatomy import Anatomy
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.policies import frozen_count
 from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, StochasticPolicy
 from neq_cli.recipe.entrypoints import load_entrypoint
@@ -61,7 +61,7 @@ def trainable_shares(anatomy: Anatomy, p: float) -> dict[str, float]:
     }
 
 
-def mean_stochastic_flops(anatomy: Anatomy, p: float, epochs: int, mode: Mode = "exact") -> tuple[float, float]:
+def mean_stochastic_flops(anatomy: Anatomy, p: float, epochs: int, mode: BackwardMode = "exact") -> tuple[float, float]:
     """Return (paper, executed) multiply-adds per sample, averaged over a run whose first epoch trains everything."""
     flops = anatomy.flops(trainable_shares(anatomy, p), mode)
     return tuple(  # type: ignore[return-value]

@@ -14,9 +14,9 @@ from neq_cli.errors import FreezingError, RecipeError, RecipeValueError
 from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
-from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
+from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
 from neq_cli.training.data.loaders import make_loaders
@@ -64,7 +64,7 @@ def prepare(
     *,
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
-    earlier: Mapping[str, Choice] | None = None,
+    earlier: Mapping[str, KernelChoice] | None = None,
     startup: Startup | None = None,
 ) -> Session:
     """Build model, data, optimiser, schedule and Freezer of ``recipe``, called ``name``.
@@ -203,7 +203,7 @@ def match(
         return recipe, []
     if matched_flops is None:
         raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")
-    anatomy = study(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
+    anatomy = anatomy_of(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0)).paper
     if not 0 < matched_flops <= dense * (1 + 1e-9):
         raise RecipeValueError(
@@ -239,7 +239,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     if shape is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
     sample = torch.zeros((1, *shape), device="meta")
-    anatomy = study(model, sample, exclude=recipe.exclude)
+    anatomy = anatomy_of(model, sample, exclude=recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe, notes = match(recipe, model, (1, *shape), matched_flops)
     paper, executed = dense.paper, dense.executed
@@ -257,7 +257,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     return FlopsEstimate(paper, executed, dense.paper, dense.executed, layers, notes)
 
 
-def freezing_notes(anatomy: Anatomy, mode: Mode) -> list[str]:
+def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:
     """Return a line for every reason why something always trains, or cannot be computed in part.
 
     Normalisation layers never can; they are listed with the kernels, in dispatch.json.

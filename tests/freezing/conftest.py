@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
-from neq_cli.freezing.backward.gradients import Plan
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
+from neq_cli.freezing.backward.gradients import GradientPlan
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 SECONDS = 60
 KERNELS = ("dense", "dense from the start", "sliced", "rounded", "pointwise")
@@ -67,13 +67,13 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def force(forced: str) -> None:
         wanted = forced.partition(" ")[0]
 
-        def choose(dispatch: Dispatch, kind: str, kernels: Sequence[Kernel], *_: Any) -> Choice:
-            choice = Choice(next((one for one in kernels if one == wanted), "sliced"), {})
+        def choose(dispatch: Dispatch, kind: str, kernels: Sequence[Kernel], *_: Any) -> KernelChoice:
+            choice = KernelChoice(next((one for one in kernels if one == wanted), "sliced"), {})
             return dispatch.choices.setdefault(kind, choice)
 
         monkeypatch.setattr(Dispatch, "choose", choose)
         if forced == "dense from the start":
-            monkeypatch.setattr(Plan, "_settled_choice", lambda *_: Choice("dense", {}))
+            monkeypatch.setattr(GradientPlan, "_settled_choice", lambda *_: KernelChoice("dense", {}))
 
     return force
 
@@ -106,7 +106,7 @@ def freeze() -> Callable[..., Freezer]:
     """Return what puts sets in force: ``freeze(model, inputs, sets or share, mode)``; a share is drawn at random."""
 
     def freeze(
-        model: nn.Module, inputs: Any, sets: Mapping[str, Tensor] | float, mode: Mode = "exact", **options: Any
+        model: nn.Module, inputs: Any, sets: Mapping[str, Tensor] | float, mode: BackwardMode = "exact", **options: Any
     ) -> Freezer:
         optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.1)
         freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode, **options)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from neq_cli import Freezer, Observation, Stochastic
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.backward.sliced import MODES, Mode
+from neq_cli.freezing.backward.sliced import MODES, BackwardMode
 
 
 class Even:
@@ -73,7 +73,7 @@ HALF = [False, True] * 4
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_freezes_while_gradients_are_off_is_held_from_when_they_are_on(mode: Mode) -> None:
+def test_what_freezes_while_gradients_are_off_is_held_from_when_they_are_on(mode: BackwardMode) -> None:
     net = make_net()
     optimizer = sgd(net.parameters())
     freezer = Freezer(net, optimizer, PROBE, Even(), backward=mode)
@@ -289,7 +289,7 @@ def widen_in_place(net: nn.Sequential, optimizer: optim.Optimizer) -> None:
 @pytest.mark.parametrize("replace", [replace_module, replace_parameter, replace_in_the_optimizer_too, widen])
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_is_replaced_trains_wholly_is_reported_so_and_taken_in(
-    replace: Callable[[nn.Sequential, optim.Optimizer], None], mode: Mode, trained: bool, caplog: Any
+    replace: Callable[[nn.Sequential, optim.Optimizer], None], mode: BackwardMode, trained: bool, caplog: Any
 ) -> None:
     net = make_net()
     optimizer = sgd(net.parameters())
@@ -390,7 +390,7 @@ def spectral_norm(net: nn.Sequential) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", [prune_it, parametrize_it, spectral_norm])
 def test_a_weight_that_comes_to_be_computed_from_the_same_parameter(
-    change: Callable[[nn.Sequential], None], mode: Mode, trained: bool
+    change: Callable[[nn.Sequential], None], mode: BackwardMode, trained: bool
 ) -> None:
     net = make_net()
     optimizer = sgd(net.parameters())

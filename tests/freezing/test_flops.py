@@ -13,9 +13,9 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from neq_cli import Freezer, Stochastic
-from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.flops import Flops
 from neq_cli.training.models.cifar_resnet import cifar_resnet
 
@@ -51,13 +51,13 @@ BY_HAND = {"conv": CONV, "norm": NORM, "grouped": GROUPED, "up": UP, "spread": S
 
 def test_paper_accounting_by_hand() -> None:
     assert (CONV, GROUPED, UP, HEAD, NORM, SPREAD) == (10368, 3456, 1024, 2560, 768, 512)
-    flops = dense(study(Small(), torch.randn(5, 3, 8, 8)))
+    flops = dense(anatomy_of(Small(), torch.randn(5, 3, 8, 8)))
     assert {name: layer.paper for name, layer in flops.layers.items()} == {n: 2 * cost for n, cost in BY_HAND.items()}
     assert flops.paper == flops.paper_dense == 2 * (10368 + 3456 + 1024 + 2560 + 768 + 512)
 
 
 def test_executed_accounting_by_hand() -> None:
-    flops = dense(study(Small(), torch.randn(5, 3, 8, 8)))
+    flops = dense(anatomy_of(Small(), torch.randn(5, 3, 8, 8)))
     # The images need no gradient: the first convolution computes its weight's only.
     expected = {name: 2 * cost for name, cost in BY_HAND.items()} | {"conv": CONV}
     assert {name: layer.executed for name, layer in flops.layers.items()} == expected
@@ -131,7 +131,7 @@ def test_a_layer_called_twice_and_tokens_count_every_call_and_token() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.norm(self.shared(self.shared(tokens))).mean(1))
 
-    flops = dense(study(Twice(), torch.randn(2, 5, 4)))
+    flops = dense(anatomy_of(Twice(), torch.randn(2, 5, 4)))
     assert flops.layers["shared"].paper == 2 * 2 * (5 * 4 * 4)
     assert flops.layers["norm"].paper == 2 * 2 * (5 * 4)
     assert flops.layers["head"].paper == 2 * 4 * 3
@@ -146,7 +146,7 @@ def test_attention_by_hand() -> None:
         def forward(self, tokens: Tensor) -> Tensor:
             return self.head(self.attention(tokens, tokens, tokens)[0])
 
-    flops = dense(study(Attention(), torch.randn(2, 5, 8)))
+    flops = dense(anatomy_of(Attention(), torch.randn(2, 5, 8)))
     projections = 5 * 8 * 24, 5 * 8 * 8, 5 * 8 * 3
     assert flops.paper == 2 * sum(projections)  # the products of attention itself: 0
     products = 2 * (2 * 5 * 5 * 4)  # queries by keys, and weights by values: 2 heads, 5 x 5 pairs, 4 numbers each
@@ -158,7 +158,7 @@ def test_layers_that_do_not_train_only_pass_the_error_on() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 2))
     net[0].requires_grad_(False)
     net[2].requires_grad_(False)
-    flops = dense(study(net, torch.randn(1, 4)))
+    flops = dense(anatomy_of(net, torch.randn(1, 4)))
     assert {name: layer.paper for name, layer in flops.layers.items()} == {"0": 0, "1": 60, "2": 0, "3": 28}
     # Below 1 nothing trains, so that neither 0 nor 1 computes an input gradient.
     assert {name: layer.executed for name, layer in flops.layers.items()} == {"0": 0, "1": 30, "2": 42, "3": 28}
@@ -198,7 +198,7 @@ def test_executed_agrees_with_torchs_counter(name: str, fixed: str) -> None:
         "biases": [key for key in names if key.endswith("bias")],
     }[fixed]:
         parameters[parameter].requires_grad_(False)
-    anatomy = study(net, torch.randn(3, 3, size, size))
+    anatomy = anatomy_of(net, torch.randn(3, 3, size, size))
     flops = dense(anatomy)
     kinds = {**anatomy.neurons.layers, **anatomy.neurons.fixed}
     ours = sum(layer.executed for name, layer in flops.layers.items() if kinds[name].cost != "norm") + flops.other
@@ -215,8 +215,8 @@ def test_executed_agrees_with_torchs_counter(name: str, fixed: str) -> None:
 class Sliced(Dispatch):
     """Computes the trainable rows and no others."""
 
-    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
-        return Choice("sliced", {})
+    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> KernelChoice:
+        return KernelChoice("sliced", {})
 
 
 class Share:
@@ -293,7 +293,7 @@ def executed(freezer: Freezer) -> float:
     return sum(one.executed for name, one in flops.layers.items() if layers[name].cost != "norm") + flops.other
 
 
-def with_frozen(model: nn.Module, size: int, policy: Any, mode: Mode) -> Freezer:
+def with_frozen(model: nn.Module, size: int, policy: Any, mode: BackwardMode) -> Freezer:
     images = torch.randn(1, 3, size, size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     freezer = Freezer(model.eval(), optimizer, [images], policy, backward=mode, dispatch=Sliced())
@@ -304,7 +304,7 @@ def with_frozen(model: nn.Module, size: int, policy: Any, mode: Mode) -> Freezer
 @pytest.mark.parametrize("mode", ["exact", "truncated", "dense"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", FROZEN_MODELS)
-def test_what_is_executed_while_neurons_are_frozen(name: str, share: float, mode: Mode) -> None:
+def test_what_is_executed_while_neurons_are_frozen(name: str, share: float, mode: BackwardMode) -> None:
     make, size = FROZEN_MODELS[name]
     model = make()
     freezer = with_frozen(model, size, Share(share), mode)
@@ -326,11 +326,11 @@ def test_what_is_executed_while_neurons_are_frozen(name: str, share: float, mode
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("first", [1, 3, 6, 9])
 @pytest.mark.parametrize("name", ["resnet", "segmenter", "vit"])
-def test_a_frozen_prefix(name: str, first: int, mode: Mode) -> None:
+def test_a_frozen_prefix(name: str, first: int, mode: BackwardMode) -> None:
     """No input gradient is computed below the trainable parameter nearest the input, and none is counted."""
     make, size = FROZEN_MODELS[name]
     model = make()
-    order = study(make(), torch.randn(1, 3, size, size)).trace.order
+    order = anatomy_of(make(), torch.randn(1, 3, size, size)).trace.order
     freezer = with_frozen(model, size, Share(1.0, lambda layer: layer in order[:first]), mode)
     assert counted(model, torch.randn(1, 3, size, size)) == pytest.approx(executed(freezer))
     flops = freezer.flops()
@@ -351,8 +351,10 @@ def test_blocked_layers_cut_off_what_lies_below(layer: str) -> None:
 
 def test_rows_that_were_computed_count_not_those_that_train() -> None:
     class Rounded(Dispatch):
-        def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
-            return Choice("rounded", {})
+        def choose(
+            self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any
+        ) -> KernelChoice:
+            return KernelChoice("rounded", {})
 
     model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.Flatten(), nn.Linear(40 * 16, 2))
     images = torch.randn(1, 3, 6, 6)
@@ -374,7 +376,7 @@ def test_rows_that_were_computed_count_not_those_that_train() -> None:
 
 def on_meta(build: Callable[..., nn.Module], size: int, **arguments: Any) -> Anatomy:
     with torch.device("meta"):
-        return study(build(**arguments), torch.empty(1, 3, size, size))
+        return anatomy_of(build(**arguments), torch.empty(1, 3, size, size))
 
 
 MODELS: dict[str, tuple[Callable[[], Anatomy], str]] = {

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from neq_cli.errors import RecipeError
 from neq_cli.freezing import Baseline, NEq, Observation, Stochastic
-from neq_cli.freezing.anatomy import Anatomy, study
-from neq_cli.freezing.backward.sliced import MODES, Mode
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
+from neq_cli.freezing.backward.sliced import MODES, BackwardMode
 from neq_cli.recipe import BaselinePolicy, CustomPolicy, NEqPolicy, StochasticPolicy
 from neq_cli.training.policies import (
     build_policy,
@@ -35,7 +35,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def anatomy() -> Anatomy:
-    return study(network(), torch.zeros(1, 1, 4, 4))
+    return anatomy_of(network(), torch.zeros(1, 1, 4, 4))
 
 
 def paper_flops(p: float, epochs: int) -> float:
@@ -46,7 +46,7 @@ def paper_flops(p: float, epochs: int) -> float:
     return dense - saved * (epochs - 1) / epochs
 
 
-def executed_flops(p: float, mode: Mode) -> float:
+def executed_flops(p: float, mode: BackwardMode) -> float:
     """What one epoch with p frozen computes; the images need no gradient, so that the first layer has one half."""
     head = 2 * 4
     if mode != "dense" and p == 1.0:
@@ -77,7 +77,7 @@ def test_the_output_layer_keeps_its_share(anatomy: Anatomy) -> None:
 @settings(max_examples=60, deadline=None)
 @given(share=st.floats(0, 1), epochs=st.integers(1, 30))
 def test_a_matched_share_is_the_closest_there_is(share: float, epochs: int) -> None:
-    anatomy = study(network(), torch.zeros(1, 1, 4, 4))
+    anatomy = anatomy_of(network(), torch.zeros(1, 1, 4, 4))
     target = paper_flops(1.0, epochs) + share * (paper_flops(0.0, epochs) - paper_flops(1.0, epochs))
     found = paper_flops(matching_p(anatomy, target, epochs), epochs)
     # Every set of counts that some p leads to, by trying them all: a step is 1/60 wide at least.

@@ -1,4 +1,4 @@
-"""The sliced operations as torch.compile sees them: opaque, so that one graph serves every frozen set."""
+"""The sliced operations are opaque to torch.compile, so that one graph serves every frozen set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from neq_cli.freezing.backward.functions import cast_for_autocast, no_view
-from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 
-_plans: dict[int, Plan] = {}
+_plans: dict[int, GradientPlan] = {}
 _numbers = itertools.count()
 
 
@@ -25,7 +25,7 @@ class Slot:
         # No __del__: at the interpreter's exit it would find `_plans` gone.
         weakref.finalize(self, _plans.pop, self.number, None).atexit = False
 
-    def put(self, plan: Plan) -> None:
+    def put(self, plan: GradientPlan) -> None:
         _plans[self.number] = plan
 
 

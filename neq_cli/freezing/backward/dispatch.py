@@ -1,4 +1,8 @@
-"""Which kernel computes a layer's gradients: the fastest, timed once for each kind of call, or by a fixed rule."""
+"""A Dispatch chooses the kernel of a layer's gradients: the fastest, timed once a kind of call, or by rule.
+
+Timed by hand: torch.utils.benchmark times one statement after the other, here all take turns, so that what else slows
+the machine slows all of them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ _HOPELESS = 1.5
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """What was chosen for a kind of call, and from which timings (milliseconds; empty where a rule decided)."""
 
     kernel: Kernel
@@ -66,18 +70,18 @@ class Dispatch:
         fixed: bool = False,
         on_choice: Callable[[Dispatch], None] | None = None,
         on_timing: Callable[[], None] | None = None,
-        agree: Callable[[str, Callable[[], Choice]], Choice] | None = None,
-        known: Mapping[str, Choice] | None = None,
+        agree: Callable[[str, Callable[[], KernelChoice]], KernelChoice] | None = None,
+        known: Mapping[str, KernelChoice] | None = None,
     ) -> None:
         self.fixed = fixed
         self.on_choice = on_choice
         self.on_timing = on_timing
         self.agree = agree
         self.known = {} if known is None else known
-        self.choices: dict[str, Choice] = {}
+        self.choices: dict[str, KernelChoice] = {}
         self.seconds = 0.0  # spent timing so far
 
-    def find(self, kind: str) -> Choice | None:
+    def find(self, kind: str) -> KernelChoice | None:
         """Return what was chosen for ``kind``; None where nothing was yet."""
         return self.choices.get(kind)
 
@@ -88,13 +92,13 @@ class Dispatch:
         run: Callable[[Kernel], object],
         by_rule: Kernel,
         device: torch.device,
-    ) -> Choice:
+    ) -> KernelChoice:
         """Return the choice for ``kind``: that made before, ``by_rule`` if fixed, what is known, else the fastest."""
         found = self.find(kind)
         if found is not None:
             return found
         if self.fixed:
-            choice = Choice(by_rule, {})
+            choice = KernelChoice(by_rule, {})
         elif kind in self.known:
             choice = self.known[kind]
         else:
@@ -121,10 +125,10 @@ class Dispatch:
             raise FreezingError(f"dispatch: not a table of kernel choices ({error})") from error
 
 
-def read_choice(state: Mapping[str, Any]) -> Choice:
+def read_choice(state: Mapping[str, Any]) -> KernelChoice:
     """Return the choice that ``dataclasses.asdict`` made ``state`` of."""
     timings = {str(name): float(value) for name, value in state["milliseconds"].items()}
-    return Choice(_kernel(state["kernel"]), timings)
+    return KernelChoice(_kernel(state["kernel"]), timings)
 
 
 def _kernel(name: str) -> Kernel:
@@ -134,7 +138,7 @@ def _kernel(name: str) -> Kernel:
     raise ValueError(f"no kernel {name!r}")
 
 
-def _fastest(kernels: Sequence[Kernel], run: Callable[[Kernel], object], device: torch.device) -> Choice:
+def _fastest(kernels: Sequence[Kernel], run: Callable[[Kernel], object], device: torch.device) -> KernelChoice:
     """Time all kernels in turn, a warm-up round first, and keep the dense one unless another is clearly faster.
 
     The shortest time counts: whatever else the machine does can only add to it.
@@ -156,7 +160,7 @@ def _fastest(kernels: Sequence[Kernel], run: Callable[[Kernel], object], device:
     kernel = min(best, key=best.__getitem__)
     if best[kernel] + _OVERHEAD > _MARGIN * best["dense"]:
         kernel = "dense"
-    return Choice(kernel, {name: round(1e3 * value, 4) for name, value in best.items()})
+    return KernelChoice(kernel, {name: round(1e3 * value, 4) for name, value in best.items()})
 
 
 def _agree(times: Sequence[float]) -> bool:

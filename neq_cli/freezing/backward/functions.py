@@ -1,4 +1,4 @@
-"""Operations as autograd records them: some rows' gradients, the input's alone, a fixed scale; no output is a view."""
+"""Operations are recorded by autograd with some rows' gradients, or the input's alone; no output is a view."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from neq_cli.freezing.backward.operations import Operation
 
 if TYPE_CHECKING:
-    from neq_cli.freezing.backward.gradients import Plan
+    from neq_cli.freezing.backward.gradients import GradientPlan
 
 
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
@@ -29,7 +29,7 @@ class SomeRows(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         operation: Operation,
-        plan: Plan,
+        plan: GradientPlan,
         owns_bias: bool,
     ) -> Tensor:
         ctx.operation, ctx.plan = operation, plan
@@ -128,13 +128,13 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return memory_format
 
 
-def is_batch(error: Tensor) -> bool:
-    """Whether ``error`` stands for many that are vectorised, as under ``torch.vmap`` or with ``is_grads_batched``."""
+def is_vectorised(error: Tensor) -> bool:
+    """Return whether ``error`` stands for many at once, as under ``torch.vmap`` or with ``is_grads_batched``."""
     return in_transform() or torch._C._dispatch_keys(error).has(_BATCHED)
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func runs: it differentiates and batches what Functions of ours hide from it."""
+    """Return whether a transform of torch.func runs, which differentiates and batches what our Functions hide."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

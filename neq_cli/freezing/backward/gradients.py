@@ -1,4 +1,7 @@
-"""One layer's gradients while a frozen set is in force: which rows are computed, by which kernel, and what is kept."""
+"""A GradientPlan computes one layer's gradients while a set is in force: which rows, by which kernel.
+
+By hand, since PyTorch computes the gradient of a weight whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,16 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from neq_cli.freezing.backward.dispatch import BLOCK, MOST_BLOCKS, Choice, Dispatch, Kernel
-from neq_cli.freezing.backward.functions import InputOnly, SomeRows, cast_for_autocast, is_batch, memory_format_of
-from neq_cli.freezing.backward.operations import Convolution, Gradients, Operation, PointwiseConvolution
-from neq_cli.freezing.backward.slices import Slice, slice_rows
+from neq_cli.freezing.backward.dispatch import BLOCK, MOST_BLOCKS, Dispatch, Kernel, KernelChoice
+from neq_cli.freezing.backward.functions import InputOnly, SomeRows, cast_for_autocast, is_vectorised, memory_format_of
+from neq_cli.freezing.backward.operations import (
+    Convolution,
+    Gradients,
+    Operation,
+    PointwiseConvolution,
+    Slice,
+    slice_rows,
+)
 
 FRIENDLY = {"cpu": 16, "cuda": 8}
 """Channels that libraries compute at a time: a vector register's floats, a tensor core's side."""
@@ -21,7 +30,7 @@ Operand = Literal["weight", "bias"]
 OPERANDS: frozenset[Operand] = frozenset(("weight", "bias"))
 
 
-class Plan:
+class GradientPlan:
     """How the gradients of one use of a layer's weight are computed.
 
     ``trainable``: bool, [rows of the weight], on the CPU. ``truncated``: frozen rows pass no error to the input.
@@ -39,7 +48,7 @@ class Plan:
         dispatch: Dispatch,
         attached: bool = False,
         owns: frozenset[Operand] = OPERANDS,
-        settled: Mapping[str, Choice] | None = None,
+        settled: Mapping[str, KernelChoice] | None = None,
     ) -> None:
         self.trainable = trainable
         self.truncated = truncated
@@ -49,12 +58,12 @@ class Plan:
         self.settled = {} if settled is None else settled
         self.rows = int(trainable.sum())
         self.computed: int | None = None  # rows computed in the last backward; None before the first
-        self.choice: Choice | None = None
+        self.choice: KernelChoice | None = None
         self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
         self._smaller: dict[tuple[Kernel, Operation], Operation] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
-        self._chunks: dict[tuple[int, int], Plan] = {}
+        self._chunks: dict[tuple[int, int], GradientPlan] = {}
 
     def apply(
         self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool = True
@@ -94,13 +103,13 @@ class Plan:
             return cast(Tensor, InputOnly.apply(input, weight, bias, operation, self.truncated, owns_bias))
         return operation.forward(input, weight, bias)
 
-    def chunk(self, first: int, count: int) -> Plan:
+    def chunk(self, first: int, count: int) -> GradientPlan:
         """Return the plan for ``count`` rows from ``first``, of a weight that is used piece by piece."""
         if count == len(self.trainable):
             return self
         if (first, count) not in self._chunks:
             trainable = self.trainable[first : first + count]
-            self._chunks[first, count] = Plan(
+            self._chunks[first, count] = GradientPlan(
                 trainable,
                 truncated=self.truncated,
                 dispatch=self.dispatch,
@@ -116,15 +125,15 @@ class Plan:
             return self.computed
         return sum(plan.rows if plan.computed is None else plan.computed for plan in self._chunks.values())
 
-    def last_choice(self) -> Choice | None:
+    def last_choice(self) -> KernelChoice | None:
         """Return the choice of the last backward pass; None before the first, and where nothing is chosen."""
         return next((plan.choice for plan in (self, *self._chunks.values()) if plan.choice is not None), None)
 
-    def _settled_choice(self, operation: Operation, input: Tensor, weight: Tensor) -> Choice | None:
+    def _settled_choice(self, operation: Operation, input: Tensor, weight: Tensor) -> KernelChoice | None:
         """Return what was chosen for such a call in an earlier step; None where nothing was."""
         return self.settled.get(self._kind(operation, input, weight, of_input=input.requires_grad))
 
-    def _note(self, choice: Choice, operation: Operation, weight: Tensor) -> None:
+    def _note(self, choice: KernelChoice, operation: Operation, weight: Tensor) -> None:
         self.choice = choice
         dense = choice.kernel == "dense"
         self.computed = len(self.trainable if dense else self._part(choice.kernel, operation, weight).computed)
@@ -133,7 +142,7 @@ class Plan:
         self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
     ) -> Gradients:
         """Return the gradients ``wanted`` of input, weight and bias; those of frozen rows are zero or of no meaning."""
-        if is_batch(grad_output):  # which can neither be timed nor be written into memory of ours
+        if is_vectorised(grad_output):  # which can neither be timed nor be written into memory of ours
             return self._run("dense", operation, grad_output, input, weight, wanted)
 
         def run(kernel: Kernel) -> Gradients:

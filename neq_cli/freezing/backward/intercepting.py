@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.operations import LinearMap
 
 
@@ -17,7 +17,7 @@ from neq_cli.freezing.backward.operations import LinearMap
 class Watched:
     """A weight that is passed to a function, by its plan; row i of it goes with ``bias[start + i]``, where one is."""
 
-    plan: Plan
+    plan: GradientPlan
     bias: Tensor | None
     start: int
 

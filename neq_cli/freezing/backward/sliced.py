@@ -1,25 +1,26 @@
-"""Layers with frozen neurons compute fewer gradients: their modules change class while a frozen set is in force."""
+"""SlicedBackward puts frozen sets in force in a model's modules, and tells how each layer's gradients are computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from neq_cli.freezing.backward.compiled import Slot
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
-from neq_cli.freezing.backward.gradients import Operand, Plan
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
+from neq_cli.freezing.backward.gradients import GradientPlan, Operand
 from neq_cli.freezing.backward.intercepting import Watched
-from neq_cli.freezing.backward.swapping import Sliced, restore, swap_frozen, swap_intercepting, swap_sliced
+from neq_cli.freezing.backward.swapping import SlicedOperands, restore, swap_frozen, swap_intercepting, swap_sliced
 from neq_cli.freezing.model.neurons import Layer
 
-Mode = Literal["exact", "truncated", "dense"]
+BackwardMode = Literal["exact", "truncated", "dense"]
+"""Named for recipes in recipe/values.py once more, since neither room may import the other; a test compares them."""
 COMPILED_FUNCTIONAL = "its weight is passed to a function, inside what torch.compile made"
-MODES: tuple[Mode, ...] = ("exact", "truncated", "dense")
+MODES: tuple[BackwardMode, ...] = get_args(BackwardMode)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SlicedBackward:
         layers: Mapping[str, Layer],
         functional: Mapping[str, str],
         dense_because: Mapping[str, str],
-        mode: Mode,
+        mode: BackwardMode,
         dispatch: Dispatch,
         *,
         compiled: bool,
@@ -70,8 +71,8 @@ class SlicedBackward:
         self.slots = {
             name: Slot() for name in self.layers if name not in self.functional and name not in self.dense_because
         }
-        self.plans: dict[str, Plan] = {}  # of the layers with frozen neurons that can be sliced
-        self.settled: dict[str, Choice] = {}  # what forward passes may go by
+        self.plans: dict[str, GradientPlan] = {}  # of the layers with frozen neurons that can be sliced
+        self.settled: dict[str, KernelChoice] = {}  # what forward passes may go by
         self.swaps: list[tuple[nn.Module, Callable[[], None]]] = []  # modules, and what changes their class
         self.suspended = False
 
@@ -85,7 +86,7 @@ class SlicedBackward:
             if self.compiled or plan.rows < len(plan.trainable):
                 self.plans[name] = plan
                 layer = self.layers[name]
-                sliced = Sliced(plan, self.parameters[layer.weight], self._bias(layer)[0])
+                sliced = SlicedOperands(plan, self.parameters[layer.weight], self._bias(layer)[0])
                 swap = partial(swap_sliced, layer.module, layer.cost, sliced, slot.number)
                 self.swaps.append((layer.module, swap))
         if not self.compiled:
@@ -119,8 +120,8 @@ class SlicedBackward:
         self.swaps = []
         self.plans = {}
 
-    def _plan(self, name: str, trainable: Tensor) -> Plan:
-        return Plan(
+    def _plan(self, name: str, trainable: Tensor) -> GradientPlan:
+        return GradientPlan(
             trainable,
             truncated=self.truncated,
             dispatch=self.dispatch,

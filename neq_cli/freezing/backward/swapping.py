@@ -1,4 +1,4 @@
-"""What modules are while a frozen set is in force: subclasses of their own class that compute fewer gradients."""
+"""Modules change class while a frozen set is in force: to subclasses that compute fewer gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.backward.compiled import apply_compiled
 from neq_cli.freezing.backward.functions import Scaled, in_transform
-from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.intercepting import Watched, intercepted
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 from neq_cli.freezing.model.neurons import BATCH_NORMS, Cost
@@ -24,16 +24,18 @@ _PLAN, _NUMBER = "_neq_plan", "_neq_number"
 
 
 @dataclass(frozen=True)
-class Sliced:
-    """The plan of a module's weight, and what it is for: another weight that is put in its place for a call, as by
-    ``functional_call``, is no neuron's, nor is another bias."""
+class SlicedOperands:
+    """The plan of a module's weight, and the weight and bias that it is for.
 
-    plan: Plan
+    Another weight that ``functional_call`` puts in its place for a call is no neuron's, nor is another bias.
+    """
+
+    plan: GradientPlan
     weight: Tensor
     bias: Tensor | None
 
 
-def swap_sliced(module: nn.Module, cost: Cost, sliced: Sliced, number: int) -> None:
+def swap_sliced(module: nn.Module, cost: Cost, sliced: SlicedOperands, number: int) -> None:
     """Have ``module``, a convolution or linear layer, compute its gradients by a plan; ``number`` is of its slot."""
     vars(module)[_NUMBER] = number
     _swap(module, _SLICED[cost], sliced)
@@ -235,7 +237,7 @@ def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_paddi
 
 
 def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
-    sliced: Sliced = vars(module)[_PLAN]
+    sliced: SlicedOperands = vars(module)[_PLAN]
     bias = module.bias
     owns_bias = bias is sliced.bias or _is_replica(module)
     return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias)

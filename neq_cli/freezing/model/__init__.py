@@ -1,1 +1,1 @@
-"""What a model is made of: layers and their rows, the axis that counts neurons, one traced sample."""
+"""A model is taken apart: its layers and their rows, the axis that counts neurons, one traced sample."""

@@ -1,4 +1,4 @@
-"""Which axis of a layer's output counts its neurons, where the layer's class computes its output its own way."""
+"""An experiment finds which axis of an output counts neurons, where a layer's class computes it its own way."""
 
 from __future__ import annotations
 

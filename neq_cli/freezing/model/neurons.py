@@ -1,4 +1,4 @@
-"""Which layers of a model own neurons, and where each neuron's parameters lie; needs no forward pass."""
+"""Layers own neurons, and each neuron's parameters lie in rows: both are found without a forward pass."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Cost = Literal["convolution", "transposed", "linear", "norm"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How the elements of a parameter (and of its row-shaped optimiser state) fall into rows.
 
     ``leading``: dimension 0. ``flat``: every element is a row (LayerNorm over several dimensions).
@@ -71,7 +71,7 @@ class Rows:
     """The rows of one parameter that belong to a layer: ``count`` of them from ``start``."""
 
     parameter: str  # qualified name in the model
-    layout: Layout
+    layout: RowLayout
     start: int
     count: int
 
@@ -141,7 +141,7 @@ def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) ->
 def _layers_of_module(
     prefix: str, module: nn.Module, name_of: Callable[[Tensor], str], trains: Callable[[Tensor], bool]
 ) -> Iterable[Layer]:
-    def rows_of(key: str, layout: Layout, start: int = 0, count: int | None = None) -> tuple[Rows, ...]:
+    def rows_of(key: str, layout: RowLayout, start: int = 0, count: int | None = None) -> tuple[Rows, ...]:
         parameter = module._parameters.get(key)
         if parameter is None or not trains(parameter):
             return ()
@@ -158,25 +158,25 @@ def _layers_of_module(
     cost, layout, axis, axis_dimensions = _geometry(module)
     neurons = layout.count(weight)
     if neurons:
-        rows = rows_of("weight", layout) + rows_of("bias", Layout("flat"))
+        rows = rows_of("weight", layout) + rows_of("bias", RowLayout("flat"))
         yield Layer(prefix, stock.__name__, cost, module, neurons, name_of(weight), rows, axis, axis_dimensions)
 
 
-def _geometry(module: nn.Module) -> tuple[Cost, Layout, int, int]:
+def _geometry(module: nn.Module) -> tuple[Cost, RowLayout, int, int]:
     """Return cost family, layout of the weight, and first axis and number of axes of the output that count neurons."""
     if isinstance(module, CONVOLUTIONS):
-        return "convolution", Layout(), -len(module.kernel_size) - 1, 1
+        return "convolution", RowLayout(), -len(module.kernel_size) - 1, 1
     if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-        return "transposed", Layout("transposed", module.groups), -len(module.kernel_size) - 1, 1
+        return "transposed", RowLayout("transposed", module.groups), -len(module.kernel_size) - 1, 1
     if isinstance(module, nn.Linear):
-        return "linear", Layout(), -1, 1
+        return "linear", RowLayout(), -1, 1
     if isinstance(module, LAST_DIMENSION_NORMS):
         dimensions = len(module.normalized_shape)
-        return "norm", Layout("flat"), -dimensions, dimensions
+        return "norm", RowLayout("flat"), -dimensions, dimensions
     if isinstance(module, INSTANCE_NORMS):
         spatial = 1 + next(i for i, kind in enumerate(INSTANCE_NORMS) if isinstance(module, kind))
-        return "norm", Layout(), -spatial - 1, 1
-    return "norm", Layout(), 1, 1
+        return "norm", RowLayout(), -spatial - 1, 1
+    return "norm", RowLayout(), 1, 1
 
 
 def _attention_projections(
@@ -188,15 +188,15 @@ def _attention_projections(
     """Yield the query/key/value projections, whose weights ``MultiheadAttention`` passes to functions."""
     dot = f"{prefix}." if prefix else ""
     if module.in_proj_weight is not None:
-        rows = rows_of("in_proj_weight", Layout()) + rows_of("in_proj_bias", Layout("flat"))
+        rows = rows_of("in_proj_weight", RowLayout()) + rows_of("in_proj_bias", RowLayout("flat"))
         parts = [("in_proj", module.in_proj_weight, rows)]
     else:
         parts = [
             (
                 f"{letter}_proj",
                 getattr(module, f"{letter}_proj_weight"),
-                rows_of(f"{letter}_proj_weight", Layout())
-                + rows_of("in_proj_bias", Layout("flat"), number * module.embed_dim, module.embed_dim),
+                rows_of(f"{letter}_proj_weight", RowLayout())
+                + rows_of("in_proj_bias", RowLayout("flat"), number * module.embed_dim, module.embed_dim),
             )
             for number, letter in enumerate("qkv")
         ]

@@ -1,4 +1,4 @@
-"""Watching what every layer puts out, also where its weight is passed to a function, and leaving no trace of it."""
+"""Calls of layers are watched, also where weights are passed to a function, and no trace of it is left."""
 
 from __future__ import annotations
 

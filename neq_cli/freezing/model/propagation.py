@@ -1,4 +1,4 @@
-"""How far the error has to travel back through a model: which layers it reaches and which pass it on."""
+"""The error is followed back through a traced model: which layers it reaches and which pass it on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A model found again as it was, whatever ran in between: attributes, buffers and modes; where ``train`` is a class's
-own, the bits of its parameters too."""
+"""A model is found again as it was, whatever ran in between: attributes, buffers, modes and what they change.
+
+By hand, since ``state_dict()`` knows no attributes, and a deep copy is not the model that others hold.
+"""
 
 from __future__ import annotations
 

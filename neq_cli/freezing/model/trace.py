@@ -1,4 +1,7 @@
-"""One sample through the model once: call order, output layers, multiply-adds and output axes of every layer."""
+"""One sample runs through the model once and shows call order, output layers, multiply-adds and output axes.
+
+Products are counted by hand, with torch's formulas: its FlopCounterMode would need the backward pass to run.
+"""
 
 from __future__ import annotations
 

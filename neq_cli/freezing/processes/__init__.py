@@ -1,1 +1,1 @@
-"""The same frozen sets on every process, and gradients sent in part."""
+"""All processes hold the same frozen sets, and send only the gradients of what trains."""

@@ -1,15 +1,16 @@
-"""What the processes that train copies of one model tell each other, so that all freeze the same neurons."""
+"""The processes that train copies of one model agree on what is frozen: process 0 decides, and all are compared."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.model.neurons import Layer
 from neq_cli.freezing.model.observing import first_input, map_tensors
 
 if TYPE_CHECKING:
@@ -17,6 +18,54 @@ if TYPE_CHECKING:
 
 _AT_A_TIME = 1 << 22
 """Elements in one message, from which on a tensor has its own."""
+
+
+class Agreement:
+    """Keeps the processes of ``group`` at one mind: process 0 looks, chooses and remembers for all.
+
+    The Freezer asks it wherever copies of one model could come apart. Without a group there is one process, which
+    agrees with itself.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def check(self, contents: Iterable[bytes], what: str) -> None:
+        """Raise FreezingError in every process where one's ``contents``, in words ``what``, are not process 0's."""
+        if self.group is not None:
+            check_agreement(contents, self.group, what)
+
+    def sample(self, batch: Any) -> Any:
+        """Return the batch to look at the model with, since what a model does may depend on its input."""
+        return batch if self.group is None else first_sample(batch, self.group)
+
+    def rounded_alike(self, phi: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return process 0's ``phi``: sums may differ in their last bits where the network adds them up."""
+        if self.group is None:
+            return phi
+        told = from_first(torch.cat(list(phi.values())), self.group)
+        return dict(zip(phi, torch.split(told, [len(one) for one in phi.values()]), strict=True))
+
+    def choose(self, choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+        """Return the sets that ``choose`` returns, or an exception that it raises, in process 0."""
+        if self.group is None:
+            return choose()
+        return chosen_by_first(choose, {name: layer.neurons for name, layer in layers.items()}, self.group)
+
+    def buffers(
+        self, tensors: Mapping[str, Tensor | None], parameters: Collection[str], device: torch.device
+    ) -> Mapping[str, Tensor | None]:
+        """Return ``tensors`` with process 0's where they are not ``parameters``, which are alike anyway."""
+        if self.group is None:
+            return tensors
+        buffers = {name: tensor for name, tensor in tensors.items() if name not in parameters}
+        own = {name: tensor for name, tensor in tensors.items() if name in parameters}
+        return {**own, **named_from_first(buffers, device, self.group)}
+
+    def overwrite(self, tensors: Iterable[Tensor | None]) -> None:
+        """Overwrite ``tensors`` with process 0's."""
+        if self.group is not None:
+            overwrite_from_first((tensor for tensor in tensors if tensor is not None), self.group)
 
 
 def add_up(tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -139,6 +188,12 @@ def check_agreement(contents: Iterable[bytes], group: ProcessGroup, what: str) -
             f"process {odd[0]} holds other {what} than process 0; all must train copies of one model, with the same "
             "Freezer and the same loaded state"
         )
+
+
+def as_bytes(sets: Mapping[str, Tensor], numbers: Sequence[Tensor]) -> Iterator[bytes]:
+    """Yield frozen sets and float64 numbers, to the bit, for ``Agreement.check``."""
+    for tensor in (pack(sets), torch.cat(list(numbers)).view(torch.uint8)):
+        yield bytes(tensor.tolist())
 
 
 def _bytes(content: bytes) -> Tensor:

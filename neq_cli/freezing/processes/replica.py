@@ -1,4 +1,4 @@
-"""Gradients averaged over processes by DistributedDataParallel: what is frozen is neither sent nor waited for."""
+"""A Replica averages gradients by DistributedDataParallel: what is frozen is neither sent nor waited for."""
 
 from __future__ import annotations
 

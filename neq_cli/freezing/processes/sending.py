@@ -1,4 +1,7 @@
-"""A communication hook for DistributedDataParallel that averages the trainable rows of each bucket alone."""
+"""A communication hook for DistributedDataParallel averages the trainable rows of each bucket alone.
+
+By hand, since torch's own hooks send whole buckets.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, read_choice
-from neq_cli.freezing.model.neurons import Layout
+from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice, read_choice
+from neq_cli.freezing.model.neurons import RowLayout
 from neq_cli.freezing.processes.agreement import from_first
 from neq_cli.freezing.rows.held import FrozenRows
 from neq_cli.freezing.rows.keeper import RowKeeper
@@ -132,7 +135,7 @@ class Sending:
         choice = self.choices.get(kind)
         if choice is None:
             if self.dispatch.fixed:
-                choice = Choice("sliced" if part.count <= _MOST_BY_RULE * part.total else "dense", {})
+                choice = KernelChoice("sliced" if part.count <= _MOST_BY_RULE * part.total else "dense", {})
             else:
                 started = time.perf_counter()
                 choice = self._timed(part, bucket)
@@ -151,7 +154,7 @@ class Sending:
             f"processes by {distributed.get_backend(self.group)}, {eighths} of 8 parts trainable"
         )
 
-    def _timed(self, part: Part, bucket: Tensor) -> Choice:
+    def _timed(self, part: Part, bucket: Tensor) -> KernelChoice:
         """Time both ways on the group itself, the slowest process counts: all of them choose alike."""
         if self._last is not None:
             self._last.wait()  # earlier buckets are still under way
@@ -170,7 +173,7 @@ class Sending:
         distributed.all_reduce(best, distributed.ReduceOp.MAX, group=self.group)
         all_rows, some_rows = best.tolist()
         milliseconds = {"dense": round(1e3 * all_rows, 4), "sliced": round(1e3 * some_rows, 4)}
-        return Choice("sliced" if some_rows < all_rows else "dense", milliseconds)
+        return KernelChoice("sliced" if some_rows < all_rows else "dense", milliseconds)
 
 
 def average(sending: Sending, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -236,7 +239,7 @@ def _as_stored(gradient: Tensor, parameter: Tensor) -> Tensor:
     return gradient.as_strided(gradient.shape, parameter.stride()) if dense else gradient
 
 
-def _in_rows(gradient: Tensor, layout: Layout) -> bool:
+def _in_rows(gradient: Tensor, layout: RowLayout) -> bool:
     """Whether each row of a large gradient is one piece of memory."""
     return layout.kind == "leading" and gradient.stride(0) * len(gradient) == gradient.numel()
 
@@ -272,7 +275,7 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _of_first(dispatch: Dispatch, group: ProcessGroup) -> dict[str, Choice]:
+def _of_first(dispatch: Dispatch, group: ProcessGroup) -> dict[str, KernelChoice]:
     """Return process 0's choices of this kind: where others had others, they would wait for each other for ever."""
     own = {kind: asdict(choice) for kind, choice in dispatch.choices.items() if kind.startswith(_KIND)}
     text = json.dumps(own).encode() if group.rank() == 0 else b""

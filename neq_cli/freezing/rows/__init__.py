@@ -1,1 +1,1 @@
-"""Rows that stand still around ``optimizer.step()``, whatever the optimiser."""
+"""Frozen rows stand still around ``optimizer.step()``, whatever the optimiser."""

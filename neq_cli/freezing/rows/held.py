@@ -1,4 +1,4 @@
-"""Frozen rows of parameters and their state, written back in few calls and to the bit; dense tensors only."""
+"""What frozen rows and their state are held at is written back in few calls and to the bit; dense tensors only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq_cli.freezing.model.neurons import Layout
+from neq_cli.freezing.model.neurons import RowLayout
 
 # Numbers are multiplied and added as the integers that their bits spell: exact, whatever they are, NaN included.
 # No integer is as wide as complex128, which stays what it is: exact where finite.
@@ -34,7 +34,7 @@ class FrozenRows:
     ``frozen``: bool, [rows], on the CPU. ``held``: by key of the optimiser's state, the parameter itself under "".
     """
 
-    def __init__(self, parameter: nn.Parameter, layout: Layout, frozen: Tensor) -> None:
+    def __init__(self, parameter: nn.Parameter, layout: RowLayout, frozen: Tensor) -> None:
         self.parameter = parameter
         self.layout = layout
         self.frozen = frozen

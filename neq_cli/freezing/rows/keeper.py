@@ -1,4 +1,4 @@
-"""Frozen rows stay bit-identical around ``optimizer.step()``, whatever row-wise optimiser: weights and its state."""
+"""A RowKeeper keeps frozen rows and their optimiser state bit-identical around ``optimizer.step()``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from neq_cli.freezing.model.neurons import Layer, Layout
+from neq_cli.freezing.model.neurons import Layer, RowLayout
 from neq_cli.freezing.rows.held import FrozenRows, Writer
 from neq_cli.freezing.rows.optimizers import (
     check_optimizer,
+    first_after_step,
     make_hookable,
     refuse_by_name,
     row_state,
@@ -65,12 +66,10 @@ class RowKeeper:
 
     def _put_around_steps(self, optimizer: torch.optim.Optimizer) -> None:
         make_hookable(optimizer)
-        after_step = optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer))
-        # Before other hooks there, which may average the weights: they shall see the rows as they are held.
-        optimizer._optimizer_step_post_hooks.move_to_end(after_step.id, last=False)  # type: ignore[attr-defined]
         self.hooks += [
             optimizer.register_step_pre_hook(lambda *_: self._before_step()),
-            after_step,
+            # Before other hooks there, which may average the weights: they shall see the rows as they are held.
+            first_after_step(optimizer, lambda *_: self._after_step(optimizer)),
             optimizer.register_load_state_dict_post_hook(lambda *_: self.forget()),
         ]
 
@@ -124,9 +123,9 @@ class RowKeeper:
         self.discarding, self.writer = Discarding([]), Writer()
         self.kept = self.unborn = []
 
-    def _frozen_rows(self, trainable: Mapping[str, Tensor]) -> dict[str, tuple[Layout, Tensor]]:
+    def _frozen_rows(self, trainable: Mapping[str, Tensor]) -> dict[str, tuple[RowLayout, Tensor]]:
         """Return each owned parameter's layout and which rows are frozen; shared rows train if any owner does."""
-        masks: dict[str, tuple[Layout, Tensor]] = {}
+        masks: dict[str, tuple[RowLayout, Tensor]] = {}
         for name, layer in self.layers.items():
             for rows in layer.rows:
                 if rows.parameter not in masks:

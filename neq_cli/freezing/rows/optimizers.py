@@ -1,15 +1,16 @@
-"""Which optimisers work row by row, so that rows can be frozen; others are refused by name or after a small trial."""
+"""Optimisers that work row by row are told from those that mix rows, which are refused, by name or after a trial."""
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.model.neurons import Layer
@@ -81,6 +82,13 @@ def make_hookable(optimizer: Optimizer) -> None:
     hooked: Any = Optimizer.profile_hook_step(run)
     hooked.hooked = True
     vars(optimizer)["step"] = MethodType(hooked, optimizer)
+
+
+def first_after_step(optimizer: Optimizer, hook: Callable[..., None]) -> RemovableHandle:
+    """Have ``hook`` called after every step, before the other hooks there; torch itself can only put one last."""
+    handle = optimizer.register_step_post_hook(hook)
+    optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    return handle
 
 
 def check_optimizer(optimizer: Optimizer, layers: Mapping[str, Layer], names: Mapping[str, nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""Whether an optimiser works row by row, by experiment: a copy of it acts on small copies of its parameters.
+"""An experiment tells whether an optimiser works row by row: a copy of it acts on small copies of its parameters.
 
 Gradients are given, whatever the weights: an optimiser that asks for them at another point, as SAM does, is judged by
 what it does with them. What first happens after a dozen steps, or to weights that are larger still, is not seen.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neq_cli.freezing.model.neurons import Layout
+from neq_cli.freezing.model.neurons import RowLayout
 
 # Enough for what begins after some steps: RAdam's rectification (6), Lookahead's slow weights (6), SOAP's bases (10).
 _STEPS = 12
@@ -23,7 +23,9 @@ _STEPS = 12
 _LEADING, _OTHER = 24, 3
 
 
-def updates_row_by_row(optimizers: Sequence[Optimizer], layouts: Mapping[int, Layout]) -> tuple[bool, list[Optimizer]]:
+def updates_row_by_row(
+    optimizers: Sequence[Optimizer], layouts: Mapping[int, RowLayout]
+) -> tuple[bool, list[Optimizer]]:
     """Return whether an optimiser's update of a row is the same whatever becomes of the others, and the copy tried.
 
     ``optimizers``: itself and those that it wraps. ``layouts``: of the parameters with neurons, by identity. Some rows
@@ -40,7 +42,7 @@ def updates_row_by_row(optimizers: Sequence[Optimizer], layouts: Mapping[int, La
 
 
 def _trial(
-    optimizers: Sequence[Optimizer], layouts: Mapping[int, Layout], others: str, *, closure: bool
+    optimizers: Sequence[Optimizer], layouts: Mapping[int, RowLayout], others: str, *, closure: bool
 ) -> tuple[list[Tensor], list[Optimizer]]:
     """Return what ``_STEPS`` steps made of the elements that train, by parameter, and the copies that took them.
 
@@ -95,11 +97,11 @@ def _cut(tensor: Tensor) -> Tensor:
     return tensor.detach()[tuple(slice(side) for side in sides)].clone()
 
 
-def _which_train(twin: Tensor, layout: Layout | None) -> Tensor:
+def _which_train(twin: Tensor, layout: RowLayout | None) -> Tensor:
     """Return which elements of ``twin`` train in the trial: every third row; all where no row is a neuron's."""
     mask = torch.ones_like(twin, dtype=torch.bool)
     if layout is not None:
-        layout = Layout(layout.kind)  # the corner of a grouped weight has rows along dimension 1 all the same
+        layout = RowLayout(layout.kind)  # the corner of a grouped weight has rows along dimension 1 all the same
         others = [row for row in range(layout.count(mask)) if row % 3]
         rows = torch.tensor(others, dtype=torch.int64, device=mask.device)
         layout.view(mask)[layout.index(mask, rows)] = False

@@ -1,4 +1,4 @@
-"""Frozen rows of gradients are zero when backward ends, and a gradient of nothing but frozen rows is none at all."""
+"""When backward ends, frozen rows of gradients are zero, and what is frozen whole or cut off has no gradient at all."""
 
 from __future__ import annotations
 
@@ -90,6 +90,37 @@ class Discarding:
             when_backward_has_ended(self.late)
 
 
+class Unreached:
+    """Takes the gradients of ``parameters`` away when backward ends, until ``remove``; hooks on the ``others``.
+
+    Those that had a gradient before the backward pass keep it: it is somebody's, or zeros that zero_grad left there.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._pass = -1
+        me = weakref.ref(self)  # autograd keeps hooks where Python's garbage collector does not look
+        self.handles = [
+            put_on(parameter, _look_at(me))
+            for parameter in (others if self.parameters else ())
+            if parameter.is_floating_point() or parameter.is_complex()
+        ]
+
+    def look(self) -> None:
+        """Note whose gradient is to be taken away, the first time in a backward pass: nothing has reached them yet."""
+        number = graph_task()
+        if number not in (-1, self._pass):
+            self._pass = number
+            without = [parameter for parameter in self.parameters if parameter.grad is None]
+            when_backward_has_ended(lambda: _drop_gradients(without))
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
 def graph_task() -> int:
     """Return the number of the running backward pass, -1 where none runs."""
     return int(torch._C._current_graph_task_id())
@@ -147,3 +178,16 @@ def _drop_now(discarding: weakref.ref[Discarding]) -> Hook:
             there.when_backward_ends()
 
     return hook
+
+
+def _look_at(unreached: weakref.ref[Unreached]) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        if (there := unreached()) is not None:
+            there.look()
+
+    return hook
+
+
+def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

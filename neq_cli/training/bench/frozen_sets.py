@@ -15,9 +15,10 @@ from torch import Tensor
 from neq_cli.freezing import Freezer, NEq
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import KernelUse, Mode
+from neq_cli.freezing.backward.sliced import BackwardMode, KernelUse
 from neq_cli.freezing.flops import forward_cost
 from neq_cli.freezing.policies import frozen_count
+from neq_cli.freezing.rows.optimizers import first_after_step
 from neq_cli.recipe import NEqPolicy
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.timed_step import TimedStep
@@ -32,7 +33,7 @@ Sets = dict[str, Tensor]
 class Arm:
     """Frozen sets and a backward mode; ``orders`` are all those that come to these sets."""
 
-    mode: Mode
+    mode: BackwardMode
     fraction: float
     orders: tuple[str, ...]
     trainable: Sets
@@ -52,7 +53,7 @@ def make_arms(anatomy: Anatomy, options: BenchOptions, seed: int) -> list[Arm]:
         if alike:
             arms[arms.index(alike[0])] = replace(alike[0], orders=(*alike[0].orders, order))
         else:
-            arms.append(Arm(cast(Mode, mode), fraction, (order,), sets))
+            arms.append(Arm(cast(BackwardMode, mode), fraction, (order,), sets))
     return arms
 
 
@@ -104,7 +105,7 @@ class Rig:
     """
 
     def __init__(
-        self, device: torch.device, make_step: Callable[[], TimedStep], mode: Mode | None, dispatch: Dispatch
+        self, device: torch.device, make_step: Callable[[], TimedStep], mode: BackwardMode | None, dispatch: Dispatch
     ) -> None:
         gc.collect()
         before = _allocated(device)
@@ -115,7 +116,7 @@ class Rig:
             self.step.run().read()
         self.resident = _allocated(device) - before
 
-    def _attach(self, mode: Mode, dispatch: Dispatch) -> Freezer:
+    def _attach(self, mode: BackwardMode, dispatch: Dispatch) -> Freezer:
         recipe, optimizer, lap = self.step.recipe, self.step.optimizer, self.step.lap
         optimizer.register_step_pre_hook(lambda *_: lap("optimizer"))
         freezer = Freezer(
@@ -129,8 +130,7 @@ class Rig:
             exclude=recipe.exclude,
         )
         optimizer.register_step_pre_hook(lambda *_: lap("row_keeping"))
-        updated = optimizer.register_step_post_hook(lambda *_: lap("optimizer"))
-        optimizer._optimizer_step_post_hooks.move_to_end(updated.id, last=False)  # type: ignore[attr-defined]
+        first_after_step(optimizer, lambda *_: lap("optimizer"))
         optimizer.register_step_post_hook(lambda *_: lap("row_keeping"))
         return freezer
 

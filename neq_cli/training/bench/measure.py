@@ -16,7 +16,7 @@ from neq_cli.errors import FreezingError, RecipeError
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.recipe import Recipe
 from neq_cli.training.bench.frozen_sets import Rig, flops_ratio, kernels, make_arms
 from neq_cli.training.bench.noise import find_data
@@ -119,7 +119,7 @@ class Bench:
         self.plain_rig = Rig(device, make_step, None, Dispatch())
         recipe = self.plain_rig.step.recipe
         dispatch = Dispatch(fixed=recipe.deterministic)
-        self.rigs = {mode: Rig(device, make_step, cast(Mode, mode), dispatch) for mode in options.modes}
+        self.rigs = {mode: Rig(device, make_step, cast(BackwardMode, mode), dispatch) for mode in options.modes}
         freezer = next(rig.freezer for rig in self.rigs.values())
         assert freezer is not None
         self.anatomy = freezer.anatomy

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 from neq_cli.errors import NeqError, did_you_mean
+from neq_cli.recipe.values import BackwardMode
 
-MODES = ("exact", "truncated", "dense")
+MODES: tuple[str, ...] = get_args(BackwardMode)
 ORDERS = ("random", "front")
 
 

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from neq_cli.complaints import keep_company
 from neq_cli.errors import NeqError, Terminated, TrainingError, described, one_line
-from neq_cli.freezing.backward.dispatch import Choice, read_choice
+from neq_cli.freezing.backward.dispatch import KernelChoice, read_choice
 from neq_cli.freezing.processes.agreement import overwrite_from_first
 from neq_cli.training.processes.lifeline import Lifeline, open_lifeline
 from neq_cli.training.processes.meeting import met, without_stdout
@@ -140,7 +140,7 @@ class Processes:
         with nullcontext() if self.lifeline is None else self.lifeline.saving:
             yield
 
-    def kernel(self, kind: str, timing: Callable[[], Choice]) -> Choice:
+    def kernel(self, kind: str, timing: Callable[[], KernelChoice]) -> KernelChoice:
         """Return the kernel that the first process times for a kind of call; the others wait for it.
 
         Through the store: in a backward pass, gradients are under way between the processes.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neq_cli import Freezer
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -100,14 +100,14 @@ def plain(model: nn.Module, freezer: Freezer) -> nn.Module:
     return reference
 
 
-def sets_for(freezer: Freezer, mode: Mode) -> dict[str, Tensor]:
+def sets_for(freezer: Freezer, mode: BackwardMode) -> dict[str, Tensor]:
     """Freeze about half of every layer; in truncated mode not attention's projections, for whose errors see others."""
     generator = torch.Generator().manual_seed(1)
     draws = {name: torch.rand(layer.neurons, generator=generator) for name, layer in freezer.layers.items()}
     return {name: draw >= 0.5 for name, draw in draws.items() if mode == "exact" or "proj" not in name}
 
 
-def stack(name: str, mode: Mode, reentrant: str, freeze: Any) -> tuple[Stack, Tensor, Freezer]:
+def stack(name: str, mode: BackwardMode, reentrant: str, freeze: Any) -> tuple[Stack, Tensor, Freezer]:
     make, shape = STACKS[name]
     model, inputs = make(), torch.randn(shape)
     freezer = freeze(model, inputs, {}, mode)
@@ -129,7 +129,7 @@ BY_EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 @MODES
 @pytest.mark.parametrize("name", STACKS)
 def test_steps_are_those_of_plain_pytorch(
-    name: str, mode: Mode, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any
+    name: str, mode: BackwardMode, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any
 ) -> None:
     model, inputs, freezer = stack(name, mode, reentrant, freeze)
     for _ in range(3):
@@ -228,7 +228,7 @@ def test_in_distributed_data_parallel(reentrant: str, kernel: str, freeze: Any, 
 
 
 @MODES
-def test_compiled(mode: Mode, freeze: Any, assert_gradients: Any, force: Any) -> None:
+def test_compiled(mode: BackwardMode, freeze: Any, assert_gradients: Any, force: Any) -> None:
     force("dense")
     torch._dynamo.reset()
     make, shape = STACKS["convolutions"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neq_cli import Freezer
 from neq_cli.freezing.backward import compiled as module
-from neq_cli.freezing.backward.sliced import COMPILED_FUNCTIONAL, Mode
+from neq_cli.freezing.backward.sliced import COMPILED_FUNCTIONAL, BackwardMode
 
 ROOT = Path(__file__).parents[3]
 
@@ -69,7 +69,7 @@ def gradients(model: Callable[[Tensor], Tensor], own: nn.Module) -> dict[str, Te
 @pytest.mark.parametrize("kernel", ["dense", "sliced"])
 @pytest.mark.usefixtures("double")
 def test_gradients_are_those_of_the_eager_model_and_one_graph_serves_all_sets(
-    mode: Mode, kernel: str, force: Callable[[str], None]
+    mode: BackwardMode, kernel: str, force: Callable[[str], None]
 ) -> None:
     force(kernel)
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neq_cli import Freezer
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 
 CPU = torch.device("cpu")
 
@@ -122,13 +122,13 @@ def test_a_fixed_rule_never_times(by_rule: Kernel) -> None:
     dispatch = Dispatch(fixed=True)
     for _ in range(2):
         assert choose(dispatch, run, by_rule=by_rule) == by_rule
-    assert dispatch.choices == {"kind": Choice(by_rule, {})}
+    assert dispatch.choices == {"kind": KernelChoice(by_rule, {})}
     assert dispatch.choices["kind"].reason == "by rule"
     assert dispatch.seconds == 0
 
 
 def test_a_choice_gives_its_reason_the_fastest_first() -> None:
-    assert Choice("sliced", {"dense": 7.914, "sliced": 5.1, "rounded": 6}).reason == (
+    assert KernelChoice("sliced", {"dense": 7.914, "sliced": 5.1, "rounded": 6}).reason == (
         "sliced 5.1 ms, rounded 6 ms, dense 7.91 ms"
     )
 
@@ -224,10 +224,10 @@ class Counting(Dispatch):
 
     def choose(
         self, kind: str, kernels: Any, run: Callable[[Kernel], object], by_rule: Kernel, device: torch.device
-    ) -> Choice:
+    ) -> KernelChoice:
         if self.find(kind) is None:
             self.timed += 1
-            self.choices[kind] = Choice("sliced", {})
+            self.choices[kind] = KernelChoice("sliced", {})
         return self.choices[kind]
 
 
@@ -319,7 +319,10 @@ def test_fixed_runs_choose_alike() -> None:
 
 def test_what_is_known_is_not_timed_but_becomes_a_choice(timed: Callable[..., Timed]) -> None:
     written: list[list[str]] = []
-    known = {"kind": Choice("rounded", {"rounded": 1.0, "dense": 2.0}), "other": Choice("dense", {"dense": 1.0})}
+    known = {
+        "kind": KernelChoice("rounded", {"rounded": 1.0, "dense": 2.0}),
+        "other": KernelChoice("dense", {"dense": 1.0}),
+    }
     dispatch = Dispatch(known=known, on_choice=lambda dispatch: written.append(list(dispatch.choices)))
     run = timed(dense=0, sliced=0, rounded=0)
     assert dispatch.find("kind") is None

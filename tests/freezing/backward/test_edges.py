@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 
 class Sets:
@@ -46,7 +46,7 @@ NONE = torch.zeros(8, dtype=torch.bool)
 
 
 def freeze(
-    model: nn.Module, inputs: Any, sets: Mapping[str, Tensor], mode: Mode = "exact",
+    model: nn.Module, inputs: Any, sets: Mapping[str, Tensor], mode: BackwardMode = "exact",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Freezer:  # fmt: skip
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
@@ -121,7 +121,7 @@ def through_torch(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("through", [copy.deepcopy, through_pickle, through_torch])
-def test_copies_are_stock(through: Callable[[nn.Module], nn.Module], mode: Mode) -> None:
+def test_copies_are_stock(through: Callable[[nn.Module], nn.Module], mode: BackwardMode) -> None:
     model = Net()
     stock, expected = classes(model), gradients(model, images())
     expected = {name: gradient.clone() for name, gradient in expected.items()}
@@ -238,7 +238,9 @@ def test_two_models_at_once(kernel: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_the_forward_pass_is_stock(context: Callable[[], Any], mode: Mode, training: bool) -> None:
+def test_without_gradients_the_forward_pass_is_stock(
+    context: Callable[[], Any], mode: BackwardMode, training: bool
+) -> None:
     model = Net().train(training)
     reference = copy.deepcopy(model)
     freeze(model, images(), IN_FORCE, mode)
@@ -296,7 +298,7 @@ OWN_WAY = {"scaled": "Scaled", "own": "OwnConv", "patched": "Linear", "doubling"
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_subclasses_that_compute_their_own_way_are_dense_and_say_so(mode: Mode) -> None:
+def test_subclasses_that_compute_their_own_way_are_dense_and_say_so(mode: BackwardMode) -> None:
     torch.manual_seed(1)
     model = Subclasses()
     torch.manual_seed(1)
@@ -422,7 +424,7 @@ class Checkpointed(nn.Module):
         {"norm": NONE, "linear": HALF},
     ],
 )
-def test_activation_checkpointing(sets: dict[str, Tensor], mode: Mode, reentrant: bool, kernel: str) -> None:
+def test_activation_checkpointing(sets: dict[str, Tensor], mode: BackwardMode, reentrant: bool, kernel: str) -> None:
     results = []
     for checkpointed in (True, False):
         torch.manual_seed(0)
@@ -451,7 +453,7 @@ def test_activation_checkpointing(sets: dict[str, Tensor], mode: Mode, reentrant
     ],
 )
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_wholly_frozen_layers_in_checkpoints(mode: Mode, sets: dict[str, Tensor], reentrant: bool) -> None:
+def test_wholly_frozen_layers_in_checkpoints(mode: BackwardMode, sets: dict[str, Tensor], reentrant: bool) -> None:
     model = Checkpointed(reentrant=reentrant)
     reference = copy.deepcopy(model)
     freeze(model, images(), sets, mode)
@@ -474,7 +476,7 @@ def test_wholly_frozen_layers_in_checkpoints(mode: Mode, sets: dict[str, Tensor]
     ],
 )
 def test_frozen_layers_before_and_at_the_end_of_a_checkpoint(
-    mode: Mode, sets: dict[str, Tensor], reentrant: bool
+    mode: BackwardMode, sets: dict[str, Tensor], reentrant: bool
 ) -> None:
     model = Checkpointed(reentrant=reentrant)
     reference = copy.deepcopy(model)
@@ -547,7 +549,7 @@ def test_replicas_of_a_module_compute_the_same_rows(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_other_weights_that_are_put_in_for_a_call_are_no_neurons(mode: Mode, kernel: str) -> None:
+def test_other_weights_that_are_put_in_for_a_call_are_no_neurons(mode: BackwardMode, kernel: str) -> None:
     """torch.func.functional_call, as in meta-learning: their gradients are whole, whatever is frozen."""
     for training in (True, False):
         model = Net().train(training)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 # Sums of at most 2^14 terms, a few layers deep, that differ by their order.
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
@@ -47,7 +47,7 @@ def _sliced(double: None, force: Callable[[str], None]) -> None:
     force("sliced")
 
 
-def freeze(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: Mode = "exact") -> Freezer:
+def freeze(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: BackwardMode = "exact") -> Freezer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode)
     if not isinstance(share, Mapping):
@@ -123,7 +123,7 @@ def errors_through_trainable_rows(model: nn.Module, freezer: Freezer) -> Iterato
         nn.functional.linear = stock
 
 
-def check(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: Mode) -> Freezer:
+def check(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: BackwardMode) -> Freezer:
     reference = copy.deepcopy(model)
     freezer = freeze(model, inputs, share, mode)
     found = gradients(model, inputs)
@@ -174,7 +174,7 @@ KINDS = ["self", "self, no weights", "cross", "three", "apart"]
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_multihead_attention(kind: str, share: float, mode: Mode) -> None:
+def test_multihead_attention(kind: str, share: float, mode: BackwardMode) -> None:
     for arguments in ({}, {"bias": False}, {"add_bias_kv": True}):
         model = Attends(kind, **arguments)
         freezer = check(model, torch.randn(3, 5, 8), share, mode)
@@ -188,7 +188,7 @@ def test_multihead_attention(kind: str, share: float, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @BY_EACH_KERNEL
-def test_every_kernel(mode: Mode, kernel: str) -> None:
+def test_every_kernel(mode: BackwardMode, kernel: str) -> None:
     for kind in KINDS:
         check(Attends(kind), torch.randn(3, 5, 8), 0.5, mode)
 
@@ -196,7 +196,7 @@ def test_every_kernel(mode: Mode, kernel: str) -> None:
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("letters", ["q", "k", "v", "qk", "qkv"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_projections_frozen(kind: str, letters: str, mode: Mode) -> None:
+def test_whole_projections_frozen(kind: str, letters: str, mode: BackwardMode) -> None:
     """The packed weight's rows of the queries, keys or values; the other projections train."""
     model = Attends(kind)
     sets = {f"{letter}_proj": torch.full((8,), letter not in letters) for letter in "qkv"}
@@ -212,7 +212,7 @@ def test_whole_projections_frozen(kind: str, letters: str, mode: Mode) -> None:
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_under_autocast(kind: str, mode: Mode) -> None:
+def test_attention_under_autocast(kind: str, mode: BackwardMode) -> None:
     model, tokens = Attends(kind), torch.randn(3, 5, 8)
     reference = copy.deepcopy(model)
     freezer = freeze(model, tokens, 0.4, mode)
@@ -300,7 +300,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ("share", "kernel"), [(0.0, "sliced"), *((0.5, kernel) for kernel in KERNELS), (1.0, "sliced")], indirect=["kernel"]
 )
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name: str, share: float, mode: Mode, kernel: str) -> None:
+def test_models(name: str, share: float, mode: BackwardMode, kernel: str) -> None:
     make, shape = MODELS[name]
     freezer = check(make().double(), torch.randn(shape), share, mode)
     # Every projection is sliced or computes nothing: attention is not an exception.
@@ -386,7 +386,7 @@ BESIDE: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("beside", BESIDE)
 @BY_EACH_KERNEL
-def test_what_is_passed_beside_the_weight_has_its_whole_gradient(beside: str, mode: Mode, kernel: str) -> None:
+def test_what_is_passed_beside_the_weight_has_its_whole_gradient(beside: str, mode: BackwardMode, kernel: str) -> None:
     for share in (0.5, 1.0):
         freezer = check(Around(BESIDE[beside]()), torch.randn(3, 5, 8), share, mode)
         assert any(name in freezer.hold.slicing.plans for name in ("inner.qkv", "inner.map"))
@@ -424,7 +424,7 @@ class LateBias(nn.Module):
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_bias_that_is_no_neurons_parameter(share: float, mode: Mode, attached: bool, kernel: str) -> None:
+def test_a_bias_that_is_no_neurons_parameter(share: float, mode: BackwardMode, attached: bool, kernel: str) -> None:
     for layer, shape in ((nn.Linear(8, 8, bias=False), (3, 8)), (nn.Conv2d(8, 8, 2, bias=False), (3, 8, 2, 2))):
         model, inputs = LateBias(layer), torch.randn(shape)
         freezer = freeze(model, inputs, 0.0, mode)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 pytestmark = pytest.mark.gpu
 
@@ -60,12 +60,12 @@ class Forced(Dispatch):
         super().__init__()
         self.kernel = kernel
 
-    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
-        return Choice(self.kernel if self.kernel in kernels else "sliced", {})
+    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> KernelChoice:
+        return KernelChoice(self.kernel if self.kernel in kernels else "sliced", {})
 
 
 def freeze(
-    model: nn.Module, inputs: Tensor, sets: Mapping[str, Tensor] | float, mode: Mode, dispatch: Dispatch,
+    model: nn.Module, inputs: Tensor, sets: Mapping[str, Tensor] | float, mode: BackwardMode, dispatch: Dispatch,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Freezer:  # fmt: skip
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
@@ -270,7 +270,7 @@ def test_truncated_mode_agrees_with_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_kernels_are_timed_once_and_by_the_device(mode: Mode) -> None:
+def test_kernels_are_timed_once_and_by_the_device(mode: BackwardMode) -> None:
     model, inputs = ConvNet().cuda(), torch.randn(8, 3, 20, 20, device="cuda")
     dispatch = Dispatch()
     freezer = freeze(model, inputs, 0.5, mode, dispatch)
@@ -304,7 +304,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("mode", ["exact", "truncated", "dense"])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_step_whose_kernels_are_known_never_waits(name: str, kernel: Kernel, mode: Mode) -> None:
+def test_a_step_whose_kernels_are_known_never_waits(name: str, kernel: Kernel, mode: BackwardMode) -> None:
     make, shape = MODELS[name]
     model, inputs = make().cuda(), torch.randn(shape, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.functions import cast_for_autocast, memory_format_of
-from neq_cli.freezing.backward.gradients import Plan
+from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 
 
@@ -25,9 +25,9 @@ class Forced(Dispatch):
 
     def choose(
         self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], by_rule: Kernel, *_: Any
-    ) -> Choice:
+    ) -> KernelChoice:
         self.offered, self.by_rule = list(kernels), by_rule
-        return Choice(self.kernel, {})
+        return KernelChoice(self.kernel, {})
 
 
 def convolution(groups: int = 1, padding: int = 0, *, transposed: bool = False) -> Convolution:
@@ -76,7 +76,7 @@ def test_kernels_offered(
     operation: Operation, shapes: list[tuple[int, ...]], trainable: Tensor, offered: list[str]
 ) -> None:
     dispatch = Forced()
-    plan = Plan(trainable, truncated=False, dispatch=dispatch)
+    plan = GradientPlan(trainable, truncated=False, dispatch=dispatch)
     plan.apply(operation, *leaves(*shapes), None).sum().backward()
     assert dispatch.offered == offered
 
@@ -87,7 +87,7 @@ def test_kernels_offered(
 )
 def test_the_rule_slices_where_three_quarters_of_the_rows_are_enough(rows: int, by_rule: Kernel) -> None:
     dispatch = Forced()
-    plan = Plan(first(rows, 64), truncated=False, dispatch=dispatch)
+    plan = GradientPlan(first(rows, 64), truncated=False, dispatch=dispatch)
     plan.apply(LinearMap(), *leaves((5, 4), (64, 4)), None).sum().backward()
     assert dispatch.by_rule == by_rule
 
@@ -109,20 +109,20 @@ def test_the_rule_slices_where_three_quarters_of_the_rows_are_enough(rows: int, 
     ],
 )
 def test_rows_computed(kernel: Kernel, trainable: Tensor, groups: int, computed: int) -> None:
-    plan = Plan(trainable, truncated=False, dispatch=Forced(kernel))
+    plan = GradientPlan(trainable, truncated=False, dispatch=Forced(kernel))
     input, weight = leaves((2, 4 * groups, 3, 3), (40, 4, 1, 1))
     assert plan.rows_computed() is None
     assert plan.last_choice() is None
     plan.apply(convolution(groups), input, weight, None).sum().backward()
     assert plan.rows_computed() == computed
-    assert plan.last_choice() == Choice(kernel, {})
+    assert plan.last_choice() == KernelChoice(kernel, {})
 
 
 def test_a_whole_and_a_frozen_plan_compute_all_and_none() -> None:
     weight = torch.randn(6, 4, requires_grad=True)
     input = torch.randn(3, 4, requires_grad=True)
     for trainable, truncated in ((first(6, 6), False), (first(0, 6), False), (first(0, 6), True)):
-        plan = Plan(trainable, truncated=truncated, dispatch=Forced())
+        plan = GradientPlan(trainable, truncated=truncated, dispatch=Forced())
         output = plan.apply(LinearMap(), input, weight, None)
         assert torch.equal(output, functional.linear(input, weight))
         gradients = torch.autograd.grad(output.sum() + 0 * (input.sum() + weight.sum()), [input, weight])
@@ -136,7 +136,7 @@ def test_a_whole_and_a_frozen_plan_compute_all_and_none() -> None:
 def test_a_weight_that_is_used_piece_by_piece() -> None:
     dispatch = Forced()
     trainable = torch.tensor([True, True, False, True, False, False])
-    plan = Plan(trainable, truncated=False, dispatch=dispatch)
+    plan = GradientPlan(trainable, truncated=False, dispatch=dispatch)
     weight, input = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4)
     assert plan.chunk(0, 6) is plan
     assert plan.chunk(2, 2) is plan.chunk(2, 2)
@@ -145,7 +145,7 @@ def test_a_weight_that_is_used_piece_by_piece() -> None:
     assert plan.rows_computed() == 2 + 1 + 0  # before the backward pass, as many as train
     output.sum().backward()
     assert plan.rows_computed() == 3
-    assert plan.last_choice() == Choice("sliced", {})
+    assert plan.last_choice() == KernelChoice("sliced", {})
     expected = input.sum(0).expand(6, 4) * trainable[:, None]
     torch.testing.assert_close(weight.grad, expected)
 
@@ -164,7 +164,7 @@ def test_an_operand_that_is_not_the_neurons_has_its_whole_gradient(owns: Any, ro
     ]
     for operation, *shapes in cases:
         of = leaves(*shapes, (6,))
-        plan = Plan(first(rows, 6), truncated=truncated, dispatch=Forced(), owns=frozenset(owns))
+        plan = GradientPlan(first(rows, 6), truncated=truncated, dispatch=Forced(), owns=frozenset(owns))
         expected = torch.autograd.grad(operation.forward(*of).sin().sum(), of)
         output = plan.apply(operation, *of)
         assert torch.equal(output, operation.forward(*of))
@@ -198,12 +198,12 @@ def test_a_frozen_convolution_keeps_its_weight_only_and_a_linear_layer_too() -> 
     for operation, input_shape, weight_shape in cases:
         for of_input in (True, False):
             input, weight = leaves(input_shape, weight_shape, of_input=of_input)
-            plan = Plan(first(0, 6), truncated=False, dispatch=Forced())
+            plan = GradientPlan(first(0, 6), truncated=False, dispatch=Forced())
             kept, output = saved_by(lambda: plan.apply(operation, input, weight, None))  # noqa: B023
             elements = sum(tensor.numel() for tensor in kept)
             assert elements == (weight.numel() if of_input else 0), operation
             assert output.requires_grad == of_input
-            truncated = Plan(first(0, 6), truncated=True, dispatch=Forced())
+            truncated = GradientPlan(first(0, 6), truncated=True, dispatch=Forced())
             kept, output = saved_by(lambda: truncated.apply(operation, input, weight, None))  # noqa: B023
             assert kept == []
             assert not output.requires_grad
@@ -211,7 +211,7 @@ def test_a_frozen_convolution_keeps_its_weight_only_and_a_linear_layer_too() -> 
 
 def test_a_partly_frozen_layer_keeps_what_a_stock_one_keeps() -> None:
     input, weight, bias = leaves((2, 4, 5, 5), (6, 4, 3, 3), (6,))
-    plan = Plan(first(3, 6), truncated=False, dispatch=Forced())
+    plan = GradientPlan(first(3, 6), truncated=False, dispatch=Forced())
     kept, _ = saved_by(lambda: plan.apply(convolution(), input, weight, bias))
     stock, _ = saved_by(lambda: functional.conv2d(input, weight, bias))
     assert sum(t.numel() for t in kept) == sum(t.numel() for t in stock) == input.numel() + weight.numel()
@@ -224,7 +224,7 @@ def test_the_memory_that_stands_for_a_frozen_convolutions_input_is_never_read() 
             tensor.detach().to(memory_format=memory_format) for tensor in leaves((2, 4, 5, 5), (6, 4, 3, 3))
         )
         input.requires_grad_()
-        plan = Plan(first(0, 6), truncated=False, dispatch=Forced())
+        plan = GradientPlan(first(0, 6), truncated=False, dispatch=Forced())
         output = plan.apply(convolution(), input, weight, None)
         junk = [torch.full(input.shape, float("nan")) for _ in range(20)]
         del junk
@@ -239,14 +239,14 @@ def test_the_memory_that_stands_for_a_frozen_convolutions_input_is_never_read() 
 
 def test_a_layer_for_which_the_dense_kernel_won_runs_pytorchs_own_path() -> None:
     dispatch = Dispatch()
-    settled: dict[str, Choice] = {}
-    plan = Plan(first(3, 6), truncated=False, dispatch=dispatch, settled=settled)
+    settled: dict[str, KernelChoice] = {}
+    plan = GradientPlan(first(3, 6), truncated=False, dispatch=dispatch, settled=settled)
     input, weight = leaves((2, 4, 5, 5), (6, 4, 3, 3))
     plan.apply(convolution(), input, weight, None).sum().backward()
     (kind,) = dispatch.choices
     for kernel, name in (("dense", "ConvolutionBackward0"), ("sliced", "SomeRowsBackward")):
         dispatch.load_state_dict({kind: {"kernel": kernel, "milliseconds": {}}})
-        again = Plan(first(3, 6), truncated=False, dispatch=dispatch, settled=settled)
+        again = GradientPlan(first(3, 6), truncated=False, dispatch=dispatch, settled=settled)
         settled.clear()
         assert type(again.apply(convolution(), input, weight, None).grad_fn).__name__ == "SomeRowsBackward"
         settled.update(dispatch.choices)
@@ -254,12 +254,12 @@ def test_a_layer_for_which_the_dense_kernel_won_runs_pytorchs_own_path() -> None
         assert type(output.grad_fn).__name__ == name
         output.sum().backward()
         assert again.rows_computed() == (6 if kernel == "dense" else 3)
-    truncated = Plan(first(3, 6), truncated=True, dispatch=dispatch)
+    truncated = GradientPlan(first(3, 6), truncated=True, dispatch=dispatch)
     truncated.apply(convolution(), input, weight, None).sum().backward()
     table = {kind: {"kernel": "dense", "milliseconds": {}} for kind in dispatch.choices}
     dispatch.load_state_dict(table)
     # Its errors are not the dense ones: never PyTorch's own path.
-    truncated = Plan(first(3, 6), truncated=True, dispatch=dispatch, settled=dict(dispatch.choices))
+    truncated = GradientPlan(first(3, 6), truncated=True, dispatch=dispatch, settled=dict(dispatch.choices))
     output = truncated.apply(convolution(), input, weight, None)
     assert type(output.grad_fn).__name__ == "SomeRowsBackward"
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch, Kernel
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 
 class Frozen:
@@ -32,11 +32,11 @@ class Frozen:
 
 
 class Sliced(Dispatch):
-    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> Choice:
-        return Choice("sliced", {})
+    def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> KernelChoice:
+        return KernelChoice("sliced", {})
 
 
-def freeze(model: nn.Module, inputs: Tensor, chosen: Callable[[str], bool], mode: Mode = "exact") -> Freezer:
+def freeze(model: nn.Module, inputs: Tensor, chosen: Callable[[str], bool], mode: BackwardMode = "exact") -> Freezer:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     freezer = Freezer(model, optimizer, [inputs], Frozen(chosen), backward=mode, dispatch=Sliced())
     freezer.step()
@@ -77,7 +77,7 @@ IMAGES = (5, 3, 12, 12)
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_with_everything_frozen_nothing_is_kept_below_the_output_layer(mode: Mode) -> None:
+def test_with_everything_frozen_nothing_is_kept_below_the_output_layer(mode: BackwardMode) -> None:
     model, images = Net(), torch.randn(IMAGES)
     freeze(model, images, lambda name: name != "head", mode)
     kept, output = kept_by(lambda: model(images))
@@ -161,7 +161,7 @@ def test_a_wholly_frozen_batch_norm_in_eval_mode_keeps_no_input(kind: type[nn.Mo
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_a_transformer_keeps_no_token_for_frozen_layers(mode: Mode) -> None:
+def test_a_transformer_keeps_no_token_for_frozen_layers(mode: BackwardMode) -> None:
     """Its class token and position table lie outside neurons and always train: the error comes down to them, in
     truncated mode past the layers."""
     images = torch.randn(2, 3, 16, 16)

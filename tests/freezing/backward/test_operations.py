@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from neq_cli.freezing.backward.operations import (
@@ -12,9 +14,11 @@ from neq_cli.freezing.backward.operations import (
     LinearMap,
     Operation,
     PointwiseConvolution,
+    Slice,
     select_channels,
+    slice_rows,
 )
-from neq_cli.freezing.backward.slices import slice_rows
+from neq_cli.freezing.model.neurons import RowLayout
 
 
 def convolution(kind: type[Convolution] = Convolution, **changes: object) -> Convolution:
@@ -139,3 +143,123 @@ def test_channels_are_selected_in_the_format_that_they_came_in(shape: tuple[int,
         chosen = select_channels(tensor, torch.tensor([3, 0, 4]))
         assert torch.equal(chosen, torch.stack([tensor[:, 3], tensor[:, 0], tensor[:, 4]], 1))
         assert chosen.is_contiguous(memory_format=memory_format)
+
+
+CPU = torch.device("cpu")
+
+
+def cut(trainable: str, *, groups: int = 1, inputs: int = 2, multiple: int = 1) -> Slice:
+    """Slice rows written as text, one character each: x trains, . is frozen; spaces part the groups."""
+    rows = torch.tensor([letter == "x" for letter in trainable if letter != " "])
+    return slice_rows(rows, groups=groups, inputs=inputs, multiple=multiple, device=CPU)
+
+
+def listed(tensor: Tensor | None) -> list[int] | None:
+    return None if tensor is None else tensor.tolist()
+
+
+@pytest.mark.parametrize(
+    ("trainable", "groups", "multiple", "computed", "kept", "inputs"),
+    [
+        ("x.xx.", 1, 1, [0, 2, 3], None, None),
+        ("x.xx.", 1, 4, [0, 1, 2, 3], [0, 2, 3], None),  # the first frozen row fills up
+        ("x.xx.", 1, 8, [0, 1, 2, 3, 4], [0, 2, 3], None),  # there are no more
+        ("..x..", 1, 2, [0, 2], [1], None),
+        ("xxxxx", 1, 2, [0, 1, 2, 3, 4], None, None),
+        ("x. .x", 2, 1, [0, 3], None, None),  # as many rows in each group
+        ("xx. x..", 2, 1, [0, 1, 3, 4], [0, 1, 2], None),
+        ("... x.. .xx", 3, 1, [3, 4, 7, 8], [0, 2, 3], [2, 3, 4, 5]),  # the first group is left out, its inputs too
+        ("... x.. .xx", 3, 3, [3, 4, 5, 6, 7, 8], [0, 4, 5], [2, 3, 4, 5]),
+        (". x . x", 4, 1, [1, 3], None, [2, 3, 6, 7]),  # depthwise
+        (". x . x", 4, 8, [1, 3], None, [2, 3, 6, 7]),  # a group has no more rows than one
+    ],
+)
+def test_slices_by_hand(
+    trainable: str, groups: int, multiple: int, computed: list[int], kept: list[int] | None, inputs: list[int] | None
+) -> None:
+    part = cut(trainable, groups=groups, multiple=multiple)
+    assert listed(part.computed) == computed
+    assert listed(part.kept) == kept
+    assert listed(part.inputs) == inputs
+    assert part.groups == sum("x" in group for group in (trainable.split() if groups > 1 else [trainable]))
+    assert listed(part.trainable) == [n for n, letter in enumerate(trainable.replace(" ", "")) if letter == "x"]
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(data=st.data(), groups=st.integers(1, 5), rows=st.integers(1, 20), multiple=st.sampled_from([1, 2, 8, 16]))
+def test_any_slice_is_the_smallest_layer_that_holds_what_trains(
+    data: st.DataObject, groups: int, rows: int, multiple: int
+) -> None:
+    size = groups * rows
+    trains = data.draw(st.lists(st.booleans(), min_size=size, max_size=size).filter(any))
+    part = slice_rows(torch.tensor(trains), groups=groups, inputs=3, multiple=multiple, device=CPU)
+    expected = [number for number, one in enumerate(trains) if one]
+    assert part.trainable.tolist() == expected
+    computed = part.computed.tolist()
+    assert computed == sorted(set(computed))
+    assert (part.computed if part.kept is None else part.computed[part.kept]).tolist() == expected
+    # As many rows of each group that has any, no more than the largest group needs, but for the multiple.
+    by_group = [sum(row // rows == group for row in expected) for group in range(groups)]
+    present = [group for group, count in enumerate(by_group) if count]
+    each = min(-(-max(by_group) // multiple) * multiple, rows)
+    assert [row // rows for row in computed] == [group for group in present for _ in range(each)]
+    assert part.groups == len(present)
+    channels = [3 * group + offset for group in present for offset in range(3)]
+    assert listed(part.inputs) == (None if len(present) == groups else channels)
+
+
+LAYOUTS = [
+    (RowLayout(), 1, (6, 2, 3)),
+    (RowLayout(), 3, (6, 2, 3)),
+    (RowLayout("transposed", 1), 1, (2, 6, 3)),
+    (RowLayout("transposed", 3), 3, (6, 2, 3)),  # [groups * inputs, rows, kernel]: 2 rows in each of 3 groups
+]
+
+
+def by_hand(layout: RowLayout, groups: int, shape: tuple[int, ...]) -> list[list[tuple[int, int]]]:
+    """Return for each row the places [first, second dimension] of the weight that make it up."""
+    if layout.kind == "leading":
+        return [[(row, column) for column in range(shape[1])] for row in range(shape[0])]
+    inputs = shape[0] // groups
+    return [
+        [(group * inputs + channel, row) for channel in range(inputs)]
+        for group in range(groups)
+        for row in range(shape[1])
+    ]
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+@pytest.mark.parametrize(("layout", "groups", "shape"), LAYOUTS)
+def test_rows_go_in_and_gradients_come_out(
+    layout: RowLayout, groups: int, shape: tuple[int, ...], multiple: int
+) -> None:
+    weight = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+    places = by_hand(layout, groups, shape)
+    trains = [True, False, False, False, True, True]
+    part = slice_rows(torch.tensor(trains), groups=groups, inputs=2, multiple=multiple, device=CPU)
+    small = part.rows_of_weight(weight, layout)
+    # The smaller layer is laid out as the layer is, so that its own rows are found in the same way.
+    found = by_hand(layout, part.groups, tuple(small.shape))
+    assert len(found) == len(part.computed)
+    for row, own in zip(part.computed.tolist(), found, strict=True):
+        assert [small[place].tolist() for place in own] == [weight[place].tolist() for place in places[row]]
+
+    whole = part.gradient_of_weight(small.clone(), weight, layout)
+    alone = part.only_trainable(small, layout)
+    for number, row in enumerate(part.computed.tolist()):
+        expected = [weight[place].tolist() if trains[row] else [0.0] * 3 for place in places[row]]
+        assert [alone[place].tolist() for place in found[number]] == expected
+    for row, own in enumerate(places):
+        assert [whole[place].tolist() for place in own] == [
+            weight[place].tolist() if trains[row] else [0.0] * 3 for place in own
+        ]
+    biases = torch.arange(10.0, 16.0)
+    of_bias = part.gradient_of_bias(biases[part.computed], 6)
+    assert of_bias.tolist() == [10.0, 0.0, 0.0, 0.0, 14.0, 15.0]
+
+
+def test_the_gradient_is_laid_out_as_the_weight_is() -> None:
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    part = cut("x..x", inputs=3)
+    gradient = part.gradient_of_weight(part.rows_of_weight(weight, RowLayout()), weight, RowLayout())
+    assert gradient.stride() == weight.stride()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import BackwardMode
 
 # Where one side gets more padding, a copy of the input is made, by PyTorch as by us.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -85,7 +85,7 @@ def assert_close(found: Tensor, expected: Tensor, scale: Tensor, *, exactly: boo
 
 
 def check(
-    layer: nn.Module, inputs: Tensor, trainable: Tensor, kernel: str, mode: Mode, *,
+    layer: nn.Module, inputs: Tensor, trainable: Tensor, kernel: str, mode: BackwardMode, *,
     probe: Tensor, of_input: bool, memory_format: torch.memory_format, bits: bool,
 ) -> None:  # fmt: skip
     """Compare one backward pass with plain autograd's on a copy of the layer."""
@@ -183,7 +183,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_any_convolution(kernel: str, mode: Mode) -> None:
+def test_any_convolution(kernel: str, mode: BackwardMode) -> None:
     @SETTINGS
     @given(st.data())
     def holds(data: st.DataObject) -> None:
@@ -213,7 +213,7 @@ def test_any_convolution(kernel: str, mode: Mode) -> None:
 # A kernel of its own, "pointwise", is only for convolutions.
 @pytest.mark.parametrize("kernel", ["dense", "dense from the start", "sliced", "rounded"], indirect=True)
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_any_linear_layer(kernel: str, mode: Mode) -> None:
+def test_any_linear_layer(kernel: str, mode: BackwardMode) -> None:
     @SETTINGS
     @given(st.data())
     def holds(data: st.DataObject) -> None:

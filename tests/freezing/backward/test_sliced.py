@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from neq_cli import Freezer
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.backward.sliced import MODES, BackwardMode
 
 # Where one side gets more padding, a copy of the input is made, by PyTorch as by us.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -42,7 +42,7 @@ def _sliced(double: None, force: Callable[[str], None]) -> None:
     force("sliced")
 
 
-def freeze(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: Mode = "exact") -> Freezer:
+def freeze(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: BackwardMode = "exact") -> Freezer:
     """Freeze a random ``share`` of every layer, or what the given sets leave out."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode)
@@ -337,7 +337,7 @@ def normed(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("frozen", ["some", "all"])
 @pytest.mark.parametrize("name", NORMS)
-def test_norm_layers(name: str, frozen: str, training: bool, mode: Mode) -> None:
+def test_norm_layers(name: str, frozen: str, training: bool, mode: BackwardMode) -> None:
     model, inputs = normed(name)
     reference = copy.deepcopy(model)
     trainable = torch.arange(6) < (3 if frozen == "some" else 0)
@@ -369,7 +369,7 @@ def test_norm_layers(name: str, frozen: str, training: bool, mode: Mode) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.usefixtures("single")
-def test_autocast(dtype: torch.dtype, share: float, mode: Mode, kernel: str) -> None:
+def test_autocast(dtype: torch.dtype, share: float, mode: BackwardMode, kernel: str) -> None:
     model = ConvNet()
     stock = copy.deepcopy(model)
     freezer = freeze(model, images(), share, mode)
@@ -399,7 +399,7 @@ def test_other_precisions(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
-def test_gradients_accumulate_over_batches(mode: Mode, kernel: str) -> None:
+def test_gradients_accumulate_over_batches(mode: BackwardMode, kernel: str) -> None:
     model = ConvNet()
     stock = copy.deepcopy(model)
     freezer = freeze(model, images(), 0.5, mode)
@@ -438,7 +438,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("frozen", [1, 2, 4])
-def test_a_layer_that_is_used_twice(frozen: int, mode: Mode, kernel: str) -> None:
+def test_a_layer_that_is_used_twice(frozen: int, mode: BackwardMode, kernel: str) -> None:
     inputs = torch.randn(3, 4, 6, 6)
     model = Twice()
     stock = copy.deepcopy(model)
@@ -530,3 +530,10 @@ def test_only_some_gradients_are_asked_for(kernel: str) -> None:
     found, dense = gradients(model, images()), gradients(reference, images())
     assert found["stem.weight"] is found["grouped.weight"] is None
     assert_rows(freezer, found, dense)
+
+
+def test_recipes_and_the_bench_name_the_same_modes() -> None:
+    from neq_cli.recipe import values
+    from neq_cli.training.bench import options
+
+    assert MODES == get_args(values.BackwardMode) == options.MODES

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 from neq_cli import Baseline, Freezer
-from neq_cli.freezing.anatomy import study
+from neq_cli.freezing.anatomy import anatomy_of
 
 
 class Shifted(nn.Linear):
@@ -108,7 +108,7 @@ def test_axes_found_by_experiment() -> None:
     for module, shape, axis in cases:
         net = nn.Sequential(module)
         before = [parameter.detach().clone() for parameter in net.parameters()]
-        anatomy = study(net, torch.randn(2, *shape))
+        anatomy = anatomy_of(net, torch.randn(2, *shape))
         assert anatomy.trace.axes == {"0": axis}, module
         if axis is not None:
             assert (anatomy.neurons.layers["0"].axis, anatomy.neurons.layers["0"].axis_dimensions) == (axis, 1)
@@ -125,7 +125,7 @@ def test_layers_whose_axis_is_unknown_never_freeze() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return self.head(self.mixed(self.shifted(inputs, 0.5)))
 
-    anatomy = study(Net(), torch.randn(2, 4))
+    anatomy = anatomy_of(Net(), torch.randn(2, 4))
     assert set(anatomy.never_frozen) == {"shifted", "mixed", "head"}
     assert "axis" in anatomy.never_frozen["shifted"]
     assert anatomy.never_frozen["head"] == "output layer"
@@ -133,7 +133,7 @@ def test_layers_whose_axis_is_unknown_never_freeze() -> None:
 
 def test_the_experiment_is_not_counted() -> None:
     # 2 inputs x 3 outputs x 16 positions; nothing else multiplies.
-    trace = study(nn.Sequential(Standardised(2, 3, 1)), torch.randn(2, 2, 4, 4)).trace
+    trace = anatomy_of(nn.Sequential(Standardised(2, 3, 1)), torch.randn(2, 2, 4, 4)).trace
     assert trace.multiply_adds == {"0": 96}
     assert trace.products == {}
 
@@ -160,19 +160,19 @@ def test_the_experiment_is_not_counted() -> None:
 def test_axes_of_layers_of_all_kinds(make: Callable[[], nn.Module], shape: tuple[int, ...], expected: Any) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
-        layer = study(nn.Sequential(make()), torch.randn(2, *shape)).neurons.layers["0"]
+        layer = anatomy_of(nn.Sequential(make()), torch.randn(2, *shape)).neurons.layers["0"]
         assert (layer.axis, layer.axis_dimensions) == expected, seed
 
 
 def test_an_input_that_is_not_like_noise_will_do() -> None:
-    layer = study(nn.Sequential(Logarithm(4, 3)), torch.rand(2, 3, 4) + 1).neurons.layers["0"]
+    layer = anatomy_of(nn.Sequential(Logarithm(4, 3)), torch.rand(2, 3, 4) + 1).neurons.layers["0"]
     assert layer.axis == -1
 
 
 def test_a_layer_that_only_its_bias_trains() -> None:
     net = nn.Sequential(LowRank(4, 3), nn.Linear(3, 2))
     net[0].weight.requires_grad_(False)
-    assert set(study(net, torch.randn(2, 4)).never_frozen) == {"1"}
+    assert set(anatomy_of(net, torch.randn(2, 4)).never_frozen) == {"1"}
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -197,7 +197,7 @@ def test_neurons_that_put_nothing_out(activation: str, weight: float, bias: floa
         with torch.no_grad():
             norm.weight[several] = weight
             norm.bias[several] = bias
-        anatomy = study(net, torch.randn(2, 2, 2, 2, dtype=dtype))
+        anatomy = anatomy_of(net, torch.randn(2, 2, 2, 2, dtype=dtype))
         assert anatomy.trace.axes == {"1": 1}
         assert set(anatomy.never_frozen) == {"3"}
 
@@ -232,5 +232,5 @@ def test_timm_s_models_give_the_same_layers_for_any_seed(name: str) -> None:
     timm = pytest.importorskip("timm")
     for seed in range(3):
         torch.manual_seed(seed)
-        anatomy = study(timm.create_model(name, num_classes=3), torch.randn(2, 3, 96, 96))
+        anatomy = anatomy_of(timm.create_model(name, num_classes=3), torch.randn(2, 3, 96, 96))
         assert set(anatomy.never_frozen.values()) == {"output layer"}, seed

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from neq_cli import Freezer, Observation
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.model.neurons import Layout, find_neurons
+from neq_cli.freezing.model.neurons import RowLayout, find_neurons
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
@@ -349,7 +349,7 @@ def test_rows_of_a_transposed_convolution(groups: int) -> None:
     # What changes output channel i, found by experiment, is neuron i.
     conv = nn.ConvTranspose2d(8, 12, 2, groups=groups, bias=False).double()
     inputs = torch.rand(1, 8, 3, 3, dtype=torch.float64) + 0.1
-    layout = Layout("transposed", groups)
+    layout = RowLayout("transposed", groups)
     assert layout.count(conv.weight) == 12
     with torch.no_grad():
         plain = conv(inputs)

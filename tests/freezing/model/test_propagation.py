@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli import Freezer
-from neq_cli.freezing.anatomy import study
-from neq_cli.freezing.backward.sliced import Mode
+from neq_cli.freezing.anatomy import anatomy_of
+from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.model.propagation import propagate
 from neq_cli.freezing.model.trace import Trace
 
@@ -156,7 +156,7 @@ def observed(model: nn.Module) -> tuple[set[str], set[str]]:
 def test_what_autograd_does(frozen: str, token: bool) -> None:
     model = Graph()
     model.token.requires_grad_(token)
-    anatomy = study(model, torch.randn(2, 4))
+    anatomy = anatomy_of(model, torch.randn(2, 4))
     shares = {name: float(name not in frozen.split()) for name in anatomy.neurons.layers}
     found = propagate(anatomy.trace, shares)
     for name, layer in model.named_children():
@@ -182,7 +182,7 @@ class Fixed:
 
 @pytest.mark.parametrize("mode", ["exact", "truncated"])
 @pytest.mark.parametrize("frozen", ["stem", "one two", "two", "left", "right shared", "stem one two left right shared"])
-def test_what_a_model_with_frozen_layers_does(frozen: str, mode: Mode) -> None:
+def test_what_a_model_with_frozen_layers_does(frozen: str, mode: BackwardMode) -> None:
     model = Graph()
     freezer = Freezer(
         model, torch.optim.SGD(model.parameters(), lr=0.1), [torch.randn(2, 4)], Fixed(frozen), backward=mode

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import segmentation
 
-from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 
 
 def on_meta(build: Callable[..., nn.Module], size: int = 64, **arguments: Any) -> Anatomy:
     # RegNet reads its widths from tensors while it is built, which the meta device does not have.
     with torch.device("cpu" if build.__name__.startswith("regnet") else "meta"):
         model = build(weights=None, **arguments)
-    return study(model.to("meta"), torch.empty(2, 3, size, size, device="meta"))
+    return anatomy_of(model.to("meta"), torch.empty(2, 3, size, size, device="meta"))
 
 
 # One model per torchvision family, with the layers that produce its outputs, auxiliary ones included: read off its
@@ -160,7 +160,7 @@ FORMS: dict[str, tuple[Forward, set[str]]] = {
 def test_output_layers_of_other_models(form: str) -> None:
     forward, outputs = FORMS[form]
     net = type("Net", (Base,), {"forward": forward})()
-    assert set(study(net, torch.randn(2, 4)).trace.output_layers) == outputs
+    assert set(anatomy_of(net, torch.randn(2, 4)).trace.output_layers) == outputs
 
 
 def test_modes_with_outputs_of_their_own() -> None:
@@ -169,7 +169,7 @@ def test_modes_with_outputs_of_their_own() -> None:
             hidden = self.hidden(inputs)
             return (self.head(hidden), self.other(hidden)) if self.training else self.head(hidden)
 
-    anatomy = study(Modes(), torch.randn(2, 4))
+    anatomy = anatomy_of(Modes(), torch.randn(2, 4))
     assert anatomy.trace.output_layers == {"head", "other"}
     assert anatomy.trace.reached == {"body", "norm", "head"}
 
@@ -180,7 +180,7 @@ def test_a_model_whose_training_mode_wants_targets_is_traced_in_eval_mode() -> N
             logits = self.head(self.hidden(inputs))
             return nn.functional.cross_entropy(logits, targets) if self.training else logits
 
-    anatomy = study(Targets(), torch.randn(2, 4))
+    anatomy = anatomy_of(Targets(), torch.randn(2, 4))
     assert anatomy.trace.output_layers == {"head"}
     assert anatomy.trace.order == ["body", "norm", "head"]
 
@@ -190,7 +190,7 @@ def test_a_model_that_takes_several_inputs_in_a_dictionary() -> None:
         def forward(self, inputs: dict[str, Tensor]) -> Tensor:
             return self.head(self.hidden(inputs["a"] + inputs["b"]))
 
-    anatomy = study(Two(), {"a": torch.randn(2, 4), "b": torch.randn(2, 4)})
+    anatomy = anatomy_of(Two(), {"a": torch.randn(2, 4), "b": torch.randn(2, 4)})
     assert anatomy.trace.output_layers == {"head"}
 
 
@@ -203,12 +203,12 @@ def test_layers_come_in_forward_order() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return self.last(self.middle(self.first(inputs)))
 
-    assert list(study(Backwards(), torch.randn(2, 3)).neurons.layers) == ["first", "middle", "last", "unused"]
+    assert list(anatomy_of(Backwards(), torch.randn(2, 3)).neurons.layers) == ["first", "middle", "last", "unused"]
 
 
 def test_what_is_overwritten_still_comes_from_its_layer() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
-    trace = study(net, torch.randn(2, 5, 4)).trace
+    trace = anatomy_of(net, torch.randn(2, 5, 4)).trace
     assert trace.before == {"0": frozenset(), "2": {"0"}, "4": {"2"}}
 
 
@@ -223,7 +223,7 @@ def test_norms_that_need_more_than_one_sample_and_dropout_do_not_disturb() -> No
 
     net = Delicate()
     state, statistics = torch.get_rng_state(), net.norm.running_mean.clone()
-    anatomy = study(net, torch.randn(2, 3, generator=torch.Generator().manual_seed(1)))
+    anatomy = anatomy_of(net, torch.randn(2, 3, generator=torch.Generator().manual_seed(1)))
     assert anatomy.trace.output_layers == {"head"}
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(statistics, net.norm.running_mean)
@@ -235,9 +235,9 @@ def test_norms_that_need_more_than_one_sample_and_dropout_do_not_disturb() -> No
 
 def test_input_gradients_start_behind_the_first_parameter_that_trains() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
-    assert study(net, torch.randn(1, 4)).trace.input_gradient == {"0": False, "2": True, "3": True}
+    assert anatomy_of(net, torch.randn(1, 4)).trace.input_gradient == {"0": False, "2": True, "3": True}
     net[0].requires_grad_(False)
-    assert study(net, torch.randn(1, 4)).trace.input_gradient == {"0": False, "2": False, "3": True}
+    assert anatomy_of(net, torch.randn(1, 4)).trace.input_gradient == {"0": False, "2": False, "3": True}
 
 
 # Which layers come before which, and where a weight is used.
@@ -262,7 +262,7 @@ class Wired(nn.Module):
 
 
 def test_sources_and_users_of_layers() -> None:
-    trace = study(Wired(), torch.randn(1, 3, 4)).trace
+    trace = anatomy_of(Wired(), torch.randn(1, 3, 4)).trace
     assert {name: set(sources) for name, sources in trace.before.items()} == {
         "stem": set(),
         "one": {"stem"},
@@ -283,11 +283,11 @@ def test_sources_and_users_of_layers() -> None:
 
 
 def test_functional_weights_and_layers_that_cannot_be_sliced() -> None:
-    anatomy = study(Wired(), torch.randn(1, 3, 4))
+    anatomy = anatomy_of(Wired(), torch.randn(1, 3, 4))
     assert anatomy.functional == {"attention.in_proj": "attention", "attention.out_proj": "attention"}
     assert set(anatomy.dense_because) == {"norm"}
     functional_only = type("Net", (Base,), {"forward": FORMS["functional head"][0]})()
-    assert study(functional_only, torch.randn(2, 4)).functional == {"head": ""}
+    assert anatomy_of(functional_only, torch.randn(2, 4)).functional == {"head": ""}
 
 
 def test_products_without_a_layer_are_counted_with_the_layer_called_before() -> None:
@@ -302,5 +302,5 @@ def test_products_without_a_layer_are_counted_with_the_layer_called_before() -> 
             hidden = self.second(hidden)
             return self.head(hidden @ (hidden.transpose(-1, -2) @ hidden))  # two products, with both gradients each
 
-    trace = study(Products(), torch.randn(1, 5, 4)).trace
+    trace = anatomy_of(Products(), torch.randn(1, 5, 4)).trace
     assert trace.products == {"": 5 * 4 * 4, "second": 2 * (6 * 5 * 6) + 2 * (5 * 6 * 6)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neq_cli import Freezer, Observation
-from neq_cli.freezing.model.neurons import Layout
+from neq_cli.freezing.model.neurons import RowLayout
 from neq_cli.freezing.rows import held as holding
 from neq_cli.freezing.rows.held import FrozenRows, Writer
 
@@ -38,7 +38,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gen
     return torch.where(chosen < len(special), special[chosen % len(special)], drawn).view(dtype)
 
 
-def row_of(place: tuple[int, ...], shape: tuple[int, ...], layout: Layout) -> int:
+def row_of(place: tuple[int, ...], shape: tuple[int, ...], layout: RowLayout) -> int:
     """The row that the element at ``place`` belongs to."""
     if layout.kind == "leading":
         return place[0]
@@ -64,11 +64,11 @@ def strided(shape: tuple[int, ...], order: str, offset: int, dtype: torch.dtype)
 
 ORDERS = ["contiguous", "channels last", "reversed", "sparse"]
 CASES = {
-    "by row": (Layout(), True),
-    "by element": (Layout(), False),
-    "flat": (Layout("flat"), True),
-    "transposed": (Layout("transposed"), True),
-    "transposed in groups": (Layout("transposed", 3), True),
+    "by row": (RowLayout(), True),
+    "by element": (RowLayout(), False),
+    "flat": (RowLayout("flat"), True),
+    "transposed": (RowLayout("transposed"), True),
+    "transposed in groups": (RowLayout("transposed", 3), True),
 }
 
 
@@ -132,7 +132,7 @@ def test_rows_woven_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holding, "_SHORT_ROW", 0)
     room = torch.zeros(14)
     parameter = nn.Parameter(room.as_strided((2, 4), (4, 3)))  # 0, 3, 6, 9 and 4, 7, 10, 13
-    rows = FrozenRows(parameter, Layout(), torch.tensor([True, False]))
+    rows = FrozenRows(parameter, RowLayout(), torch.tensor([True, False]))
     rows.held[""] = torch.ones(1, 4)
     writer = Writer()
     writer.add(rows, "", parameter)
@@ -146,7 +146,7 @@ def look(rows: FrozenRows, state: dict[str, object]) -> None:
 
 
 def test_what_counts_as_a_change() -> None:
-    rows = FrozenRows(nn.Parameter(torch.zeros(3)), Layout(), torch.tensor([True, False, False]))
+    rows = FrozenRows(nn.Parameter(torch.zeros(3)), RowLayout(), torch.tensor([True, False, False]))
     state: dict[str, object] = {"momentum": torch.zeros(3), "step": 1}
     look(rows, state)
     assert not rows.changed(state)
@@ -171,7 +171,7 @@ def test_what_counts_as_a_change() -> None:
 
 
 def test_small_tensors_are_written_together_and_large_ones_by_row() -> None:
-    def rows(shape: tuple[int, ...], layout: Layout = Layout()) -> FrozenRows:  # noqa: B008 - frozen
+    def rows(shape: tuple[int, ...], layout: RowLayout = RowLayout()) -> FrozenRows:  # noqa: B008 - frozen
         frozen = torch.zeros(layout.count(torch.empty(shape)), dtype=torch.bool)
         frozen[0] = True
         return FrozenRows(nn.Parameter(torch.zeros(shape)), layout, frozen)
@@ -180,13 +180,13 @@ def test_small_tensors_are_written_together_and_large_ones_by_row() -> None:
     assert not rows((16, 16, 3, 3)).by_row
     assert rows((64, 64, 3, 3)).by_row
     assert not rows((100_000, 4)).by_row  # rows of 16 bytes
-    assert not rows((64, 64, 3, 3), Layout("transposed")).by_row
-    assert not rows((64, 64, 3, 3), Layout("flat")).by_row
+    assert not rows((64, 64, 3, 3), RowLayout("transposed")).by_row
+    assert not rows((64, 64, 3, 3), RowLayout("flat")).by_row
 
 
 @pytest.mark.parametrize(("width", "kind"), [(64, torch.complex128), (66, torch.int64), (65, torch.float32)])
 def test_rows_are_copied_in_elements_as_wide_as_they_can_be(width: int, kind: torch.dtype) -> None:
-    rows = FrozenRows(nn.Parameter(torch.rand(100, width)), Layout(), torch.arange(100) < 50)
+    rows = FrozenRows(nn.Parameter(torch.rand(100, width)), RowLayout(), torch.arange(100) < 50)
     rows.held[""] = rows.read(rows.parameter)
     writer = Writer()
     writer.add(rows, "", rows.parameter)
@@ -331,7 +331,7 @@ def test_a_gpu_keeps_what_the_cpu_keeps(monkeypatch: pytest.MonkeyPatch) -> None
             numbers, other = (random_bits((8, 4, 3, 3), dtype, generator) for _ in range(2))
             results = []
             for device in ("cpu", "cuda"):
-                rows = FrozenRows(nn.Parameter(numbers.to(device)), Layout(), torch.arange(8) % 3 == 0)
+                rows = FrozenRows(nn.Parameter(numbers.to(device)), RowLayout(), torch.arange(8) % 3 == 0)
                 rows.held[""] = rows.read(rows.parameter)
                 writer = Writer()
                 writer.add(rows, "", rows.parameter)

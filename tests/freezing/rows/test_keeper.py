@@ -16,7 +16,7 @@ from rounding import apart, apart_behind_layers
 from torch import Tensor, nn, optim
 
 from neq_cli import Freezer, Observation
-from neq_cli.freezing.backward.dispatch import Choice, Dispatch
+from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.rows import held as holding
 
 
@@ -31,8 +31,8 @@ def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 class Dense(Dispatch):
     """Never another kernel than PyTorch's own, so that gradients have the bits of a net without a Freezer."""
 
-    def choose(self, *_: Any) -> Choice:
-        return Choice("dense", {})
+    def choose(self, *_: Any) -> KernelChoice:
+        return KernelChoice("dense", {})
 
 
 class Fixed:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neq_cli.freezing.model.neurons import Layout
+from neq_cli.freezing.model.neurons import RowLayout
 from neq_cli.freezing.rows.held import FrozenRows
 from neq_cli.freezing.rows.zeroed import Discarding
 
@@ -44,7 +44,7 @@ FROZEN = {
 
 def discarding(net: nn.Module) -> Discarding:
     parameters = dict(net.named_parameters())
-    frozen = [FrozenRows(parameters[name], Layout(), rows) for name, rows in FROZEN.items()]
+    frozen = [FrozenRows(parameters[name], RowLayout(), rows) for name, rows in FROZEN.items()]
     assert [one.by_row for one in frozen] == [name in ("first.weight", "second.weight") for name in FROZEN]
     return Discarding(frozen)
 
@@ -170,7 +170,7 @@ def test_in_a_compiled_backward_pass() -> None:
 
 def test_outside_a_backward_pass_nothing_is_put_off() -> None:
     net = nn.Linear(2, 3)
-    kept = Discarding([FrozenRows(net.bias, Layout(), torch.tensor([True, False, True]))])
+    kept = Discarding([FrozenRows(net.bias, RowLayout(), torch.tensor([True, False, True]))])
     net.bias.grad = torch.ones(3)
     kept.when_backward_ends()
     assert net.bias.grad.tolist() == [0, 1, 0]
@@ -237,7 +237,7 @@ def test_small_gradients_are_zeroed_in_one_call_for_each_kind() -> None:
 
     net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
     half = torch.tensor([True, False, True, False])
-    kept = Discarding([FrozenRows(parameter, Layout(), half) for parameter in net.parameters()])
+    kept = Discarding([FrozenRows(parameter, RowLayout(), half) for parameter in net.parameters()])
     net(torch.randn(3, 4)).sum().backward()
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from neq_cli.freezing.anatomy import Anatomy, study
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.recipe import Recipe
 from neq_cli.training.bench.frozen_sets import Arm, Rig, forward_flops, front_sets, kernels, make_arms, random_sets
@@ -24,7 +24,7 @@ def anatomy() -> Anatomy:
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 3)
     )
-    return study(model, torch.zeros(1, 1, 8, 8))
+    return anatomy_of(model, torch.zeros(1, 1, 8, 8))
 
 
 def counts(sets: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -66,7 +66,7 @@ def test_from_the_front_whole_layers_freeze_first(fraction: float, frozen: list[
 def test_a_shared_weight_trains_if_either_layer_says_so() -> None:
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight, second.bias = first.weight, first.bias
-    tied = study(nn.Sequential(first, nn.Linear(4, 4), second, nn.Linear(4, 2)), torch.zeros(1, 4))
+    tied = anatomy_of(nn.Sequential(first, nn.Linear(4, 4), second, nn.Linear(4, 2)), torch.zeros(1, 4))
     assert [sorted(tie) for tie in tied.neurons.ties] == [["0", "2"]]
     assert counts(front_sets(tied, 0.5, seed=1)) == {"0": 0, "1": 2, "2": 0, "3": 0}
     drawn = random_sets(tied, 0.5, seed=1)
@@ -179,4 +179,4 @@ def test_attentions_products_belong_to_the_forward_pass() -> None:
     tokens, width = 5, 8
     linear = tokens * (3 * width * width + width * width + 2 * width * 16) + 2 * 2 * tokens * width
     products = 2 * tokens * tokens * width
-    assert forward_flops(study(attention, torch.zeros(1, tokens, width))) == linear + products
+    assert forward_flops(anatomy_of(attention, torch.zeros(1, tokens, width))) == linear + products

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from neq_cli.errors import NeqError
-from neq_cli.freezing.anatomy import study
+from neq_cli.freezing.anatomy import anatomy_of
 from neq_cli.recipe import Recipe
 from neq_cli.recipe.keys import ModelSection
 from neq_cli.training.models.build import build_model, build_on_meta, find_builder
@@ -106,7 +106,7 @@ def test_a_freezer_takes_what_takes_clips(name: str) -> None:
     shape = (16, 112, 112) if name.endswith("_18") else (16, 224, 224)
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None)
-        anatomy = study(model, torch.empty(1, 3, *shape))
+        anatomy = anatomy_of(model, torch.empty(1, 3, *shape))
     assert 1 <= len(anatomy.never_frozen) <= 2
     assert anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0)).paper > 1e9
 
