@@ -19,7 +19,7 @@ from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
-from neq_cli.training.data.loaders import make_loaders
+from neq_cli.training.data.loaders import Loaders, make_loaders
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.sampling import Share
 from neq_cli.training.loop.device import describe_device, resolve_device, seed_everything
@@ -76,14 +76,7 @@ def prepare(
     """
     processes = Processes() if processes is None else processes
     startup = Startup() if startup is None else startup
-    device = resolve_device(recipe.device, processes.local_rank if processes.count > 1 else None)
-    _check_device(recipe, device, processes)
-    if device.type == "cpu":
-        keep_freed_memory()
-    seed_everything(recipe.seed, deterministic=recipe.deterministic)
-    if device.type == "cuda":
-        with startup.part("starting CUDA"):
-            torch.zeros((), device=device).item()
+    device = _start_device(recipe, processes, startup)
     with startup.part("opening the data"):
         data = _load_data(recipe, processes)
     loaders = make_loaders(
@@ -96,13 +89,72 @@ def prepare(
         share=Share(processes.rank, processes.count, processes.local_count),
         startup=startup,
     )
+    model, weights_notes = _build_network(recipe, data, device, startup, resumed=resumed)
+    recipe, model, layout_notes = _lay_out(recipe, model, data, device, processes, startup)
+    # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
+    optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
+    recipe, match_notes = match(recipe, model, (1, *data.image_shape), matched_flops)
+    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel, known=earlier)
+    freezer = _make_freezer(recipe, model, optimizer, loaders, dispatch, choices or {}, processes, startup)
+    trainer = Trainer(
+        recipe=recipe,
+        device=device,
+        channels_last=bool(recipe.channels_last),
+        model=model,
+        loaders=loaders,
+        task=build_task(recipe.task, recipe.label_smoothing, data.num_classes),
+        optimizer=optimizer,
+        scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
+        freezer=freezer,
+        processes=processes,
+        startup=startup,
+    )
+    _seed_apart(recipe, processes)
+    notes = [loaders.note, *weights_notes, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    started = RunStarted(
+        recipe_name=name,
+        description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
+        policy=_describe_policy(recipe),
+        device=describe_device(device, processes.count),
+        epochs=recipe.epochs,
+        steps_per_epoch=len(loaders.train),
+        metric=trainer.task.metric,
+        layers={name: layer.neurons for name, layer in freezer.layers.items()},
+        notes=(*notes, *layout_notes, *match_notes, *freezer.notes, *freezing_notes(freezer.anatomy, recipe.backward)),
+        epsilon=recipe.policy.epsilon if isinstance(recipe.policy, NEqPolicy) else None,
+    )
+    return Session(recipe, trainer, started, _content(data), matched_flops)
+
+
+def _start_device(recipe: Recipe, processes: Processes, startup: Startup) -> torch.device:
+    """Return the device, ready to compute, with everything random seeded: before anything is drawn."""
+    device = resolve_device(recipe.device, processes.local_rank if processes.count > 1 else None)
+    _check_device(recipe, device, processes)
+    if device.type == "cpu":
+        keep_freed_memory()
+    seed_everything(recipe.seed, deterministic=recipe.deterministic)
+    if device.type == "cuda":
+        with startup.part("starting CUDA"):
+            torch.zeros((), device=device).item()
+    return device
+
+
+def _build_network(
+    recipe: Recipe, data: Data, device: torch.device, startup: Startup, *, resumed: bool
+) -> tuple[nn.Module, Sequence[str]]:
+    """Return the network on its device, with the weights to start from, and what is to be said of those."""
     with startup.part("building the model"):
         model = build_model(recipe.model, data.num_classes)
-    notes = [loaders.note, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
-    if not resumed:
-        notes[1:1] = load_weights(model, recipe.model)
-    check_fit(model, data)
-    model.to(device)
+    notes: Sequence[str] = () if resumed else load_weights(model, recipe.model)
+    check_fit(model, data)  # on the CPU, where an error in a kernel says what is wrong
+    return model.to(device), notes
+
+
+def _lay_out(
+    recipe: Recipe, model: nn.Module, data: Data, device: torch.device, processes: Processes, startup: Startup
+) -> tuple[Recipe, nn.Module, list[str]]:
+    """Return the network in the memory format that it trains in, and the recipe, where it asks, with the faster one."""
+    notes = []
     if recipe.channels_last == "auto":
         with startup.part("timing memory formats"):
             chosen = choose_layout(
@@ -118,14 +170,24 @@ def prepare(
     model.to(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     if recipe.sync_batchnorm and processes.count > 1:
         model = synchronised(model, device)  # from here on, a forward pass in training is all processes'
-    optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
-    recipe, said = match(recipe, model, (1, *data.image_shape), matched_flops)
-    notes += said
-    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel, known=earlier)
+    return recipe, model, notes
+
+
+def _make_freezer(
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loaders: Loaders,
+    dispatch: Dispatch,
+    choices: Mapping[str, Any],
+    processes: Processes,
+    startup: Startup,
+) -> Freezer:
+    """Return the Freezer, which looks at the network as it stands: with everything that acts on it in place."""
     try:
-        dispatch.load_state_dict(choices or {})
+        dispatch.load_state_dict(choices)
         with startup.part("looking at the model"):
-            freezer = Freezer(
+            return Freezer(
                 model,
                 optimizer,
                 loaders.probe,
@@ -138,36 +200,13 @@ def prepare(
             )
     except FreezingError as error:
         raise RecipeError([str(error)]) from error
-    trainer = Trainer(
-        recipe=recipe,
-        device=device,
-        channels_last=bool(recipe.channels_last),
-        model=model,
-        loaders=loaders,
-        task=build_task(recipe.task, recipe.label_smoothing, data.num_classes),
-        optimizer=optimizer,
-        scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
-        freezer=freezer,
-        processes=processes,
-        startup=startup,
-    )
+
+
+def _seed_apart(recipe: Recipe, processes: Processes) -> None:
+    """Give each process but the first its own seed from now on: what is random within the model, such as dropout."""
     if not processes.first:
-        # What is random within the model, such as dropout, is each process's own.
         words = np.random.SeedSequence([recipe.seed, processes.rank]).generate_state(1)
         seed_everything(int(words[0]), deterministic=recipe.deterministic)
-    started = RunStarted(
-        recipe_name=name,
-        description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
-        policy=_describe_policy(recipe),
-        device=describe_device(device, processes.count),
-        epochs=recipe.epochs,
-        steps_per_epoch=len(loaders.train),
-        metric=trainer.task.metric,
-        layers={name: layer.neurons for name, layer in freezer.layers.items()},
-        notes=(*notes, *freezer.notes, *freezing_notes(freezer.anatomy, recipe.backward)),
-        epsilon=recipe.policy.epsilon if isinstance(recipe.policy, NEqPolicy) else None,
-    )
-    return Session(recipe, trainer, started, _content(data), matched_flops)
 
 
 def _check_device(recipe: Recipe, device: torch.device, processes: Processes) -> None:
