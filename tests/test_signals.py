@@ -43,7 +43,7 @@ COMMANDS = {
     "train": (("train", "rich.yaml"), "neq_cli.recipe.load", "load_recipe"),
     "sweep": (("sweep", "rich.yaml", "seed=1,2"), "neq_cli.jobs.sweep.plan", "plan_sweep"),
     "bench": (("bench", "rich.yaml"), "neq_cli.training.bench.measure", "bench"),
-    "flops": (("flops", "rich.yaml"), "neq_cli.training.session", "estimate_flops"),
+    "flops": (("flops", "rich.yaml"), "neq_cli.training.estimate", "estimate_flops"),
     "validate": (("validate", "rich.yaml"), "neq_cli.recipe.load", "load_recipe"),
     "inspect": (("inspect", "run"), "neq_cli.runs.store.run", "read_run"),
     "compare": (("compare", "run"), "neq_cli.runs.store.run", "read_run"),

@@ -55,7 +55,7 @@ def prepared(
 
 def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
     """Return the fields of ``FlopsEstimate`` for ``loaded``; notes only where there are any."""
-    from neq_cli.training.session import estimate_flops
+    from neq_cli.training.estimate import estimate_flops
 
     with _located(loaded):
         estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))

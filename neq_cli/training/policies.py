@@ -1,16 +1,19 @@
-"""From a recipe's policy section to a policy; the share that matches another run's FLOPs is found here."""
+"""From a recipe's policy section to a policy, and to what a run calls it; a share that matches another run is found."""
 
 from __future__ import annotations
 
 import warnings
 from itertools import pairwise
 
+import torch
+from torch import nn
+
 from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.freezing import Baseline, NEq, Policy, Stochastic
-from neq_cli.freezing.anatomy import Anatomy
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.policies import frozen_count
-from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, StochasticPolicy
+from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, Recipe, StochasticPolicy
 from neq_cli.recipe.entrypoints import load_entrypoint
 
 
@@ -102,3 +105,39 @@ def matching_note(policy: StochasticPolicy, anatomy: Anatomy, paper_flops: float
         f"{100 * (reached / paper_flops - 1):+.2f}% beside the {paper_flops:.6g} to be matched; no p comes nearer, "
         "for neurons are whole"
     )
+
+
+def match(
+    recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None
+) -> tuple[Recipe, list[str]]:
+    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask.
+
+    ``shape`` is that of one sample, batch dimension first.
+    """
+    policy = recipe.policy
+    if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
+        return recipe, []
+    if matched_flops is None:
+        raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")
+    anatomy = anatomy_of(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
+    dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0)).paper
+    if not 0 < matched_flops <= dense * (1 + 1e-9):
+        raise RecipeValueError(
+            "policy.p",
+            f"'{policy.p}' has {matched_flops:.6g} mean FLOPs, and this model {dense:.6g} with nothing frozen; "
+            "match a run of the same model on images of the same size",
+        )
+    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs)})
+    note = matching_note(matched, anatomy, matched_flops, recipe.epochs)
+    return recipe.model_copy(update={"policy": matched}), [note]
+
+
+def describe_policy(policy: PolicySection) -> str:
+    """Return what a run calls its policy: "neq epsilon=0.001 mu=0.5"."""
+    if isinstance(policy, NEqPolicy):
+        reference = "" if policy.definition == "paper" else f" definition={policy.definition}"
+        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}"
+    if isinstance(policy, StochasticPolicy):
+        matched = f" ({policy.p})" if policy.matched_p is not None else ""
+        return f"stochastic p={chosen_share(policy):.4g}{matched}"
+    return getattr(policy, "entrypoint", policy.kind)

@@ -14,11 +14,10 @@ from neq_cli.errors import FreezingError, RecipeError, RecipeValueError
 from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
-from neq_cli.freezing.anatomy import Anatomy, anatomy_of
+from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.backward.sliced import BackwardMode
-from neq_cli.recipe import NEqPolicy, Recipe, StochasticPolicy
-from neq_cli.training.data.catalogue import class_count
+from neq_cli.recipe import NEqPolicy, Recipe
 from neq_cli.training.data.loaders import Loaders, make_loaders
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.sampling import Share
@@ -29,16 +28,9 @@ from neq_cli.training.loop.optimizers import build_optimizer, build_scheduler, s
 from neq_cli.training.loop.step import AUTOCAST
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.loop.trainer import Trainer
-from neq_cli.training.models.build import build_model, build_on_meta, check_fit
-from neq_cli.training.models.outline import images_shape
+from neq_cli.training.models.build import build_model, check_fit
 from neq_cli.training.models.weights import load_weights
-from neq_cli.training.policies import (
-    build_policy,
-    chosen_share,
-    matching_note,
-    matching_p,
-    mean_stochastic_flops,
-)
+from neq_cli.training.policies import build_policy, describe_policy, match
 from neq_cli.training.processes.joined import Processes
 from neq_cli.training.processes.sync_batchnorm import synchronised
 from neq_cli.training.startup import Startup
@@ -114,7 +106,7 @@ def prepare(
     started = RunStarted(
         recipe_name=name,
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
-        policy=_describe_policy(recipe),
+        policy=describe_policy(recipe.policy),
         device=describe_device(device, processes.count),
         epochs=recipe.epochs,
         steps_per_epoch=len(loaders.train),
@@ -230,72 +222,6 @@ def _load_data(recipe: Recipe, processes: Processes) -> Data:
     return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed)
 
 
-def match(
-    recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None
-) -> tuple[Recipe, list[str]]:
-    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask.
-
-    ``shape`` is that of one sample, batch dimension first.
-    """
-    policy = recipe.policy
-    if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
-        return recipe, []
-    if matched_flops is None:
-        raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")
-    anatomy = anatomy_of(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
-    dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0)).paper
-    if not 0 < matched_flops <= dense * (1 + 1e-9):
-        raise RecipeValueError(
-            "policy.p",
-            f"'{policy.p}' has {matched_flops:.6g} mean FLOPs, and this model {dense:.6g} with nothing frozen; "
-            "match a run of the same model on images of the same size",
-        )
-    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs)})
-    note = matching_note(matched, anatomy, matched_flops, recipe.epochs)
-    return recipe.model_copy(update={"policy": matched}), [note]
-
-
-@dataclass(frozen=True)
-class FlopsEstimate:
-    """One sample's back-propagation in multiply-adds, averaged over the recipe's epochs; ``layers`` by layer, dense."""
-
-    flops_paper: float
-    flops_executed: float
-    flops_paper_dense: float
-    flops_executed_dense: float
-    layers: Mapping[str, Mapping[str, Any]]
-    notes: Sequence[str] = ()  # how near a matched p comes
-
-
-def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsEstimate:
-    """Count without training, data or weights: the model is built without numbers, on the meta device.
-
-    A stochastic policy is averaged over the epochs; the sets of any other are known only to training, so it counts as
-    dense. Raises RecipeError where the data does not tell the size of its images.
-    """
-    model = build_on_meta(recipe.model, class_count(recipe.data))
-    shape = images_shape(recipe.data, model)
-    if shape is None:
-        raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    sample = torch.zeros((1, *shape), device="meta")
-    anatomy = anatomy_of(model, sample, exclude=recipe.exclude)
-    dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
-    recipe, notes = match(recipe, model, (1, *shape), matched_flops)
-    paper, executed = dense.paper, dense.executed
-    if isinstance(recipe.policy, StochasticPolicy):
-        paper, executed = mean_stochastic_flops(anatomy, chosen_share(recipe.policy), recipe.epochs, recipe.backward)
-    layers = {
-        name: {
-            "kind": layer.kind,
-            "neurons": layer.neurons,
-            "flops_paper": dense.layers[name].paper,
-            "flops_executed": dense.layers[name].executed,
-        }
-        for name, layer in anatomy.neurons.layers.items()
-    }
-    return FlopsEstimate(paper, executed, dense.paper, dense.executed, layers, notes)
-
-
 def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:
     """Return a line for every reason why something always trains, or cannot be computed in part.
 
@@ -314,17 +240,6 @@ def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:
     if mode == "truncated":
         notes.insert(0, "backward: truncated is an approximation; frozen neurons pass no error to the layers below")
     return notes
-
-
-def _describe_policy(recipe: Recipe) -> str:
-    policy = recipe.policy
-    if isinstance(policy, NEqPolicy):
-        reference = "" if policy.definition == "paper" else f" definition={policy.definition}"
-        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}"
-    if isinstance(policy, StochasticPolicy):
-        matched = f" ({policy.p})" if policy.matched_p is not None else ""
-        return f"stochastic p={chosen_share(policy):.4g}{matched}"
-    return getattr(policy, "entrypoint", policy.kind)
 
 
 def _content(data: Data) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from neq_cli.errors import RecipeError
 from neq_cli.freezing.backward.sliced import MODES
 from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.load import dump_recipe, load_recipe
-from neq_cli.training.session import estimate_flops, match, prepare
+from neq_cli.training.estimate import estimate_flops
+from neq_cli.training.policies import match
+from neq_cli.training.session import prepare
 
 
 def make_recipe(**changes: Any) -> Recipe:

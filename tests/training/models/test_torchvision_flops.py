@@ -13,8 +13,8 @@ from neq_cli.errors import NeqError
 from neq_cli.freezing.anatomy import anatomy_of
 from neq_cli.recipe import Recipe
 from neq_cli.recipe.keys import ModelSection
+from neq_cli.training.estimate import estimate_flops
 from neq_cli.training.models.build import build_model, build_on_meta, find_builder
-from neq_cli.training.session import estimate_flops
 
 NAMES = torchvision.models.list_models()
 KINDS = {name: torchvision.models.get_model_builder(name).__module__.split(".")[2] for name in NAMES}
