@@ -1,4 +1,8 @@
-"""Means over seeds and exact permutation tests; nothing is sampled, so beyond a million permutations there is no p."""
+"""Means over seeds and exact permutation tests; nothing is sampled, so beyond a million permutations there is no p.
+
+By hand: scipy.stats.permutation_test gives the same p, as a test shows, but evaluates the statistic for every
+permutation, where sums grown value by value take a hundredth of the time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""CSV files that grow by whole rows and are cut back to an epoch, streamed; reading them is in untrusted.py."""
+"""CSV files that grow by whole rows and are cut back to an epoch, streamed; reading them is in untrusted.py.
+
+By hand: no library appends rows that outlive a power loss, or cuts a table back to a row.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writing a file so that a kill or power loss leaves the old content or the new, never through a link; POSIX only."""
+"""Writing a file so that a kill or power loss leaves the old content or the new, never through a link; POSIX only.
+
+By hand: no maintained library also refuses links and parts hard links.
+"""
 
 from __future__ import annotations
 

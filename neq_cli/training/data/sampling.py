@@ -1,4 +1,8 @@
-"""In which order images are trained on, what decides their augmentation, and which process takes which of them."""
+"""In which order images are trained on, what decides their augmentation, and which process takes which of them.
+
+By hand: torchdata's stateful loaders resume with the same workers and processes only; this order follows from seed and
+epoch alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Torch's fused optimiser kernels: where they fit, and what they take for granted without looking."""
+"""Torch's fused optimiser kernels: where they fit, and what they take for granted without looking.
+
+By hand: torch publishes no list of what its fused kernels take.
+"""
 
 from __future__ import annotations
 

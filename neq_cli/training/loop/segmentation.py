@@ -1,4 +1,7 @@
-"""Semantic segmentation: per-pixel cross-entropy, mean IoU and pixel accuracy from a confusion matrix on the device."""
+"""Semantic segmentation: per-pixel cross-entropy, mean IoU and pixel accuracy from a confusion matrix on the device.
+
+By hand: one tensor that processes add up, where torchmetrics would synchronise metric by metric.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Tensors and text in one safetensors file with a checksum; one tensor is copied at a time, and nothing is mapped."""
+"""Tensors and text in one safetensors file with a checksum; one tensor is copied at a time, and nothing is mapped.
+
+By hand: safetensors' writer holds a second copy of all tensors, and its reader maps the file, so that a file that is
+cut meanwhile ends the process.
+"""
 
 from __future__ import annotations
 

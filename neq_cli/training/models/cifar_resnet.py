@@ -1,4 +1,7 @@
-"""Residual networks for 32x32 images (He et al. 2015, section 4.2), with parameter-free (option A) shortcuts only."""
+"""Residual networks for 32x32 images (He et al. 2015, section 4.2), with parameter-free (option A) shortcuts only.
+
+By hand: torchvision has ResNets for large images only.
+"""
 
 from __future__ import annotations
 

@@ -5,9 +5,11 @@ import math
 import statistics
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import permutation_test
 
 from neq_cli.runs.compare.statistics import MOST_PERMUTATIONS, difference, paired_p_value, summarise, unpaired_p_value
 
@@ -121,3 +123,29 @@ def test_below_three_runs_n_is_too_small(runs: int) -> None:
     for found in (difference(few, baseline), difference(few, baseline[:runs]), difference(baseline, few)):
         assert (found.p_value, found.why_no_p) == (None, "n too small")
     assert difference(few, baseline[:runs]).test == "paired"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_p_values_are_those_of_scipy(seed: int) -> None:
+    """Of the distance as scipy's statistic: its own two-sided p of unequal groups is twice the smaller tail's."""
+    random = np.random.default_rng(seed)
+    values, others = random.normal(1, 1, 6), random.normal(0, 1, 6 if seed % 2 else 4)
+    found = permutation_test(
+        (values, others),
+        lambda one, other, axis: np.abs(one.mean(axis) - other.mean(axis)),
+        permutation_type="independent",
+        alternative="greater",
+        n_resamples=np.inf,
+        vectorized=True,
+    )
+    assert unpaired_p_value(list(values), list(others)) == pytest.approx(found.pvalue)
+    differences = values - random.normal(0, 1, 6)
+    found = permutation_test(
+        (differences, np.zeros(6)),
+        lambda one, other, axis: np.abs((one - other).sum(axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=np.inf,
+        vectorized=True,
+    )
+    assert paired_p_value(list(differences)) == pytest.approx(found.pvalue)

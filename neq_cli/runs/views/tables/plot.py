@@ -1,4 +1,7 @@
-"""The course of a run drawn in the terminal: frozen share, FLOPs and metric by epoch; 40 columns or more."""
+"""The course of a run drawn in the terminal: frozen share, FLOPs and metric by epoch; 40 columns or more.
+
+By hand: rich draws no charts, and a plotting library for terminals would be one more dependency for one command.
+"""
 
 from __future__ import annotations
 
