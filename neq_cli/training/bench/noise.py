@@ -6,7 +6,7 @@ import torch
 
 from neq_cli.recipe import Recipe
 from neq_cli.training.data.catalogue import Shape, class_count, find_name, has_masks
-from neq_cli.training.data.images import StoredImages
+from neq_cli.training.data.images import ImagesInMemory
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.transforms import Preparation
 from neq_cli.training.models.build import build_on_meta
@@ -40,5 +40,5 @@ def _noise(recipe: Recipe, name: str, shape: Shape, classes: int) -> Data:
     labels = torch.randint(classes, (recipe.batch_size, *(shape[1:] if masked else ())), generator=generator)
     # Mean and deviation of uniform noise.
     preparation = Preparation(mean=(0.5,) * shape[0], std=(12**-0.5,) * shape[0])
-    part = StoredImages(images, labels, torch.arange(recipe.batch_size), preparation, augmented=False)
+    part = ImagesInMemory(images, labels, torch.arange(recipe.batch_size), preparation, augmented=False)
     return Data(name, part, part, part, classes, (), shape, images[0].nbytes, own=False, masked=masked)

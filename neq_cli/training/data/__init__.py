@@ -1,1 +1,1 @@
-"""From files to batches: what recipes name, opened, prepared, kept and shuffled."""
+"""From files to batches: what recipes name, opened, prepared, cached and shuffled."""

@@ -1,4 +1,4 @@
-"""Where decoded images are kept between epochs, decided from sizes that one image tells and the memory there is."""
+"""Where decoded images are cached between epochs, decided from sizes that one image tells and the memory there is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from neq_cli.errors import RecipeValueError
 from neq_cli.recipe.values import Cache
-from neq_cli.training.data.images import Images, StoredImages
+from neq_cli.training.data.images import Images, ImagesInMemory
 from neq_cli.training.data.parts import Data
 
 _CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ _SHARE = 4  # auto takes a quarter of what is free: the model and its activation
 
 @dataclass(frozen=True)
 class Choice:
-    """Where images are kept, and a line that says so and why: "data.cache: memory, 184 MB"."""
+    """Where images are cached, and a line that says so and why: "data.cache: memory, 184 MB"."""
 
     place: Literal["memory", "device", "none"]
     note: str
@@ -49,9 +49,9 @@ def choose_cache(data: Data, cache: Cache, device: torch.device, processes: int 
     if cache == "memory" or device.type == "cpu":
         _check_fits(_new_bytes(data), _CPU, processes)
         why = ", as the training device is the CPU" if cache == "device" else ""
-        return Choice("memory", _kept(data, "memory", processes) + why)
+        return Choice("memory", _cached(data, "memory", processes) + why)
     _check_fits(_all_bytes(data), device)
-    return Choice("device", _kept(data, "device", processes))
+    return Choice("device", _cached(data, "device", processes))
 
 
 def _automatic(data: Data, device: torch.device, processes: int) -> Choice:
@@ -62,10 +62,10 @@ def _automatic(data: Data, device: torch.device, processes: int) -> Choice:
     if device.type != "cpu" and not data.train.scales_at_random:
         free = free_memory(device)
         if free is not None and _SHARE * _all_bytes(data) <= free:
-            return Choice("device", _kept(data, "device", processes))
+            return Choice("device", _cached(data, "device", processes))
     needed, free = _new_bytes(data), (free_memory(_CPU) or 0) // processes
     if _SHARE * needed <= free:
-        return Choice("memory", _kept(data, "memory", processes))
+        return Choice("memory", _cached(data, "memory", processes))
     return _not_kept(
         f"{readable(needed)} are more than a quarter of the {readable(free)} of memory that are free{_each(processes)}"
     )
@@ -75,7 +75,7 @@ def _not_kept(why: str) -> Choice:
     return Choice("none", f"data.cache: none, as {why}")
 
 
-def _kept(data: Data, place: str, processes: int) -> str:
+def _cached(data: Data, place: str, processes: int) -> str:
     apart = ", and training images in sizes of their own" if data.train.differ else ""
     each = " in each process" if processes > 1 else ""
     read = ", but test images, which differ in size, are read every time" if data.test.differ else ""
@@ -111,13 +111,13 @@ def _parts(data: Data) -> list[Images]:
 
 
 def _is_there(images: Images) -> bool:
-    return isinstance(images, StoredImages) and images.unchanged
+    return isinstance(images, ImagesInMemory) and images.unchanged
 
 
 def _bytes(data: Data, images: Images) -> int:
     if images.differ:
         return 0  # not known before all are decoded
-    if isinstance(images, StoredImages) and images.unchanged:
+    if isinstance(images, ImagesInMemory) and images.unchanged:
         return len(images) * images.images[0].nbytes
     _, height, width = data.image_shape
     if images.whole_pixels is not None:

@@ -1,4 +1,15 @@
-"""Batches of images that were decoded once, in the first pass, and are augmented and normalised where they train."""
+"""Batches of images that were decoded once, in the first pass, and are augmented and normalised where they train.
+
+The way of an image, and who does what of it in which process:
+
+    sources       a file or a row of an array         -> opened
+    images        ReadImages, ImagesInMemory          -> decoded, resized (``fixed``)
+    workers       each core decodes whole batches     -> the first pass alone, where images are cached
+    cache         decides: device, memory or none
+    cached        CachedBatches: one tensor, on the device or in memory; CachedSeparately: sizes differ
+    transforms    augmented and normalised: cached ones by whole batches where they train, others one by one
+    loaders       batches in the order of seed and epoch (sampling), the same with a cache and without
+"""
 
 from __future__ import annotations
 
@@ -12,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from neq_cli.training.data.cores import usable_cores
-from neq_cli.training.data.images import Images, ReadImages, StoredImages
+from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages
 from neq_cli.training.data.sampling import ShuffledSampler
 from neq_cli.training.data.workers import in_batches
 from neq_cli.training.problems import DataError
@@ -23,8 +34,8 @@ _LEAST_SHARE = 100
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How images are decoded before they are kept.
+class Decoding:
+    """How images are decoded before they are cached.
 
     ``sharing``: how many processes that do so have this machine's cores in common.
     """
@@ -37,7 +48,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CachedTensors:
     """Decoded images [all, channels, height, width], labels [all] on the CPU; image i of the part is at ``rows[i]``."""
 
     images: Tensor
@@ -45,10 +56,10 @@ class _Kept:
     rows: Tensor
 
 
-class KeptBatches:
+class CachedBatches:
     """Batches of (images [batch, channels, height, width], labels [batch]) on ``device``, in any number of passes.
 
-    Images are decoded in the first pass and kept at ``place``. With a ``sampler`` they are shuffled, augmented where
+    Images are decoded in the first pass and cached at ``place``. With a ``sampler`` they are shuffled, augmented where
     the part is, and come in whole batches of the sampler's only. Raises DataError as the part does, and where they do
     not fit.
     """
@@ -58,43 +69,43 @@ class KeptBatches:
         images: Images,
         place: torch.device,
         device: torch.device,
-        reading: Reading,
+        decoding: Decoding,
         sampler: ShuffledSampler | None = None,
     ) -> None:
         self.images = images
         self.place = place
         self.device = device
-        self.reading = reading
+        self.decoding = decoding
         self.sampler = sampler
-        self._kept: _Kept | None = None
+        self._cached: _CachedTensors | None = None
 
     def __len__(self) -> int:
         if self.sampler is not None:
             return self.sampler.steps()
-        return -(-len(self.images) // self.reading.batch_size)
+        return -(-len(self.images) // self.decoding.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(self.images):
             return
-        if self._kept is None:
-            with self.reading.startup.part(READING):
-                self._kept = _decoded(self.images, self.place, self.reading)
+        if self._cached is None:
+            with self.decoding.startup.part(READING):
+                self._cached = _decoded(self.images, self.place, self.decoding)
         order = draws = torch.arange(len(self.images))  # without a sampler nothing is augmented, so no draw is used
         if self.sampler is not None:
             order, draws = self.sampler.begin()
         # What the pass needs is sent at once, so that no batch waits for the device.
-        rows = self._kept.rows[order]
-        labels = None if self.images.masked else self._kept.labels[rows].to(self.device)
+        rows = self._cached.rows[order]
+        labels = None if self.images.masked else self._cached.labels[rows].to(self.device)
         own_draws, draws, rows = draws.tolist(), draws.to(self.device), rows.to(self.place)
-        preparation, size = self.images.preparation, self.reading.batch_size
+        preparation, size = self.images.preparation, self.decoding.batch_size
         for start in range(0, len(order), size):
             batch = slice(start, start + size)
-            images = self._taken(self._kept.images, rows[batch])
+            images = self._taken(self._cached.images, rows[batch])
             if self.images.augmented:
                 images = preparation.varied(images, draws[batch])
             images = preparation.finished(images)
             # Masks are as large as images, and so sent batch by batch.
-            targets = self._taken(self._kept.labels, rows[batch]) if labels is None else labels[batch]
+            targets = self._taken(self._cached.labels, rows[batch]) if labels is None else labels[batch]
             if self.images.augmented and preparation.completes:
                 images, targets = preparation.completed(images, targets, own_draws[batch])
             yield images, targets
@@ -107,21 +118,21 @@ class KeptBatches:
         return torch.index_select(images, 0, rows, out=pinned).to(self.device, non_blocking=True)
 
 
-class KeptApart:
+class CachedSeparately:
     """Batches of images that may differ in size, decoded in the first pass; workers augment them in each.
 
     For augmentation that cuts and scales images one by one, on the CPU.
     """
 
-    def __init__(self, images: ReadImages, reading: Reading, sampler: ShuffledSampler, *, pin_memory: bool) -> None:
+    def __init__(self, images: ReadImages, decoding: Decoding, sampler: ShuffledSampler, *, pin_memory: bool) -> None:
         self.images = copy(images)
-        self.reading = reading
+        self.decoding = decoding
         self.sampler = sampler
         self.batches = in_batches(
             self.images,
-            reading.batch_size,
-            reading.workers,
-            reading.seed,
+            decoding.batch_size,
+            decoding.workers,
+            decoding.seed,
             sampler=sampler,
             drop_last=True,
             pin_memory=pin_memory,
@@ -133,20 +144,20 @@ class KeptApart:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not isinstance(self.images.source, _Decoded):
             # Before the first pass over ``batches``: workers take the images along when they start.
-            with self.reading.startup.part(READING):
-                self.images.read_from(_Decoded(self.images, self.reading))
+            with self.decoding.startup.part(READING):
+                self.images.read_from(_Decoded(self.images, self.decoding))
         return iter(self.batches)
 
 
 class _Decoded:
     """Images of several sizes in a few long tensors, as many as they were read in batches: a dataset of its own."""
 
-    def __init__(self, images: ReadImages, reading: Reading) -> None:
+    def __init__(self, images: ReadImages, decoding: Decoding) -> None:
         self.masked = images.masked
         self.strips: list[Tensor] = []
         self.masks: list[Tensor] = []
         self.found: list[tuple[int, int, tuple[int, ...], int]] = []  # strip, start, shape, label
-        for strip, shapes, targets in _read(images, reading):
+        for strip, shapes, targets in _read(images, decoding):
             start = 0
             labels = [0] * len(shapes) if self.masked else targets.tolist()
             for shape, label in zip(shapes.tolist(), labels, strict=True):
@@ -169,23 +180,25 @@ class _Decoded:
         return image, self.masks[strip].narrow(0, start // channels, pixels).view(height, width)
 
 
-def _decoded(images: Images, place: torch.device, reading: Reading) -> _Kept:
+def _decoded(images: Images, place: torch.device, decoding: Decoding) -> _CachedTensors:
     everything = torch.arange(len(images))
-    if isinstance(images, StoredImages) and images.unchanged:
+    if isinstance(images, ImagesInMemory) and images.unchanged:
         if place.type == "cpu":
-            return _Kept(images.images, images.labels, images.indices)
+            return _CachedTensors(images.images, images.labels, images.indices)
         chosen = images.images[images.indices]
-        return _Kept(_room(len(images), chosen, place).copy_(chosen), images.labels[images.indices], everything)
-    kept: Tensor | None = None
+        return _CachedTensors(
+            _room(len(images), chosen, place).copy_(chosen), images.labels[images.indices], everything
+        )
+    cached: Tensor | None = None
     labels, start = [], 0
-    for batch, batch_labels in _read(images, reading):
-        if kept is None:
-            kept = _room(len(images), batch, place)
-        kept[start : start + len(batch)] = batch
+    for batch, batch_labels in _read(images, decoding):
+        if cached is None:
+            cached = _room(len(images), batch, place)
+        cached[start : start + len(batch)] = batch
         start += len(batch)
         labels.append(batch_labels.clone())
-    assert kept is not None  # an empty part is never decoded
-    return _Kept(kept, torch.cat(labels), everything)
+    assert cached is not None  # an empty part is never decoded
+    return _CachedTensors(cached, torch.cat(labels), everything)
 
 
 def _room(count: int, batch: Tensor, place: torch.device) -> Tensor:
@@ -195,25 +208,25 @@ def _room(count: int, batch: Tensor, place: torch.device) -> Tensor:
         raise DataError(f"data.cache: no room for {count} images on {place}; use none") from error
 
 
-def _read(images: Images, reading: Reading) -> Iterator[tuple[Tensor, ...]]:
+def _read(images: Images, decoding: Decoding) -> Iterator[tuple[Tensor, ...]]:
     """Yield what ``_Fixed`` makes of one batch after the other, decoded by processes that then end.
 
     By as many as there are cores, for it is done once: threads would not do, as most of the work on a small image is
     Python's. ``workers`` 0 asks for none. Smaller batches leave what they hold together as it is.
     """
-    processes = _processes(len(images), reading)
-    size = max(1, reading.batch_size * reading.workers // processes) if processes else reading.batch_size
-    batches = in_batches(_Fixed(images), size, processes, reading.seed, collate_fn=_as_it_is, persistent_workers=False)
+    processes = _processes(len(images), decoding)
+    size = max(1, decoding.batch_size * decoding.workers // processes) if processes else decoding.batch_size
+    batches = in_batches(_Fixed(images), size, processes, decoding.seed, collate_fn=_as_it_is, persistent_workers=False)
     for number, batch in enumerate(batches, 1):
-        reading.startup.count(READING, min(number * size, len(images)), len(images))
+        decoding.startup.count(READING, min(number * size, len(images)), len(images))
         yield batch
 
 
-def _processes(images: int, reading: Reading) -> int:
-    if not reading.workers:
+def _processes(images: int, decoding: Decoding) -> int:
+    if not decoding.workers:
         return 0
     worthwhile = -(-images // _LEAST_SHARE)
-    return max(reading.workers, min(usable_cores() // reading.sharing, worthwhile))
+    return max(decoding.workers, min(usable_cores() // decoding.sharing, worthwhile))
 
 
 class _Fixed(Dataset[Any]):

@@ -1,4 +1,4 @@
-"""Datasets of prepared images: read one by one, or kept in memory and prepared in batches; with labels, not masks."""
+"""Datasets of prepared images: read one by one, or in memory and prepared in batches; with labels, not masks."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Images(Dataset[tuple[Tensor, Any]]):
         return self.preparation.finished(images)
 
 
-class StoredImages(Images):
+class ImagesInMemory(Images):
     """Images [all, channels, height, width] in memory, uint8 or float in [0, 1], with labels [all]."""
 
     def __init__(
@@ -165,9 +165,9 @@ class ReadImages(Images):
         groups = [torch.stack(images)] if alike else [image.unsqueeze(0) for image in images]
         return torch.cat([self.preparation.fixed(group, augmented=self.augmented) for group in groups]), labels
 
-    def read_from(self, kept: Any) -> None:
-        """Read from ``kept`` from now on, which holds what ``fixed`` returned of each image in turn."""
-        self.source, self.indices = kept, torch.arange(len(self))
+    def read_from(self, cached: Any) -> None:
+        """Read from ``cached`` from now on, which holds what ``fixed`` returned of each image in turn."""
+        self.source, self.indices = cached, torch.arange(len(self))
         self.value_range = None  # they are scaled already
 
     def _source_item(self, index: int, draw: int) -> tuple[Any, Any]:
@@ -233,17 +233,17 @@ def _shape(shape: torch.Size) -> str:
     return "x".join(map(str, shape))
 
 
-class KeptImages(Dataset[tuple[Tensor, int]]):
-    """Another dataset whose items are kept once they have been read: for the small probe set."""
+class CachedItems(Dataset[tuple[Tensor, int]]):
+    """Another dataset whose items are cached once they have been read: for the small probe set."""
 
     def __init__(self, source: Dataset[tuple[Tensor, int]]) -> None:
         self.source = source
-        self.kept: dict[int, tuple[Tensor, int]] = {}
+        self.cached: dict[int, tuple[Tensor, int]] = {}
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index not in self.kept:
-            self.kept[index] = self.source[index]
-        return self.kept[index]
+        if index not in self.cached:
+            self.cached[index] = self.source[index]
+        return self.cached[index]

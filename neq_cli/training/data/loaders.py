@@ -12,8 +12,8 @@ import torch
 from neq_cli.errors import RecipeValueError
 from neq_cli.recipe.values import Cache
 from neq_cli.training.data.cache import choose_cache
-from neq_cli.training.data.cached import KeptApart, KeptBatches, Reading
-from neq_cli.training.data.images import Images, KeptImages, ReadImages, StoredImages
+from neq_cli.training.data.cached import CachedBatches, CachedSeparately, Decoding
+from neq_cli.training.data.images import CachedItems, Images, ImagesInMemory, ReadImages
 from neq_cli.training.data.parts import Data
 from neq_cli.training.data.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.data.workers import Batches, in_batches
@@ -21,7 +21,7 @@ from neq_cli.training.startup import Startup
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch
 
-Passes = Batches | KeptBatches | KeptApart
+Passes = Batches | CachedBatches | CachedSeparately
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Loaders:
 
     In place of labels stand uint8 masks [batch, height, width] where the data has them, and shares of classes, float
     [batch, classes], where training images are mixed. Test images of masks are whole, those of one batch of one size.
-    On the training device where images are kept, else on the CPU, pinned for a GPU. Of several processes each has its
+    On the training device where images are cached, else on the CPU, pinned for a GPU. Of several processes each has its
     share: no image is in two of them.
     """
 
     train: Passes  # whole batches only, as many in each process
     probe: Passes
     test: Passes  # empty where there are more processes than images
-    note: str  # where images are kept, and why: "data.cache: memory, 184 MB"
+    note: str  # where images are cached, and why: "data.cache: memory, 184 MB"
 
     def start_epoch(self, epoch: int, consumed: int = 0) -> None:
         """Make the next pass over ``train`` that of ``epoch``, counted from 1; without it passes follow each other.
@@ -82,12 +82,12 @@ def make_loaders(
     choice = choose_cache(data, cache, device, share.local_processes)
     shuffled = ShuffledSampler(len(data.train), seed, batch_size, share)
     startup = Startup() if startup is None else startup
-    reading = Reading(batch_size, workers, seed, share.local_processes, startup)
+    reading = Decoding(batch_size, workers, seed, share.local_processes, startup)
     # The probe set is so small that starting workers for it takes longer than reading it.
     few = 4 * prod(data.image_shape) * len(data.probe) <= _KEPT_BYTES
     probe_reading = replace(reading, workers=0 if few else workers)
     if choice.place == "none":
-        probed = KeptImages(data.probe) if few else data.probe
+        probed = CachedItems(data.probe) if few else data.probe
         return Loaders(
             _read(data.train, reading, device, shuffled),
             _read(probed, probe_reading, device),
@@ -96,9 +96,9 @@ def make_loaders(
         )
     place = device if choice.place == "device" else torch.device("cpu")
     return Loaders(
-        _kept(data.train, place, device, reading, shuffled),
-        KeptBatches(data.probe, place, device, probe_reading),
-        _read(data.test, reading, device) if data.test.differ else KeptBatches(data.test, place, device, reading),
+        _cached(data.train, place, device, reading, shuffled),
+        CachedBatches(data.probe, place, device, probe_reading),
+        _read(data.test, reading, device) if data.test.differ else CachedBatches(data.test, place, device, reading),
         choice.note,
     )
 
@@ -123,21 +123,21 @@ def _part(images: Images, share: Share) -> Images:
     return part
 
 
-def _kept(
-    images: Images, place: torch.device, device: torch.device, reading: Reading, sampler: ShuffledSampler
+def _cached(
+    images: Images, place: torch.device, device: torch.device, reading: Decoding, sampler: ShuffledSampler
 ) -> Passes:
     if not images.scales_at_random:
-        return KeptBatches(images, place, device, reading, sampler)
+        return CachedBatches(images, place, device, reading, sampler)
     if isinstance(images, ReadImages):
-        return KeptApart(images, reading, sampler, pin_memory=device.type == "cuda")
+        return CachedSeparately(images, reading, sampler, pin_memory=device.type == "cuda")
     return _read(images, reading, device, sampler)  # in memory already
 
 
 def _read(
-    images: Images | KeptImages, reading: Reading, device: torch.device, sampler: ShuffledSampler | None = None
+    images: Images | CachedItems, reading: Decoding, device: torch.device, sampler: ShuffledSampler | None = None
 ) -> Batches:
     # Images in memory are prepared in the main process, which is faster than handing them over, unless it scales them.
-    workers = 0 if isinstance(images, StoredImages) and not images.resizes else reading.workers
+    workers = 0 if isinstance(images, ImagesInMemory) and not images.resizes else reading.workers
     order: dict[str, Any] = {"sampler": sampler, "drop_last": sampler is not None}
     chosen = images.batches(reading.batch_size) if sampler is None and isinstance(images, Images) else None
     if chosen is not None:

@@ -152,8 +152,8 @@ class MaskedImages(ReadImages):
             return None
         return [self.preparation.whole_size(*own[index]) for index in self.indices.tolist()]
 
-    def read_from(self, kept: Any) -> None:
-        super().read_from(kept)
+    def read_from(self, cached: Any) -> None:
+        super().read_from(cached)
         self.checked = True
 
     @property

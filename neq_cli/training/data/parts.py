@@ -13,7 +13,7 @@ from torch import Tensor
 from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.catalogue import masks_problems, range_problems, statistics
-from neq_cli.training.data.images import Images, ReadImages, StoredImages, place_of
+from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, place_of
 from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
@@ -167,7 +167,7 @@ def _images(
     source: Source, part: Any, indices: Tensor, preparation: Preparation, value_range: Range | None, *, augmented: bool
 ) -> Images:
     if isinstance(part, Stored):
-        return StoredImages(part.images, part.labels, indices, preparation, augmented=augmented)
+        return ImagesInMemory(part.images, part.labels, indices, preparation, augmented=augmented)
     return ReadImages(
         part,
         indices,

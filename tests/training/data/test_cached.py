@@ -17,8 +17,8 @@ from neq_cli.events import Preparing
 from neq_cli.recipe import DataSection
 from neq_cli.training.data import cached as kept_module
 from neq_cli.training.data import parts as data_module
-from neq_cli.training.data.cached import KeptApart, KeptBatches, Reading
-from neq_cli.training.data.images import StoredImages
+from neq_cli.training.data.cached import CachedBatches, CachedSeparately, Decoding
+from neq_cli.training.data.images import ImagesInMemory
 from neq_cli.training.data.loaders import Loaders, make_loaders
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.sampling import ALONE, Share, ShuffledSampler
@@ -77,7 +77,7 @@ def test_the_same_batches_whatever_the_cache(
     data = open_data(kind, tmp_path, monkeypatch, **values)
     batch_size = 200 if kind == "digits" else 4
     read, kept = (make_loaders(data, batch_size, workers, 1, CPU, cache=cache) for cache in ("none", "memory"))  # type: ignore[arg-type]
-    assert isinstance(kept.train, KeptBatches)
+    assert isinstance(kept.train, CachedBatches)
     assert [len(part) for part in (kept.train, kept.test, kept.probe)] == [
         len(part) for part in (read.train, read.test, read.probe)
     ]
@@ -91,7 +91,7 @@ def test_the_same_batches_where_images_are_cut_at_random(
 ) -> None:
     data = open_data(kind, tmp_path, monkeypatch, augment="imagenet", image_size=6)
     read, kept = (make_loaders(data, 4, workers, 1, CPU, cache=cache) for cache in ("none", "memory"))  # type: ignore[arg-type]
-    assert isinstance(kept.train, KeptApart) == (kind == "folder")
+    assert isinstance(kept.train, CachedSeparately) == (kind == "folder")
     assert len(kept.train) == len(read.train)
     assert_same(passes(kept), passes(read))
 
@@ -150,7 +150,7 @@ def test_processes_have_together_what_one_has(
     data = open_data("folder", tmp_path, monkeypatch, augment=augment, image_size=6)
     alone = made_for(data, cache, 6)
     several = [made_for(data, cache, 2, workers, Share(rank, 3)) for rank in range(3)]
-    assert isinstance(several[0].train, KeptApart) == (augment == "imagenet")
+    assert isinstance(several[0].train, CachedSeparately) == (augment == "imagenet")
     for consumed in (0, 4, 0):  # whole, from the middle and whole again, with workers that stay
         for made in (alone, *several):
             made.start_epoch(2, consumed)
@@ -278,10 +278,10 @@ def test_a_model_may_overwrite_its_input() -> None:
     assert torch.equal(data.images, images)
 
 
-def passes_of_plain_floats(data: Stored) -> list[KeptBatches]:
+def passes_of_plain_floats(data: Stored) -> list[CachedBatches]:
     """The whole of ``data`` in order and shuffled; neither scaled nor normalised, so that nothing need be copied."""
-    part = StoredImages(data.images, data.labels, torch.arange(len(data)), Preparation(), augmented=True)
-    return [KeptBatches(part, CPU, CPU, Reading(4, 0, 1), sampler) for sampler in (None, ShuffledSampler(6, 1))]
+    part = ImagesInMemory(data.images, data.labels, torch.arange(len(data)), Preparation(), augmented=True)
+    return [CachedBatches(part, CPU, CPU, Decoding(4, 0, 1), sampler) for sampler in (None, ShuffledSampler(6, 1))]
 
 
 def test_images_of_two_types_are_refused_and_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def test_decoded_images_can_be_sent_to_workers_that_are_started_afresh(
     made = make_loaders(
         open_data("folder", tmp_path, monkeypatch, augment="imagenet", image_size=6), 4, 0, 1, CPU, cache="memory"
     )
-    assert isinstance(made.train, KeptApart)
+    assert isinstance(made.train, CachedSeparately)
     list(made.train)
     sent = pickle.loads(pickle.dumps(made.train.images))
     assert torch.equal(sent[3, 2**40][0], made.train.images[3, 2**40][0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from neq_cli.errors import TrainingError
-from neq_cli.training.data.images import Images, KeptImages, ReadImages, StoredImages
+from neq_cli.training.data.images import CachedItems, Images, ImagesInMemory, ReadImages
 from neq_cli.training.data.pixels import as_tensor
 from neq_cli.training.data.transforms import Preparation
 
@@ -28,7 +28,7 @@ INDICES = torch.tensor([5, 0, 2])
 def both(preparation: Preparation, *, augmented: bool) -> list[Images]:
     """The same images in memory and read one by one."""
     pairs = [(image, int(label)) for image, label in zip(PIXELS, LABELS, strict=True)]
-    stored = StoredImages(PIXELS, LABELS, INDICES, preparation, augmented=augmented)
+    stored = ImagesInMemory(PIXELS, LABELS, INDICES, preparation, augmented=augmented)
     return [stored, ReadImages(pairs, INDICES, preparation, name="pairs", augmented=augmented)]
 
 
@@ -172,7 +172,7 @@ def test_a_label_that_is_no_class_is_told() -> None:
 
 def test_only_scaling_makes_images_in_memory_slow() -> None:
     def resizes(size: int | None, augment: Any = "none") -> bool:
-        return StoredImages(PIXELS, LABELS, INDICES, Preparation(size, augment), augmented=True).resizes
+        return ImagesInMemory(PIXELS, LABELS, INDICES, Preparation(size, augment), augmented=True).resizes
 
     assert [resizes(None), resizes(8), resizes(None, "cifar")] == [False] * 3
     assert [resizes(16), resizes(8, "imagenet"), resizes(None, "imagenet")] == [True] * 3
@@ -180,7 +180,7 @@ def test_only_scaling_makes_images_in_memory_slow() -> None:
 
 def test_only_scaling_for_good_changes_images_in_memory() -> None:
     def unchanged(size: int | None, augment: Any = "none", *, augmented: bool = True) -> bool:
-        images = StoredImages(PIXELS, LABELS, INDICES, Preparation(size, augment), augmented=augmented)
+        images = ImagesInMemory(PIXELS, LABELS, INDICES, Preparation(size, augment), augmented=augmented)
         assert images.unchanged == torch.equal(torch.as_tensor(images.fixed([0, 1, 2])[0]), PIXELS[INDICES])
         return images.unchanged
 
@@ -200,7 +200,7 @@ def test_kept_images_are_read_once() -> None:
             return 6
 
     counted = Counted()
-    kept = KeptImages(counted)  # type: ignore[arg-type]
+    kept = CachedItems(counted)  # type: ignore[arg-type]
     assert len(kept) == 6
     for _ in range(3):
         assert torch.equal(kept[2][0], PIXELS[2].float())

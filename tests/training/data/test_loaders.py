@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neq_cli.errors import NeqError, TrainingError
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.cached import KeptBatches
+from neq_cli.training.data.cached import CachedBatches
 from neq_cli.training.data.loaders import Loaders, make_loaders
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.sampling import Share
@@ -125,7 +125,7 @@ def test_images_in_memory_need_no_workers_unless_they_are_scaled() -> None:
 
 def test_what_fits_is_kept_and_said_so(data: Data) -> None:
     made = make_loaders(data, 5, 0, 1, CPU)
-    assert all(isinstance(part, KeptBatches) for part in (made.train, made.probe, made.test))
+    assert all(isinstance(part, CachedBatches) for part in (made.train, made.probe, made.test))
     assert made.note == f"data.cache: memory, {48 * 8 * 8 * 3 / 1e6:.3g} MB"
     assert loaders(data).note == "data.cache: none"
 

@@ -14,8 +14,8 @@ from neq_cli import Freezer, NEq, Stochastic
 from neq_cli.events import EpochRecord
 from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.values import Cache
-from neq_cli.training.data.cached import KeptBatches
-from neq_cli.training.data.images import StoredImages
+from neq_cli.training.data.cached import CachedBatches
+from neq_cli.training.data.images import ImagesInMemory
 from neq_cli.training.data.loaders import make_loaders
 from neq_cli.training.data.parts import Data
 from neq_cli.training.data.transforms import Preparation
@@ -101,10 +101,10 @@ def test_frozen_rows_and_state_are_bit_identical_and_a_step_never_waits(fused: b
 def test_kept_images_are_those_of_the_cpu_and_a_batch_never_waits(cache: Cache, augment: str) -> None:
     bytes_ = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
     preparation = Preparation(augment=augment, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))  # type: ignore[arg-type]
-    part = StoredImages(bytes_, torch.arange(40), torch.arange(40), preparation, augmented=True)
+    part = ImagesInMemory(bytes_, torch.arange(40), torch.arange(40), preparation, augmented=True)
     data = Data("noise", part, part, part, 40, (), (3, 8, 8), bytes_[0].nbytes, own=False)
     cuda, cpu = (make_loaders(data, 8, 0, 1, torch.device(device), cache=cache) for device in ("cuda", "cpu"))
-    assert isinstance(cuda.train, KeptBatches)
+    assert isinstance(cuda.train, CachedBatches)
     assert cuda.train.place.type == ("cuda" if cache == "device" else "cpu")
     for _ in range(2):
         found = iter(cuda.train)
