@@ -10,7 +10,7 @@ import pytest
 
 from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe.entrypoints import accepted_arguments, add_import_folder, check_kwargs, load_entrypoint
-from neq_cli.training.problems import DataError
+from neq_cli.training.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_one_line_cuts_and_folds() -> None:
 def test_a_data_error_from_a_worker_loses_its_traceback() -> None:
     text = (
         "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
-        "neq_cli.training.problems.DataError: a.png: cannot be used\n"
+        "neq_cli.training.errors.DataError: a.png: cannot be used\n"
     )
     assert str(DataError(text)) == "a.png: cannot be used"
     assert str(DataError("plain")) == "plain"

@@ -26,7 +26,7 @@ from neq_cli.training.data.cores import usable_cores
 from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages
 from neq_cli.training.data.sampling import ShuffledSampler
 from neq_cli.training.data.workers import in_batches
-from neq_cli.training.problems import DataError
+from neq_cli.training.errors import DataError
 from neq_cli.training.startup import READING, Startup
 
 _LEAST_SHARE = 100

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from neq_cli.training.data.pixels import Range, as_tensor, cannot_be_used
 from neq_cli.training.data.transforms import Preparation, drawn_from
-from neq_cli.training.problems import DataError
+from neq_cli.training.errors import DataError
 
 # What a dataset is asked for: a position, or a position and the random integer that decides the augmentation.
 Key = int | tuple[int, int]

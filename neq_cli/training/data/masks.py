@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional
 from neq_cli.training.data.images import Key, ReadImages
 from neq_cli.training.data.pixels import Range
 from neq_cli.training.data.transforms import Preparation, drawn_from
-from neq_cli.training.problems import DataError
+from neq_cli.training.errors import DataError
 
 MOST_CLASSES = 255
 IGNORED = 255

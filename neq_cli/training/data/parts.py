@@ -18,7 +18,7 @@ from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
 from neq_cli.training.data.transforms import Mixing, Preparation
-from neq_cli.training.problems import DataError
+from neq_cli.training.errors import DataError
 
 
 @dataclass(frozen=True)

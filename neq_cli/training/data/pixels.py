@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from neq_cli.errors import one_line
-from neq_cli.training.problems import DataError, of_the_disk
+from neq_cli.training.errors import DataError, of_the_disk
 
 Range = tuple[float, float]
 """The pixel values that become 0 and 1."""

@@ -25,7 +25,7 @@ from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
 from neq_cli.training.data.mask_sources import VOC_CLASSES, CocoMasks, MaskFiles, open_folder
 from neq_cli.training.data.pixels import Range, as_tensor, read_image
-from neq_cli.training.problems import of_the_disk
+from neq_cli.training.errors import of_the_disk
 
 
 @dataclass(frozen=True)

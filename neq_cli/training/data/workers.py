@@ -19,7 +19,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from neq_cli.training.problems import DataError
+from neq_cli.training.errors import DataError
 
 # What a death, or a lack of something that workers need, looks like in torch's and the system's words.
 _REASONS = (

@@ -17,12 +17,12 @@ from neq_cli.freezing import Freezer, LayerFlops, Observation
 from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
 from neq_cli.training.data.loaders import Loaders
+from neq_cli.training.errors import divergence_mend
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
 from neq_cli.training.loop.epoch import PLAIN, Clock, EpochSoFar
 from neq_cli.training.loop.full_memory import full_memory_named
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task
-from neq_cli.training.problems import divergence_mend
 from neq_cli.training.processes.joined import Agreement, Processes
 from neq_cli.training.startup import Startup
 

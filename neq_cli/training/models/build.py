@@ -22,9 +22,9 @@ from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line
 from neq_cli.freezing.model.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
+from neq_cli.training.errors import place_of
 from neq_cli.training.loop.tasks import main_output
 from neq_cli.training.models import cifar_resnet
-from neq_cli.training.problems import place_of
 
 if TYPE_CHECKING:
     from neq_cli.training.data.parts import Data

@@ -19,8 +19,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.recipe import ModelSection
+from neq_cli.training.errors import of_the_disk
 from neq_cli.training.models.build import find_builder
-from neq_cli.training.problems import of_the_disk
 
 _NESTED = ("model", "state_dict")
 _SUFFIXES = (".safetensors", ".pt", ".pth")
