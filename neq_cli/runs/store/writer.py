@@ -10,10 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, RunStarted
-from neq_cli.runs.store.csv_files import Beginning, append_rows, beginning, cut
 from neq_cli.runs.store.disk import PARTIAL, atomic_write, check_own, check_writable, sync_folder, writing
+from neq_cli.runs.store.epochs import EpochFiles
 from neq_cli.runs.store.lock import Lock, acquire
 from neq_cli.runs.store.paths import (
     RunFiles,
@@ -21,10 +20,8 @@ from neq_cli.runs.store.paths import (
     check_available,
     check_resumable,
 )
-from neq_cli.runs.store.serialisation import LAYER_COLUMNS, cell, layer_row, neurons_file
 from neq_cli.runs.store.status import resumed_environment, resumed_status
-from neq_cli.runs.store.untrusted import damaged, read_json
-from neq_cli.text import printable
+from neq_cli.runs.store.untrusted import read_json
 
 ELSEWHERE = "make it writable, or go on with a copy of it, by -o"
 
@@ -44,9 +41,7 @@ class RunWriter:
         self._lock = lock
         self._environment: dict[str, Any] = {}
         self._status: dict[str, Any] = {}
-        self._columns: tuple[str, ...] = ()
-        self._epoch = 0
-        self._resumed = False
+        self._epochs = EpochFiles(self.files)
 
     @classmethod
     def create(cls, path: Path, recipe_yaml: str, environment: Mapping[str, Any]) -> RunWriter:
@@ -136,7 +131,7 @@ class RunWriter:
             with writing(self.path, ELSEWHERE):
                 self._begin(recipe_yaml, environment)
             return
-        metrics, layers = self._beginnings(epoch)
+        beginnings = self._epochs.beginnings(epoch)
         now, host = _now(), socket.gethostname()
         old_status = read_json(self.files.status) if self.files.status.exists() else {}
         old_environment = read_json(self.files.environment) if self.files.environment.exists() else environment
@@ -144,33 +139,7 @@ class RunWriter:
         self._environment = resumed_environment(old_environment, environment, {"at": now, "epoch": epoch, "host": host})
         with writing(self.path, ELSEWHERE):
             self._write_beginning(recipe_yaml)
-            # The row of metrics.csv makes the epoch: it goes first.
-            cut(self.files.metrics, metrics.size)
-            cut(self.files.layers, layers.size)
-            for path in list(self.files.neurons_after(epoch)):
-                path.unlink()
-        self._columns, self._epoch, self._resumed = metrics.columns, epoch, True
-
-    def _beginnings(self, epoch: int) -> tuple[Beginning, Beginning]:
-        if not epoch:  # whatever they hold
-            return Beginning(), Beginning()
-        path = self.files.metrics
-        try:
-            metrics, layers = beginning(path, epoch), beginning(self.files.layers, epoch)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"{printable(path)}: cannot be read: {printable(error.strerror or error)}"
-            ) from error
-        if metrics.rows != [1] * epoch:
-            whole = next((number for number, rows in enumerate(metrics.rows) if rows != 1), len(metrics.rows))
-            raise damaged(path, f"whole rows of {whole} epochs, but the checkpoint is of epoch {epoch}")
-        path = self.files.layers
-        if layers.columns != LAYER_COLUMNS:
-            raise damaged(path, f"its columns are not {', '.join(LAYER_COLUMNS)}")
-        # A model without layers that are observed has no rows.
-        if layers.rows and layers.rows != layers.rows[:1] * epoch:
-            raise damaged(path, f"its rows of epochs 1 to {epoch} are not all there")
-        return metrics, layers
+            self._epochs.cut_back(epoch, beginnings)
 
     def _begin(self, recipe_yaml: str, environment: Mapping[str, Any]) -> None:
         self._environment, self._status = dict(environment), _running()
@@ -226,36 +195,14 @@ class RunWriter:
             "metric": record.metric,
             "notes": [*notes, *(note for note in record.notes if note not in notes)],
         }
-        kept = {key: value for key, value in self._environment.items() if self._resumed and key != "notes"}
+        kept = {key: value for key, value in self._environment.items() if self._epochs.resumed and key != "notes"}
         self._environment.update({**said, **kept})
         with writing(self.files.environment):
             atomic_write(self.files.environment, _json(self._environment))
 
     def write_epoch(self, record: EpochRecord) -> None:
-        """Add a finished epoch. ValueError unless epochs come in order from 1 and keep the first one's columns.
-
-        RunDirectoryError where another neq, with other columns, began the run.
-        """
-        metrics = {"epoch": record.epoch, **record.metrics}
-        columns = self._columns or tuple(metrics)
-        if record.epoch != self._epoch + 1 or metrics["epoch"] != record.epoch:
-            raise ValueError(f"epoch {record.epoch} ({metrics['epoch']} in its metrics) after epoch {self._epoch}")
-        if set(metrics) != set(columns) and self._resumed:
-            differing = printable(", ".join(sorted(set(metrics) ^ set(columns))), 200)
-            what = f"columns that this neq has not in common with it: {differing}"
-            raise RunDirectoryError(f"{printable(self.files.metrics)}: {what}; go on with the neq that began it")
-        if set(metrics) != set(columns):
-            raise ValueError(f"epoch {record.epoch}: columns {sorted(set(metrics) ^ set(columns))} come or go")
-        policy = str(self._environment.get("policy", ""))
-        with writing(self.files.neurons(record.epoch)):
-            atomic_write(self.files.neurons(record.epoch), neurons_file(record, policy))
-        with writing(self.files.layers):
-            rows = [layer_row(record.epoch, layer) for layer in record.layers]
-            append_rows(self.files.layers, rows if self._columns else [LAYER_COLUMNS, *rows])
-        with writing(self.files.metrics):
-            row = [cell(metrics[column]) for column in columns]
-            append_rows(self.files.metrics, [row] if self._columns else [columns, row])
-        self._columns, self._epoch = columns, record.epoch
+        """Add a finished epoch: see ``EpochFiles.add``."""
+        self._epochs.add(record, str(self._environment.get("policy", "")))
 
     def finish(self) -> None:
         """Mark the run finished."""
