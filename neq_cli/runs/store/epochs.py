@@ -1,4 +1,4 @@
-"""Writes the epochs of a run: neuron file, rows of layers.csv, and last the row of metrics.csv, which makes the epoch."""
+"""Writes the epochs of a run: neuron file, rows of layers.csv, last the row of metrics.csv, which makes the epoch."""
 
 from __future__ import annotations
 
