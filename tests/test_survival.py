@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from neq_cli.errors import RunDirectoryError
 from neq_cli.training.loop.checkpoint import load_state
 
 Start = Callable[..., Any]
@@ -37,7 +38,12 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def last(run: Path) -> Any:
-    return load_state(run / "checkpoints" / "last.safetensors")
+    """Return the state that the run goes on with, also where it was killed while one checkpoint takes another's place."""
+    path = run / "checkpoints" / "last.safetensors"
+    try:
+        return load_state(path)
+    except RunDirectoryError:
+        return load_state(path.with_name("previous.safetensors"))
 
 
 # What a process does to itself just before its k-th change of a file in the run directory. Audit events precede what
