@@ -38,7 +38,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def last(run: Path) -> Any:
-    """Return the state that the run goes on with, also where it was killed while one checkpoint takes another's place."""
+    """Return the state that the run goes on with, also where it was killed while a checkpoint takes its place."""
     path = run / "checkpoints" / "last.safetensors"
     try:
         return load_state(path)
