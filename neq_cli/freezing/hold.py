@@ -114,7 +114,8 @@ class Hold:
         self.keeper.suspended, self.slicing.suspended = before.keeper.suspended, before.slicing.suspended
 
     def remove(self) -> None:
-        """Put model and optimiser back as they were."""
+        """Put model and optimiser back as they were; nothing is in force any more."""
+        self.trainable = {}
         for hook in self._settling:
             hook.remove()
         self.keeper.remove()

@@ -317,7 +317,8 @@ def test_what_no_error_reaches_has_no_gradient_in_a_wrapped_model_either(
                 torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def suspended_beside() -> list[bool]:
+def suspended_beside(*, detached: bool = False) -> list[bool]:
+    """Return whether what no error reaches has a gradient: before, in ``suspended()``, if ``detached``, and after."""
     torch.manual_seed(4)
     model = Beside()
     wrapped = DistributedDataParallel(model)
@@ -335,13 +336,24 @@ def suspended_beside() -> list[bool]:
     found = [has_gradient()]
     with freezer.suspended():
         found.append(has_gradient())
-        freezer.step()
+        if detached:
+            freezer.detach()
+        else:
+            freezer.step()
         found.append(has_gradient())
     return [*found, has_gradient()]
 
 
 def test_a_wrapped_model_that_is_suspended_has_every_gradient(workers: Any) -> None:
     assert workers(2, suspended_beside) == [[False, True, True, False]] * 2
+
+
+def detached_beside() -> list[bool]:
+    return suspended_beside(detached=True)
+
+
+def test_a_wrapped_model_that_was_detached_while_suspended_keeps_every_gradient(workers: Any) -> None:
+    assert workers(2, detached_beside) == [[False, True, True, True]] * 2
 
 
 def only_whole(mode: str) -> list[str]:
