@@ -14,7 +14,7 @@ from typing import Any
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
 from neq_cli import signals
 from neq_cli.complaints import complain, linger, warning_line
-from neq_cli.errors import NeqError, Terminated
+from neq_cli.errors import NeqError, Terminated, place_in_code
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,7 +83,8 @@ def _unexpected(error: BaseException) -> int:
     # end of the command's: a job that trained nothing must not count as done.
     if os.environ.get("NEQ_TRACEBACK") or _is_typers_exit(error):
         raise error
-    complain(_unexpected_line(error))
+    message = " ".join(str(error).split())
+    complain(f"{place_in_code(error)}: {type(error).__name__}: {message}; set NEQ_TRACEBACK=1 to see how it came about")
     return 1
 
 
@@ -104,20 +105,3 @@ def _is_typers_exit(error: BaseException) -> bool:
     commands = str(Path(__file__).parent / "commands")
     begun = any(frame.filename.startswith(commands) for frame in traceback.extract_tb(error.__traceback__))
     return isinstance(error, SystemExit) and not begun
-
-
-def _unexpected_line(error: BaseException) -> str:
-    """Say what was raised, and in which line of the user's own code where some of it took part."""
-    import sysconfig
-    import traceback
-    from pathlib import Path
-
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
-    own = [frame for frame in frames if not frame.filename.startswith(ours)]
-    place = (own or frames)[-1]
-    message = " ".join(str(error).split())
-    return (
-        f"{place.filename}:{place.lineno}: {type(error).__name__}: {message}; "
-        "set NEQ_TRACEBACK=1 to see how it came about"
-    )

@@ -68,6 +68,21 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def place_in_code(error: BaseException) -> str:
+    """Return ``"file.py:12"``, the line that led to the error: of the user's own code where some of it took part.
+
+    An error that was never raised has none: an empty string.
+    """
+    import sysconfig  # here, since `neq` imports this module before it has taken over the signals
+    import traceback
+    from pathlib import Path
+
+    frames = traceback.extract_tb(error.__traceback__)
+    others = (str(Path(__file__).parent), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    own = [frame for frame in frames if not frame.filename.startswith(others)] or frames
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'closest'?"``, or an empty string where nothing known is close to ``word``."""
     import difflib  # here, since `neq` imports this module before it has taken over the signals

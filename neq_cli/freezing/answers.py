@@ -10,12 +10,7 @@ from torch import Tensor
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.equilibrium import Dynamics
-from neq_cli.freezing.model.neurons import Layer
-
-
-def everything(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """Return the sets in which all neurons train: bool, [neurons], on the CPU."""
-    return {name: torch.ones(layer.neurons, dtype=torch.bool, device="cpu") for name, layer in layers.items()}
+from neq_cli.freezing.model.neurons import Layer, everything
 
 
 def settle(
@@ -36,10 +31,7 @@ def settle(
         if name not in anatomy.never_frozen:
             # A neuron whose similarity is unknown cannot be said to be still.
             trainable[name] = mask.detach().cpu() | dynamics[name].delta_phi.isnan()
-    for tie in anatomy.neurons.ties:
-        together = torch.stack([trainable[name] for name in tie]).any(0)
-        trainable |= {name: together.clone() for name in tie}
-    return trainable
+    return anatomy.neurons.tied(trainable)
 
 
 def _check(name: str, mask: object, policy: str, layers: Mapping[str, Layer]) -> None:

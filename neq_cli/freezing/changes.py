@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.equilibrium import Dynamics
-from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.model.neurons import Layer, everything
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,12 @@ class Standing:
 
         All are where parameters were replaced: what lies above is another network's, too.
         """
-        known = {
-            name
-            for name, layer in layers.items()
-            if not self.replaced(now) and name in before and before[name].rows == layer.rows
-        }
-        everything = {name: torch.ones(one.neurons, dtype=torch.bool, device="cpu") for name, one in layers.items()}
+        alike = {name for name, layer in layers.items() if name in before and before[name].rows == layer.rows}
+        known = set() if self.replaced(now) else alike
+        unknown = {name: Dynamics.unknown(layer.neurons) for name, layer in layers.items()}
         return (
-            {name: dynamics[name] if name in known else Dynamics.unknown(layers[name].neurons) for name in layers},
-            {name: trainable[name] if name in known else everything[name] for name in layers},
+            {**unknown, **{name: dynamics[name] for name in known}},
+            {**everything(layers), **{name: trainable[name] for name in known}},
         )
 
     def told(self, now: Standing, layers: Mapping[str, Layer]) -> str:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.freezing.anatomy import Anatomy, anatomy_of
-from neq_cli.freezing.answers import everything, settle
+from neq_cli.freezing.answers import settle
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import MODES, BackwardMode, KernelUse
 from neq_cli.freezing.changes import Standing, gradients_switched_on, standing
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
-from neq_cli.freezing.model.neurons import Layer, find_neurons
+from neq_cli.freezing.model.neurons import Layer, everything, find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
 from neq_cli.freezing.policies import NEq, Observation, Policy, observe
 from neq_cli.freezing.probe import device_of, first_probe_input, follow, overwrite, similarity, snapshot

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sysconfig
-import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neq_cli.errors import TrainingError
@@ -33,14 +30,6 @@ class DataError(TrainingError):
 def of_the_disk(error: BaseException) -> bool:
     """Whether a file, its folder or the room for it is to blame, and not what it holds, nor a network."""
     return isinstance(error, OSError) and error.errno in _OF_THE_DISK
-
-
-def place_of(error: BaseException) -> str:
-    """Return ``" (file.py:12)"``, the line that led to the error, of the user's own code where some of it took part."""
-    frames = traceback.extract_tb(error.__traceback__)
-    others = (str(Path(__file__).parents[1]), sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
-    own = [frame for frame in frames if not frame.filename.startswith(others)] or frames
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def divergence_mend(recipe: Recipe, before_any_update: bool = False) -> str:

@@ -61,7 +61,6 @@ class GradientPlan:
         self.choice: KernelChoice | None = None
         self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
-        self._smaller: dict[tuple[Kernel, Operation], Operation] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
         self._chunks: dict[tuple[int, int], GradientPlan] = {}
 
@@ -209,15 +208,6 @@ class GradientPlan:
             )
         return self._parts[key]
 
-    def _smaller_operation(self, kernel: Kernel, operation: Operation, part: Slice) -> Operation:
-        found = self._smaller.get((kernel, operation))
-        if found is None:
-            found = operation.sliced(part)
-            if kernel == "pointwise" and isinstance(found, Convolution):
-                found = _pointwise(found)
-            self._smaller[kernel, operation] = found
-        return found
-
     def _run(
         self,
         kernel: Kernel,
@@ -235,7 +225,9 @@ class GradientPlan:
                 grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
             )
         part = self._part(kernel, operation, weight)
-        smaller = self._smaller_operation(kernel, operation, part)
+        smaller = operation.sliced(part)
+        if kernel == "pointwise" and isinstance(smaller, Convolution):
+            smaller = PointwiseConvolution(**vars(smaller))
         errors, seen = operation.outputs(grad_output, part), operation.inputs(input, part)
         input_gradient = None
         if of_input and not self.truncated:
@@ -296,10 +288,6 @@ def _is_pointwise(operation: Operation, weight: Tensor) -> bool:
         and not any(operation.padding)
         and weight[0, 0].numel() == 1
     )
-
-
-def _pointwise(operation: Convolution) -> PointwiseConvolution:
-    return PointwiseConvolution(**vars(operation))
 
 
 def _machine(device: torch.device) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,6 +106,19 @@ class Neurons:
     outside: dict[str, str]  # trainable parameters outside neurons -> why they always train
     ties: tuple[frozenset[str], ...]  # layers that share rows: a row trains if any of them says so
     always_trainable: dict[str, str]  # layers that share a parameter with something that always trains -> why
+
+    def tied(self, trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return these sets with every row that several layers share trained where one of them trains it."""
+        sets = dict(trainable)
+        for tie in self.ties:
+            together = torch.stack([sets[name] for name in tie]).any(0)
+            sets |= {name: together.clone() for name in tie}
+        return sets
+
+
+def everything(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Return the sets in which all neurons train: bool, [neurons], on the CPU."""
+    return {name: torch.ones(layer.neurons, dtype=torch.bool, device="cpu") for name, layer in layers.items()}
 
 
 def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) -> Neurons:

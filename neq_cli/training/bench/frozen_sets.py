@@ -17,6 +17,7 @@ from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode, KernelUse
 from neq_cli.freezing.flops import forward_cost
+from neq_cli.freezing.model.neurons import everything
 from neq_cli.freezing.policies import frozen_count
 from neq_cli.freezing.rows.optimizers import first_after_step
 from neq_cli.recipe import NEqPolicy
@@ -60,37 +61,26 @@ def make_arms(anatomy: Anatomy, options: BenchOptions, seed: int) -> list[Arm]:
 def random_sets(anatomy: Anatomy, fraction: float, seed: int) -> Sets:
     """Freeze this share of every layer that may freeze, as ``Stochastic`` does; a larger share freezes those too."""
     generator = torch.Generator().manual_seed(seed)
-    sets = _everything(anatomy)
+    sets = everything(anatomy.neurons.layers)
     for name, trainable in sets.items():
         order = torch.randperm(len(trainable), generator=generator)
         if name not in anatomy.never_frozen:
             trainable[order[: frozen_count(fraction, len(trainable))]] = False
-    return _tied(anatomy, sets)
+    return anatomy.neurons.tied(sets)
 
 
 def front_sets(anatomy: Anatomy, fraction: float, seed: int) -> Sets:
     """Freeze this share of all neurons that may, layer after layer from the input; the last layer in part."""
-    sets = _everything(anatomy)
+    sets = everything(anatomy.neurons.layers)
     may_freeze = [trainable for name, trainable in sets.items() if name not in anatomy.never_frozen]
     left = frozen_count(fraction, sum(map(len, may_freeze)))
     for trainable in may_freeze:
         trainable[:left] = False
         left -= min(left, len(trainable))
-    return _tied(anatomy, sets)
+    return anatomy.neurons.tied(sets)
 
 
 _SETS: Mapping[str, Callable[[Anatomy, float, int], Sets]] = {"random": random_sets, "front": front_sets}
-
-
-def _everything(anatomy: Anatomy) -> Sets:
-    return {name: torch.ones(layer.neurons, dtype=torch.bool) for name, layer in anatomy.neurons.layers.items()}
-
-
-def _tied(anatomy: Anatomy, sets: Sets) -> Sets:
-    for tie in anatomy.neurons.ties:
-        together = torch.stack([sets[name] for name in tie]).any(0)
-        sets |= {name: together.clone() for name in tie}
-    return sets
 
 
 def _equal(sets: Sets, others: Sets) -> bool:

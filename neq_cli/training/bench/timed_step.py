@@ -13,7 +13,7 @@ from neq_cli.training.data.loaders import make_loaders
 from neq_cli.training.data.parts import Data
 from neq_cli.training.loop.device import seed_everything
 from neq_cli.training.loop.optimizers import build_optimizer
-from neq_cli.training.loop.step import AUTOCAST
+from neq_cli.training.loop.step import autocast_of, update_weights
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.models.build import build_model, check_fit
 
@@ -91,8 +91,7 @@ class TimedStep:
 
     def loss(self) -> Tensor:
         """Return the batch's loss, to differentiate."""
-        dtype = AUTOCAST[self.recipe.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with autocast_of(self.recipe, self.device):
             return self.task.loss(self.forward_model(self.images), self.targets)
 
     def run(self) -> Stopwatch:
@@ -102,12 +101,7 @@ class TimedStep:
         self.lap("forward")
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.lap("backward")
-        if self.recipe.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        update_weights(self.recipe, self.model, self.optimizer, self.scaler)
         self.lap("optimizer")
         return self.stopwatch
 

@@ -21,6 +21,24 @@ from neq_cli.training.startup import Startup
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast_of(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """Return the context of the recipe's precision."""
+    dtype = AUTOCAST[recipe.precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def update_weights(
+    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Have the ``optimizer`` take its step by the gradients there are, clipped where the recipe says so; drop them."""
+    if recipe.clip_grad_norm is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
 class TrainingStep:
     """What a step changes beside the model: loss scale and averaged weights.
 
@@ -97,12 +115,7 @@ class TrainingStep:
         return loss.detach()
 
     def _update(self) -> None:
-        if self.recipe.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        update_weights(self.recipe, self.model, self.optimizer, self.scaler)
 
     def _average(self, averaged: AveragedModel) -> None:
         """Do what ``averaged.update_parameters`` does; from the second time on that would wait for the device."""
@@ -131,8 +144,7 @@ class TrainingStep:
 
     def autocast(self) -> torch.autocast:
         """Return the context of the recipe's precision."""
-        dtype = AUTOCAST[self.recipe.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return autocast_of(self.recipe, self.device)
 
     def to_device(self, value: Any) -> Any:
         """Return a batch's inputs or targets where they are trained on, in the model's memory format."""

@@ -18,11 +18,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line
+from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line, place_in_code
 from neq_cli.freezing.model.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
-from neq_cli.training.errors import place_of
 from neq_cli.training.loop.tasks import main_output
 from neq_cli.training.models import cifar_resnet
 
@@ -265,7 +264,7 @@ def first_convolution(model: nn.Module) -> nn.Conv2d | None:
 def _mend(model: nn.Module, channels: int, error: Exception) -> str:
     """Say what to change: the first convolution tells whether channels or sizes disagree, if the error may say that."""
     if not isinstance(error, RuntimeError | ValueError | AssertionError | IndexError):
-        return place_of(error)  # a mistake in the model's own code
+        return f" ({place_in_code(error)})"  # a mistake in the model's own code
     first = first_convolution(model)
     if first is not None and first.in_channels != channels:
         return (
