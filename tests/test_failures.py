@@ -34,15 +34,6 @@ def last(run: Path) -> Any:
     return load_state(run / "checkpoints" / "last.safetensors")
 
 
-@pytest.fixture(scope="module")
-def straight(neq_in: Start, recipe_folder: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to."""
-    place = recipe_folder(tmp_path_factory.mktemp("straight"))
-    process = neq_in(place, "train", "rich.yaml", *PLAIN, "-o", place / "run")
-    assert process.wait(120) == 0, process.text
-    return place / "run"
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""

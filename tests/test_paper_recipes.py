@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ from neq_cli.training.checks import check_section
 from neq_cli.training.loop.optimizers import build_scheduler
 
 RNG = np.random.default_rng(1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noise(height: int, width: int) -> NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,6 @@ from neq_cli.training.session import prepare
 LARGE = ("resnet18-imagenet", "swin_b-imagenet", "deeplabv3_resnet50-coco", "segmentation-folder")
 """Those that take data or networks of their own: tests/test_paper_recipes.py runs them."""
 FILES = sorted(path.stem for path in shipped_directory().glob("*.yaml"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

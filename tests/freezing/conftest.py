@@ -1,4 +1,4 @@
-"""One thread and a seed for every test, kernels to be forced, and processes that train together, started once."""
+"""A seed for every test, kernels to be forced, and processes that train together, started once."""
 
 from __future__ import annotations
 
@@ -18,25 +18,19 @@ from typing import Any, TextIO
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neq_cli import Freezer
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.gradients import GradientPlan
-from neq_cli.freezing.backward.sliced import BackwardMode
 
 SECONDS = 60
 KERNELS = ("dense", "dense from the start", "sliced", "rounded", "pointwise")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed() -> Iterator[None]:
-    """Tiny tensors: one thread is faster than two, and gives the same bits on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _seed() -> None:
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -83,42 +77,6 @@ def kernel(request: pytest.FixtureRequest, force: Callable[[str], None]) -> str:
     """Run the test with each kernel forced in turn: what is computed must not depend on which one wins."""
     force(request.param)
     return str(request.param).partition(" ")[0]
-
-
-class Sets:
-    """A policy that answers with the sets it was given."""
-
-    def __init__(self, sets: Mapping[str, Tensor]) -> None:
-        self.sets = sets
-
-    def choose(self, observations: Any, epoch: int) -> Mapping[str, Tensor]:
-        return self.sets
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def freeze() -> Callable[..., Freezer]:
-    """Return what puts sets in force: ``freeze(model, inputs, sets or share, mode)``; a share is drawn at random."""
-
-    def freeze(
-        model: nn.Module, inputs: Any, sets: Mapping[str, Tensor] | float, mode: BackwardMode = "exact", **options: Any
-    ) -> Freezer:
-        optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.1)
-        freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode, **options)
-        if not isinstance(sets, Mapping):
-            generator = torch.Generator().manual_seed(1)
-            draws = {name: torch.rand(layer.neurons, generator=generator) for name, layer in freezer.layers.items()}
-            sets = {name: draw >= sets for name, draw in draws.items()}
-        freezer.policy = Sets(sets)
-        freezer.step()
-        return freezer
-
-    return freeze
 
 
 def trains(freezer: Freezer, name: str) -> Tensor:

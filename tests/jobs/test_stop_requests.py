@@ -81,15 +81,6 @@ def reached(run: Path) -> tuple[int, int]:
     return state["epoch"], state["so_far"]["steps"] if state["so_far"] is not None else 0
 
 
-@pytest.fixture(scope="module")
-def straight(neq_in: Start, recipe_folder: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that was never interrupted."""
-    place = recipe_folder(tmp_path_factory.mktemp("straight"))
-    process = neq_in(place, "train", "rich.yaml", *PLAIN, "-o", place / "run")
-    assert process.wait(120) == 0, process.text
-    return place / "run"
-
-
 def start(neq: Start, before: str = "", *more: str) -> Any:
     return neq("train", "rich.yaml", *PLAIN, *more, "-o", "run", before=before)
 

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,6 @@ device: cpu
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(folder: Path, *overrides: str) -> LoadedRecipe:
     path = folder / "small.yaml"
     path.write_text(SMALL)
@@ -64,7 +56,6 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    torch.set_num_threads(1)
     return running.train(load(folder, "ema=0.9", "eval_every=2"), folder / "run", Silent())
 
 

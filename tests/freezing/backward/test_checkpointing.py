@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import freeze
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -107,7 +108,7 @@ def sets_for(freezer: Freezer, mode: BackwardMode) -> dict[str, Tensor]:
     return {name: draw >= 0.5 for name, draw in draws.items() if mode == "exact" or "proj" not in name}
 
 
-def stack(name: str, mode: BackwardMode, reentrant: str, freeze: Any) -> tuple[Stack, Tensor, Freezer]:
+def stack(name: str, mode: BackwardMode, reentrant: str) -> tuple[Stack, Tensor, Freezer]:
     make, shape = STACKS[name]
     model, inputs = make(), torch.randn(shape)
     freezer = freeze(model, inputs, {}, mode)
@@ -129,9 +130,9 @@ BY_EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 @MODES
 @pytest.mark.parametrize("name", STACKS)
 def test_steps_are_those_of_plain_pytorch(
-    name: str, mode: BackwardMode, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any
+    name: str, mode: BackwardMode, reentrant: str, kernel: str, assert_gradients: Any
 ) -> None:
-    model, inputs, freezer = stack(name, mode, reentrant, freeze)
+    model, inputs, freezer = stack(name, mode, reentrant)
     for _ in range(3):
         reference = plain(model, freezer)
         for net in (model, reference):
@@ -145,8 +146,8 @@ def test_steps_are_those_of_plain_pytorch(
 @BOTH
 @BY_EACH_KERNEL
 @pytest.mark.parametrize("way", ["accumulated", "two at once", "never stepped", "kept"])
-def test_other_loops(way: str, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
-    model, inputs, freezer = stack("attention", "exact", reentrant, freeze)
+def test_other_loops(way: str, reentrant: str, kernel: str, assert_gradients: Any) -> None:
+    model, inputs, freezer = stack("attention", "exact", reentrant)
     for _ in range(3):
         reference = plain(model, freezer)
         for net in (model, reference):
@@ -167,10 +168,10 @@ def test_other_loops(way: str, reentrant: str, kernel: str, freeze: Any, assert_
     assert settled == (set() if way == "never stepped" else set(freezer.dispatch.choices))
 
 
-def test_nothing_takes_force_within_a_backward_pass(freeze: Any, assert_gradients: Any, force: Any) -> None:
+def test_nothing_takes_force_within_a_backward_pass(assert_gradients: Any, force: Any) -> None:
     """As where an optimiser steps in a hook on a gradient."""
     force("dense")
-    model, inputs, freezer = stack("attention", "exact", "no", freeze)
+    model, inputs, freezer = stack("attention", "exact", "no")
     reference = plain(model, freezer)
     settle = freezer.hold.slicing.settle
     handle = model.blocks[1].second.bias.register_post_accumulate_grad_hook(settle)
@@ -185,9 +186,9 @@ def test_nothing_takes_force_within_a_backward_pass(freeze: Any, assert_gradient
 
 @BOTH
 @pytest.mark.usefixtures("single")
-def test_under_autocast(reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
+def test_under_autocast(reentrant: str, kernel: str, assert_gradients: Any) -> None:
     for name in STACKS:
-        model, inputs, freezer = stack(name, "exact", reentrant, freeze)
+        model, inputs, freezer = stack(name, "exact", reentrant)
         for _ in range(2):
             reference = plain(model, freezer)
             for net in (model, reference):
@@ -211,7 +212,7 @@ def _process_group() -> Iterator[None]:
 @BY_EACH_KERNEL
 @pytest.mark.usefixtures("_process_group")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-def test_in_distributed_data_parallel(reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
+def test_in_distributed_data_parallel(reentrant: str, kernel: str, assert_gradients: Any) -> None:
     make, shape = STACKS["attention"]
     model, inputs = make(), torch.randn(shape)
     # With the wrapper's own look at the graph; reentrant checkpoints need a graph that never changes.
@@ -228,7 +229,7 @@ def test_in_distributed_data_parallel(reentrant: str, kernel: str, freeze: Any, 
 
 
 @MODES
-def test_compiled(mode: BackwardMode, freeze: Any, assert_gradients: Any, force: Any) -> None:
+def test_compiled(mode: BackwardMode, assert_gradients: Any, force: Any) -> None:
     force("dense")
     torch._dynamo.reset()
     make, shape = STACKS["convolutions"]
@@ -248,7 +249,7 @@ def test_compiled(mode: BackwardMode, freeze: Any, assert_gradients: Any, force:
 # A choice is one that forward passes go by from the next step on.
 
 
-def test_a_choice_takes_force_between_steps(freeze: Any, force: Any) -> None:
+def test_a_choice_takes_force_between_steps(force: Any) -> None:
     force("dense")
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     inputs = torch.randn(3, 4)
@@ -283,7 +284,7 @@ def test_a_choice_takes_force_between_steps(freeze: Any, force: Any) -> None:
 @BOTH
 @BY_EACH_KERNEL
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_transformers_models(name: str, reentrant: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
+def test_transformers_models(name: str, reentrant: str, kernel: str, assert_gradients: Any) -> None:
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
     if name == "bert":

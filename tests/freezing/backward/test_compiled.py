@@ -6,12 +6,12 @@ import copy
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from frozen import Sets
 from torch import Tensor, nn
 
 from neq_cli import Freezer
@@ -19,24 +19,6 @@ from neq_cli.freezing.backward import compiled as module
 from neq_cli.freezing.backward.sliced import COMPILED_FUNCTIONAL, BackwardMode
 
 ROOT = Path(__file__).parents[3]
-
-
-class Sets:
-    """A policy that freezes a share of every layer, at random by epoch."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def choose(self, observations: Mapping[str, Any], epoch: int) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(epoch)
-        draws = {name: torch.rand(len(seen.trainable), generator=generator) for name, seen in observations.items()}
-        return {name: draw >= self.share for name, draw in draws.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
 
 
 class Net(nn.Module):

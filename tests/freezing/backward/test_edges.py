@@ -10,29 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import Sets, freeze
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from neq_cli import Freezer
 from neq_cli.freezing.backward.sliced import BackwardMode
-
-
-class Sets:
-    """A policy that answers with the sets it was given."""
-
-    def __init__(self, sets: Mapping[str, Tensor]) -> None:
-        self.sets = sets
-
-    def choose(self, observations: Any, epoch: int) -> Mapping[str, Tensor]:
-        return self.sets
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +27,6 @@ def _sliced(double: None, force: Callable[[str], None]) -> None:
 
 HALF = torch.tensor([True, False] * 4)
 NONE = torch.zeros(8, dtype=torch.bool)
-
-
-def freeze(
-    model: nn.Module, inputs: Any, sets: Mapping[str, Tensor], mode: BackwardMode = "exact",
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Freezer:  # fmt: skip
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    freezer = Freezer(model, optimizer, [inputs], Sets(sets), backward=mode)
-    freezer.step()
-    return freezer
 
 
 def gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor | None]:

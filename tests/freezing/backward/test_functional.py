@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import Sets, freeze
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
@@ -25,38 +26,10 @@ KERNELS = ("dense", "dense from the start", "sliced", "rounded")
 BY_EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 
 
-class Sets:
-    """A policy that answers with the sets it was given."""
-
-    def __init__(self, sets: Mapping[str, Tensor]) -> None:
-        self.sets = sets
-
-    def choose(self, observations: Any, epoch: int) -> Mapping[str, Tensor]:
-        return self.sets
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _sliced(double: None, force: Callable[[str], None]) -> None:
     """In tests that do not go through all kernels."""
     force("sliced")
-
-
-def freeze(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: BackwardMode = "exact") -> Freezer:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode)
-    if not isinstance(share, Mapping):
-        generator = torch.Generator().manual_seed(1)
-        draws = {name: torch.rand(layer.neurons, generator=generator) for name, layer in freezer.layers.items()}
-        share = {name: draw >= share for name, draw in draws.items()}
-    freezer.policy = Sets(share)
-    freezer.step()
-    return freezer
 
 
 def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor | None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import freeze
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -86,7 +87,7 @@ def gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def check(name: str, share: float, freeze: Any, assert_gradients: Any) -> None:
+def check(name: str, share: float, assert_gradients: Any) -> None:
     make, shape = LAYERS[name]
     for bias in (True, False):
         for mode in ("exact", "truncated"):
@@ -104,19 +105,17 @@ def check(name: str, share: float, freeze: Any, assert_gradients: Any) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_comes_after_may_overwrite_the_output(name: str, kernel: str, freeze: Any, assert_gradients: Any) -> None:
-    check(name, 0.5, freeze, assert_gradients)
+def test_what_comes_after_may_overwrite_the_output(name: str, kernel: str, assert_gradients: Any) -> None:
+    check(name, 0.5, assert_gradients)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_comes_after_may_overwrite_the_output_of_what_is_frozen_whole(
-    name: str, freeze: Any, assert_gradients: Any
-) -> None:
-    check(name, 1.0, freeze, assert_gradients)
+def test_what_comes_after_may_overwrite_the_output_of_what_is_frozen_whole(name: str, assert_gradients: Any) -> None:
+    check(name, 1.0, assert_gradients)
 
 
 @pytest.mark.parametrize("what", ["input", "weight"])
-def test_what_is_kept_for_the_backward_pass_may_not_be_overwritten(what: str, kernel: str, freeze: Any) -> None:
+def test_what_is_kept_for_the_backward_pass_may_not_be_overwritten(what: str, kernel: str) -> None:
     """Autograd sees it, as with stock layers."""
     for layer, shape in ((nn.Linear(4, 8), (2, 3, 4)), (nn.Conv2d(4, 8, 3), (2, 4, 4, 3))):
         inputs = torch.randn(shape)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from frozen import freeze
 from torch import Tensor, nn
 
 from neq_cli import Freezer
@@ -33,26 +34,6 @@ def _without_tf32() -> Iterator[None]:
         backend.allow_tf32 = allowed
 
 
-class Sets:
-    """A policy that answers with the sets it was given, or freezes a share of every layer."""
-
-    def __init__(self, sets: Mapping[str, Tensor] | float) -> None:
-        self.sets = sets
-
-    def choose(self, observations: Mapping[str, Any], epoch: int) -> Mapping[str, Tensor]:
-        if isinstance(self.sets, Mapping):
-            return self.sets
-        generator = torch.Generator().manual_seed(epoch)
-        draws = {name: torch.rand(len(seen.trainable), generator=generator) for name, seen in observations.items()}
-        return {name: draw >= self.sets for name, draw in draws.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
-
-
 class Forced(Dispatch):
     """Chooses one kernel for every call that it is made for."""
 
@@ -62,16 +43,6 @@ class Forced(Dispatch):
 
     def choose(self, kind: str, kernels: Sequence[Kernel], run: Callable[[Kernel], object], *_: Any) -> KernelChoice:
         return KernelChoice(self.kernel if self.kernel in kernels else "sliced", {})
-
-
-def freeze(
-    model: nn.Module, inputs: Tensor, sets: Mapping[str, Tensor] | float, mode: BackwardMode, dispatch: Dispatch,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> Freezer:  # fmt: skip
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
-    freezer = Freezer(model, optimizer, [inputs], Sets(sets), backward=mode, dispatch=dispatch)
-    freezer.step()
-    return freezer
 
 
 def backward(model: nn.Module, inputs: Tensor, precision: str) -> dict[str, Tensor | None]:

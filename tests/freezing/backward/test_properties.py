@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import Sets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,22 +31,6 @@ SETTINGS = settings(
     max_examples=150,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-
-
-class Sets:
-    """A policy that answers with the sets it was given."""
-
-    def __init__(self, sets: dict[str, Tensor]) -> None:
-        self.sets = sets
-
-    def choose(self, observations: Any, epoch: int) -> dict[str, Tensor]:
-        return self.sets
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
 
 
 class Head(nn.Module):

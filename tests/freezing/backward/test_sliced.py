@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from frozen import freeze
 from torch import Tensor, nn
 
 from neq_cli import Freezer
@@ -20,39 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 TOLERANCE = 2**16 * torch.finfo(torch.float64).eps
 
 
-class Sets:
-    """A policy that answers with the sets it was given."""
-
-    def __init__(self, sets: Mapping[str, Tensor]) -> None:
-        self.sets = sets
-
-    def choose(self, observations: Any, epoch: int) -> Mapping[str, Tensor]:
-        return self.sets
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _sliced(double: None, force: Callable[[str], None]) -> None:
     """In tests that do not go through all kernels."""
     force("sliced")
-
-
-def freeze(model: nn.Module, inputs: Any, share: float | Mapping[str, Tensor], mode: BackwardMode = "exact") -> Freezer:
-    """Freeze a random ``share`` of every layer, or what the given sets leave out."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    freezer = Freezer(model, optimizer, [inputs], Sets({}), backward=mode)
-    if not isinstance(share, Mapping):
-        generator = torch.Generator().manual_seed(1)
-        draws = {name: torch.rand(layer.neurons, generator=generator) for name, layer in freezer.layers.items()}
-        share = {name: draw >= share for name, draw in draws.items()}
-    freezer.policy = Sets(share)
-    freezer.step()
-    return freezer
 
 
 def loss_of(outputs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import freeze
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -55,7 +56,7 @@ def images() -> Tensor:
     return torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(3))
 
 
-def in_force(freeze: Any, sets: Mapping[str, Tensor] = SETS, **options: Any) -> tuple[Net, Net, Freezer]:
+def in_force(sets: Mapping[str, Tensor] = SETS, **options: Any) -> tuple[Net, Net, Freezer]:
     """Return a net with frozen sets, in eval mode as transforms want it, and a plain copy of it."""
     model = Net().eval()
     reference = copy.deepcopy(model)
@@ -142,8 +143,8 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sets", ["some", "all"])
-def test_transforms_are_those_of_the_plain_model(sets: str, way: str, freeze: Any) -> None:
-    model, reference, freezer = in_force(freeze, SETS if sets == "some" else WHOLE)
+def test_transforms_are_those_of_the_plain_model(sets: str, way: str) -> None:
+    model, reference, freezer = in_force(SETS if sets == "some" else WHOLE)
     expected = WAYS[way](reference)
     tolerance = {"rtol": 1e-11, "atol": 1e-12}  # sums of at most 300 terms, some layers deep
     torch.testing.assert_close(WAYS[way](model), expected, **tolerance)
@@ -151,9 +152,9 @@ def test_transforms_are_those_of_the_plain_model(sets: str, way: str, freeze: An
         torch.testing.assert_close(WAYS[way](model), expected, **tolerance)
 
 
-def test_errors_of_a_batch_reach_the_trainable_rows(freeze: Any, kernel: str) -> None:
+def test_errors_of_a_batch_reach_the_trainable_rows(kernel: str) -> None:
     """``is_grads_batched`` with respect to a weight with frozen rows."""
-    model, reference, _ = in_force(freeze)
+    model, reference, _ = in_force()
     found = []
     for net in (model, reference):
         output = net(images())
@@ -166,8 +167,8 @@ def test_errors_of_a_batch_reach_the_trainable_rows(freeze: Any, kernel: str) ->
         torch.testing.assert_close(one[:, HALF], other[:, HALF], rtol=1e-11, atol=1e-12)
 
 
-def test_what_a_module_takes_is_what_it_took(freeze: Any) -> None:
-    model, reference, _ = in_force(freeze)
+def test_what_a_module_takes_is_what_it_took() -> None:
+    model, reference, _ = in_force()
     for one, other in zip(model.modules(), reference.modules(), strict=True):
         found, expected = (list(inspect.signature(module.forward).parameters) for module in (one, other))
         assert found == expected
@@ -176,8 +177,8 @@ def test_what_a_module_takes_is_what_it_took(freeze: Any) -> None:
 # Suspended.
 
 
-def test_inside_everything_is_plain_and_afterwards_as_it_was(freeze: Any, kernel: str, assert_gradients: Any) -> None:
-    model, reference, freezer = in_force(freeze)
+def test_inside_everything_is_plain_and_afterwards_as_it_was(kernel: str, assert_gradients: Any) -> None:
+    model, reference, freezer = in_force()
     stock, dense = classes(reference), gradients(reference)
     assert_gradients(freezer, gradients(model), dense)
     kernels, plans, flops = freezer.kernels(), dict(freezer.hold.slicing.plans), freezer.flops()
@@ -198,8 +199,8 @@ def test_inside_everything_is_plain_and_afterwards_as_it_was(freeze: Any, kernel
     assert_gradients(freezer, gradients(model), dense)
 
 
-def test_may_be_nested_and_ends_with_an_error_too(freeze: Any) -> None:
-    model, reference, freezer = in_force(freeze)
+def test_may_be_nested_and_ends_with_an_error_too() -> None:
+    model, reference, freezer = in_force()
     changed, stock = classes(model), classes(reference)
     with freezer.suspended():
         with pytest.raises(ZeroDivisionError), freezer.suspended():
@@ -212,7 +213,7 @@ def test_may_be_nested_and_ends_with_an_error_too(freeze: Any) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_frozen_rows_are_held_whatever_gradients_they_have(kind: Any, decay: float, freeze: Any) -> None:
+def test_frozen_rows_are_held_whatever_gradients_they_have(kind: Any, decay: float) -> None:
     torch.manual_seed(5)
     model = Net()
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
@@ -239,8 +240,8 @@ def test_frozen_rows_are_held_whatever_gradients_they_have(kind: Any, decay: flo
         assert bool(states[name]) == bool(mask.any())  # what is frozen whole was never updated
 
 
-def test_a_step_inside_takes_force_afterwards(freeze: Any, assert_gradients: Any) -> None:
-    model, reference, freezer = in_force(freeze)
+def test_a_step_inside_takes_force_afterwards(assert_gradients: Any) -> None:
+    model, reference, freezer = in_force()
     stock, dense = classes(reference), gradients(reference)
     with freezer.suspended():
         freezer.policy.sets = {"linear": ~HALF}
@@ -257,7 +258,7 @@ def test_a_step_inside_takes_force_afterwards(freeze: Any, assert_gradients: Any
 
 
 @pytest.mark.parametrize("layer", SETS)
-def test_scripting_names_the_way(layer: str, freeze: Any) -> None:
+def test_scripting_names_the_way(layer: str) -> None:
     model = Net().eval()
     freezer = freeze(model, images(), {layer: SETS[layer]})
     with pytest.raises(FreezingError, match=r"^torch\.jit\.script: a \w+ .* `with freezer\.suspended\(\):`"):
@@ -271,7 +272,7 @@ def test_scripting_names_the_way(layer: str, freeze: Any) -> None:
         torch.testing.assert_close(scripted(images()), model(images()))
 
 
-def test_in_compiled_code(freeze: Any, assert_gradients: Any) -> None:
+def test_in_compiled_code(assert_gradients: Any) -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
     reference, inputs = copy.deepcopy(model), torch.randn(3, 4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bits import everything
 from torch import Tensor, nn
 
 from neq_cli import Baseline, Freezer
@@ -127,23 +128,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def made(name: str) -> nn.Module:
     torch.manual_seed(4)
     return MODELS[name]()
-
-
-def everything(net: nn.Module) -> dict[str, Any]:
-    """What a model is, to the bit."""
-    found: dict[str, Any] = {}
-    for name, module in net.named_modules():
-        for key, value in vars(module).items():
-            if not isinstance(value, (Tensor, dict)):
-                found[f"{name} {key}"] = value
-        found[f"{name} keys"] = (*vars(module), *module._buffers, *module._parameters, *module._modules)
-        for key, tensor in {**vars(module), **module._parameters, **module._buffers}.items():
-            if isinstance(tensor, Tensor):
-                bits = tensor.detach().clone().numpy().tobytes()
-                # Growing in place moves the memory itself.
-                place = 0 if getattr(module, "way", None) == "in place" else tensor.data_ptr()
-                found[f"{name} {key}"] = (id(tensor), place, tuple(tensor.shape), tensor.requires_grad, bits)
-    return found
 
 
 def train_a_little(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:

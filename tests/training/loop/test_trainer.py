@@ -23,11 +23,8 @@ TIMINGS = {"images_per_second", "epoch_seconds", "probe_seconds"}
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _not_deterministic_afterwards() -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 
