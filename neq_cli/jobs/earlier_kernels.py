@@ -31,7 +31,7 @@ class Earlier:
 
 def choices_beside(loaded: LoadedRecipe, path: Path | None, processes: Processes) -> Earlier:
     """Return what the runs beside the one at ``path`` have timed, where that one is going to time anything."""
-    from neq_cli.training.loop.device import machine, resolve_device
+    from neq_cli.training.machine.device import machine, resolve_device
 
     if loaded.recipe.deterministic or loaded.recipe.backward == "dense":
         return Earlier()

@@ -88,7 +88,7 @@ def compiling_told(recipe: Recipe, show: Callable[[Compiling], object]) -> Itera
     if not recipe.compile:
         yield
         return
-    from neq_cli.training.loop import compiling
+    from neq_cli.training.machine import compiling
 
     with compiling.told(show):
         yield

@@ -42,7 +42,7 @@ def create_directory(chosen: Path | None, name: str, session: Session) -> RunWri
 
 def environment_of(session: Session) -> dict[str, Any]:
     """Return what environment.json says of the session: machine, versions, data and processes."""
-    from neq_cli.training.loop.device import environment
+    from neq_cli.training.machine.device import environment
 
     trainer = session.trainer
     about = {"data": dict(session.data_content), "processes": trainer.processes.count}

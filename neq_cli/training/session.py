@@ -18,16 +18,16 @@ from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.recipe import NEqPolicy, Recipe
-from neq_cli.training.data.loaders import Loaders, make_loaders
+from neq_cli.training.batches.loaders import Loaders, make_loaders
+from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sampling import Share
-from neq_cli.training.loop.device import describe_device, resolve_device, seed_everything
-from neq_cli.training.loop.full_memory import full_memory_named
-from neq_cli.training.loop.memory_format import choose_layout
 from neq_cli.training.loop.optimizers import build_optimizer, build_scheduler, scheduler_notes
 from neq_cli.training.loop.step import AUTOCAST
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.loop.trainer import Trainer
+from neq_cli.training.machine.device import describe_device, resolve_device, seed_everything
+from neq_cli.training.machine.full_memory import full_memory_named
+from neq_cli.training.machine.memory_format import choose_layout
 from neq_cli.training.models.build import build_model, check_fit
 from neq_cli.training.models.weights import load_weights
 from neq_cli.training.policies import build_policy, describe_policy, match

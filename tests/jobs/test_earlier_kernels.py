@@ -15,7 +15,7 @@ from neq_cli.jobs import train as running
 from neq_cli.jobs.earlier_kernels import earlier_choices
 from neq_cli.recipe.load import load_recipe
 from neq_cli.runs.views.live.progress import Silent
-from neq_cli.training.loop.device import describe_device, environment, machine
+from neq_cli.training.machine.device import describe_device, environment, machine
 
 MACHINE = {"neq": "1", "torch": "2", "cuda": None, "device": "cpu (2 threads)", "processor": "a chip"}
 ABOUT = {"neq": "1", "packages": {"torch": "2"}, "cuda": None, "device": "cpu (2 threads)", "processor": "a chip"}

@@ -239,7 +239,7 @@ def interrupted(*arguments, **options):
         ("recipe", "load", "load_recipe", signal.SIGUSR1, 143),
         ("training", "session", "load_data", signal.SIGINT, 130),
         ("training", "session", "build_model", signal.SIGTERM, 143),
-        ("training.loop", "device", "environment", signal.SIGINT, 130),
+        ("training.machine", "device", "environment", signal.SIGINT, 130),
     ],
 )
 def test_a_signal_before_the_first_step_is_one_line_and_no_damage(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq_cli.freezing.rows.held import bits
+from neq_cli.freezing.rows.frozen_rows import bits
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 _PLAIN = (Tensor, nn.Parameter)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.model.neurons import Layer, RowLayout
-from neq_cli.freezing.rows.held import FrozenRows, Writer
+from neq_cli.freezing.rows.frozen_rows import FrozenRows, Writer
 from neq_cli.freezing.rows.optimizers import (
     check_optimizer,
     first_after_step,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from neq_cli.freezing.rows.held import FrozenRows, bits
+from neq_cli.freezing.rows.frozen_rows import FrozenRows, bits
 
 Hook = Callable[[Tensor], None]
 Zero = Callable[[Tensor], Tensor]

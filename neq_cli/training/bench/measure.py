@@ -24,8 +24,8 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
 from neq_cli.training.bench.timed_step import TimedStep
 from neq_cli.training.data.parts import Data
-from neq_cli.training.loop.device import describe_device, resolve_device
-from neq_cli.training.loop.full_memory import full_memory_named
+from neq_cli.training.machine.device import describe_device, resolve_device
+from neq_cli.training.machine.full_memory import full_memory_named
 
 Show = Callable[[int, int, str], None]
 """Called with the visits done, all of them, and what comes next."""

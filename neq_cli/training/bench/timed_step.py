@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.recipe import Recipe
-from neq_cli.training.data.loaders import make_loaders
+from neq_cli.training.batches.loaders import make_loaders
 from neq_cli.training.data.parts import Data
-from neq_cli.training.loop.device import seed_everything
 from neq_cli.training.loop.optimizers import build_optimizer
 from neq_cli.training.loop.step import autocast_of, update_weights
 from neq_cli.training.loop.tasks import build_task
+from neq_cli.training.machine.device import seed_everything
 from neq_cli.training.models.build import build_model, check_fit
 
 PARTS = ("forward", "backward", "optimizer", "row_keeping")

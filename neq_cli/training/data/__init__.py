@@ -1,1 +1,1 @@
-"""From files to batches: what recipes name, opened, prepared, cached and shuffled."""
+"""From files to prepared images: what recipes name, opened, split, augmented and normalised."""

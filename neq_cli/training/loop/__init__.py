@@ -1,1 +1,1 @@
-"""The loop over batches and epochs: steps, optimisers, tasks, devices, checkpoints."""
+"""The loop over batches and epochs: steps, optimisers, tasks, checkpoints."""

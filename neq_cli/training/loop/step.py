@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
-from neq_cli.training.loop.graph import Graph, GraphedStep, captured
 from neq_cli.training.loop.tasks import Task
+from neq_cli.training.machine.graph import Graph, GraphedStep, captured
 from neq_cli.training.startup import Startup
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

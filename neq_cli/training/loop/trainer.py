@@ -16,13 +16,13 @@ from neq_cli.events import EpochRecord, LayerState, Pause, Record, StepProgress
 from neq_cli.freezing import Freezer, LayerFlops, Observation
 from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
-from neq_cli.training.data.loaders import Loaders
+from neq_cli.training.batches.loaders import Loaders
 from neq_cli.training.errors import divergence_mend
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
-from neq_cli.training.loop.epoch import PLAIN, Clock, EpochSoFar
-from neq_cli.training.loop.full_memory import full_memory_named
+from neq_cli.training.loop.running_epoch import PLAIN, Clock, RunningEpoch
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task
+from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.processes.joined import Agreement, Processes
 from neq_cli.training.startup import Startup
 
@@ -55,7 +55,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.epoch = 0
-        self.so_far: EpochSoFar | None = None
+        self.so_far: RunningEpoch | None = None
         self.loaded = False
         self.agreement = Agreement(self.processes)
         forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
@@ -95,7 +95,7 @@ class Trainer:
 
     def _run_epoch(self, epoch: int) -> Iterator[Record | Pause]:
         if self.so_far is None:
-            self.so_far = EpochSoFar(epoch, self.task.new_totals(self.device))
+            self.so_far = RunningEpoch(epoch, self.task.new_totals(self.device))
         so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         trained = dict(self.freezer.trainable)
@@ -142,7 +142,7 @@ class Trainer:
         }
         yield EpochRecord(epoch, metrics, layers)
 
-    def _train(self, so_far: EpochSoFar) -> Iterator[Record | Pause]:
+    def _train(self, so_far: RunningEpoch) -> Iterator[Record | Pause]:
         """The rest of a pass over the training data."""
         epoch, group, images = so_far.epoch, self.recipe.gradient_accumulation, self._images_per_step
         steps = so_far.steps + self.loaders.steps(so_far.images)
@@ -192,7 +192,7 @@ class Trainer:
     def _images_per_step(self) -> int:
         return self.recipe.batch_size * self.processes.count
 
-    def _test(self, so_far: EpochSoFar) -> Generator[Record | Pause, None, dict[str, float]]:
+    def _test(self, so_far: RunningEpoch) -> Generator[Record | Pause, None, dict[str, float]]:
         """One pass over the test data; returns its metrics."""
         model = self.tested_model
         model.eval()
@@ -268,7 +268,7 @@ class Trainer:
         own = state["processes"]
         self.so_far = None
         if state["so_far"] is not None:
-            self.so_far = EpochSoFar(totals=self._own_totals(own), **state["so_far"])
+            self.so_far = RunningEpoch(totals=self._own_totals(own), **state["so_far"])
         if self.processes.rank < len(own):  # else it goes on with the numbers of its own seed
             restore_random_states(own[self.processes.rank]["random"])
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn, optim
 
 from neq_cli import Freezer, Observation
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
-from neq_cli.freezing.rows import held as holding
+from neq_cli.freezing.rows import frozen_rows as holding
 
 
 @pytest.fixture(autouse=True, params=["small", "large"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neq_cli.freezing.model.neurons import RowLayout
-from neq_cli.freezing.rows.held import FrozenRows
+from neq_cli.freezing.rows.frozen_rows import FrozenRows
 from neq_cli.freezing.rows.zeroed import Discarding
 
 

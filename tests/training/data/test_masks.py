@@ -14,10 +14,10 @@ from torch import Tensor
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.loaders import Loaders, make_loaders
+from neq_cli.training.batches.loaders import Loaders, make_loaders
+from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.masks import as_mask
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sampling import Share
 
 CPU = torch.device("cpu")
 SIZES = [(16, 20), (20, 16), (18, 18)]

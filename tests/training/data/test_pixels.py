@@ -298,7 +298,7 @@ def make(kind):
 def test_data_of_the_users_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, value_range: Any, normalised: bool, cache: Any
 ) -> None:
-    from neq_cli.training.data.loaders import make_loaders
+    from neq_cli.training.batches.loaders import make_loaders
 
     (tmp_path / "widemodule.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -324,7 +324,7 @@ def test_integers_of_no_known_range_are_refused(tmp_path: Path, monkeypatch: pyt
 
 
 def test_images_kept_in_sizes_of_their_own_are_scaled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neq_cli.training.data.loaders import make_loaders
+    from neq_cli.training.batches.loaders import make_loaders
 
     (tmp_path / "widemodule.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -14,9 +14,9 @@ from neq_cli import Freezer, NEq, Stochastic
 from neq_cli.events import EpochRecord
 from neq_cli.recipe.load import load_recipe
 from neq_cli.recipe.values import Cache
-from neq_cli.training.data.cached import CachedBatches
+from neq_cli.training.batches.cache import CachedBatches
+from neq_cli.training.batches.loaders import make_loaders
 from neq_cli.training.data.images import ImagesInMemory
-from neq_cli.training.data.loaders import make_loaders
 from neq_cli.training.data.parts import Data
 from neq_cli.training.data.transforms import Preparation
 from neq_cli.training.session import Session, prepare

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from neq_cli.training.data.sampling import Share, ShuffledSampler, shuffled
+from neq_cli.training.batches.sampling import Share, ShuffledSampler, shuffled
 
 
 def test_a_sampler_gives_every_image_once_each_epoch() -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from neq_cli.errors import TrainingError
-from neq_cli.training.data import workers as module
-from neq_cli.training.data.workers import Batches, in_batches
+from neq_cli.training.batches import workers as module
+from neq_cli.training.batches.workers import Batches, in_batches
 
 ROOT = Path(__file__).parents[3]
 KILLED = (
@@ -137,7 +137,7 @@ PROGRAM = """
 import signal, sys, time
 sys.path.insert(0, {tests!r})
 from test_workers import Reported
-from neq_cli.training.data.workers import in_batches
+from neq_cli.training.batches.workers import in_batches
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: print("signal", int(number), flush=True))
 pids, reading = set(), {reading}
@@ -196,7 +196,7 @@ def test_a_stuck_worker_does_not_keep_the_program_from_ending() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_workers import Reported\n"
-        "from neq_cli.training.data.workers import in_batches\n"
+        "from neq_cli.training.batches.workers import in_batches\n"
         "import signal, time\n"
         "signal.alarm(2); signal.signal(signal.SIGALRM, lambda *_: sys.exit(3))\n"
         "try:\n"

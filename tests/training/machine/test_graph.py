@@ -12,7 +12,7 @@ from neq_cli.errors import RecipeError, TrainingError
 from neq_cli.jobs.prepare import prepared
 from neq_cli.recipe.load import load_recipe
 from neq_cli.training.checks import check_section
-from neq_cli.training.loop.graph import WARM_UP, GraphedStep
+from neq_cli.training.machine.graph import WARM_UP, GraphedStep
 
 
 class Recorded:

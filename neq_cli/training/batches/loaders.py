@@ -11,12 +11,12 @@ import torch
 
 from neq_cli.errors import RecipeValueError
 from neq_cli.recipe.values import Cache
-from neq_cli.training.data.cache import choose_cache
-from neq_cli.training.data.cached import CachedBatches, CachedSeparately, Decoding
+from neq_cli.training.batches.cache import CachedBatches, CachedSeparately, Decoding
+from neq_cli.training.batches.cache_place import choose_cache
+from neq_cli.training.batches.sampling import ALONE, Share, ShuffledSampler
+from neq_cli.training.batches.workers import Batches, in_batches
 from neq_cli.training.data.images import CachedItems, Images, ImagesInMemory, ReadImages
 from neq_cli.training.data.parts import Data
-from neq_cli.training.data.sampling import ALONE, Share, ShuffledSampler
-from neq_cli.training.data.workers import Batches, in_batches
 from neq_cli.training.startup import Startup
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch

@@ -1,4 +1,8 @@
-"""Batches read by worker processes, which need no global random state and whose errors and deaths end them at once."""
+"""Batches read by worker processes, which need no global random state and whose errors and deaths end them at once.
+
+The workers are PyTorch's own ``DataLoader``'s. Its loader that can be resumed (torchdata's) is not needed: by seed and
+epoch alone any batch of an epoch can be asked for, on another number of workers, too (``sampling``).
+"""
 
 from __future__ import annotations
 

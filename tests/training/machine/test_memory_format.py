@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from neq_cli.training.loop import memory_format as layout
-from neq_cli.training.loop.memory_format import choose_layout
+from neq_cli.training.machine import memory_format as layout
+from neq_cli.training.machine.memory_format import choose_layout
 
 
 def network() -> nn.Sequential:

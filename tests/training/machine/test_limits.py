@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neq_cli.training.data.cores import usable_cores
+from neq_cli.training.machine.limits import usable_cores
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -15,13 +15,13 @@ from torch import Tensor
 from neq_cli.errors import TrainingError
 from neq_cli.events import Preparing
 from neq_cli.recipe import DataSection
-from neq_cli.training.data import cached as kept_module
+from neq_cli.training.batches import cache as kept_module
+from neq_cli.training.batches.cache import CachedBatches, CachedSeparately, Decoding
+from neq_cli.training.batches.loaders import Loaders, make_loaders
+from neq_cli.training.batches.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.data import parts as data_module
-from neq_cli.training.data.cached import CachedBatches, CachedSeparately, Decoding
 from neq_cli.training.data.images import ImagesInMemory
-from neq_cli.training.data.loaders import Loaders, make_loaders
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.data.sources import Source, Stored
 from neq_cli.training.data.transforms import Preparation
 from neq_cli.training.startup import Startup

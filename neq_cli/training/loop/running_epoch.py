@@ -15,7 +15,7 @@ PLAIN = ("epoch", "steps", "images", "train_seconds", "seconds", "bookkeeping_se
 
 
 @dataclass
-class EpochSoFar:
+class RunningEpoch:
     """What a half-trained epoch has come to, in this process and, where an epoch was interrupted, before it."""
 
     epoch: int
@@ -31,7 +31,7 @@ class EpochSoFar:
 class Clock:
     """Adds to an epoch what training took and sent since it was read last, pauses left out."""
 
-    def __init__(self, so_far: EpochSoFar, step: TrainingStep, freezer: Freezer) -> None:
+    def __init__(self, so_far: RunningEpoch, step: TrainingStep, freezer: Freezer) -> None:
         self.so_far, self.step, self.freezer = so_far, step, freezer
         self.sent, self.kept = step.bytes_sent, freezer.bookkeeping_seconds
         self.start()

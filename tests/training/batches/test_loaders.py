@@ -15,10 +15,10 @@ from torch import Tensor
 
 from neq_cli.errors import NeqError, TrainingError
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.cached import CachedBatches
-from neq_cli.training.data.loaders import Loaders, make_loaders
+from neq_cli.training.batches.cache import CachedBatches
+from neq_cli.training.batches.loaders import Loaders, make_loaders
+from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sampling import Share
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,12 @@ The way of an image, and who does what of it in which process:
     sources       a file or a row of an array         -> opened
     images        ReadImages, ImagesInMemory          -> decoded, resized (``fixed``)
     workers       each core decodes whole batches     -> the first pass alone, where images are cached
-    cache         decides: device, memory or none
-    cached        CachedBatches: one tensor, on the device or in memory; CachedSeparately: sizes differ
+    cache_place   decides: device, memory or none
+    cache         CachedBatches: one tensor, on the device or in memory; CachedSeparately: sizes differ
     transforms    augmented and normalised: cached ones by whole batches where they train, others one by one
     loaders       batches in the order of seed and epoch (sampling), the same with a cache and without
+
+By hand: PyTorch's loaders read every image anew in every epoch, and its workers hold a copy each of what they cache.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from neq_cli.training.data.cores import usable_cores
+from neq_cli.training.batches.sampling import ShuffledSampler
+from neq_cli.training.batches.workers import in_batches
 from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages
-from neq_cli.training.data.sampling import ShuffledSampler
-from neq_cli.training.data.workers import in_batches
 from neq_cli.training.errors import DataError
+from neq_cli.training.machine.limits import usable_cores
 from neq_cli.training.startup import READING, Startup
 
 _LEAST_SHARE = 100

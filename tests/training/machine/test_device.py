@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from neq_cli import __version__
-from neq_cli.training.loop import device
-from neq_cli.training.loop.device import describe_device, environment, resolve_device, seed_everything
+from neq_cli.training.machine import device
+from neq_cli.training.machine.device import describe_device, environment, resolve_device, seed_everything
 
 
 @pytest.fixture(autouse=True)

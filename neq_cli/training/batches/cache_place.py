@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +11,7 @@ from neq_cli.errors import RecipeValueError
 from neq_cli.recipe.values import Cache
 from neq_cli.training.data.images import Images, ImagesInMemory
 from neq_cli.training.data.parts import Data
+from neq_cli.training.machine.limits import free_memory
 
 _CPU = torch.device("cpu")
 _SHARE = 4  # auto takes a quarter of what is free: the model and its activations come later
@@ -129,75 +127,3 @@ def readable(count: int) -> str:
     """Return bytes in words: "0.36 MB", "184 MB", "12.3 GB"."""
     number, unit = (count / 1e9, "GB") if count >= 1e9 else (count / 1e6, "MB")
     return f"{number:.3g} {unit}" if number < 999.5 else f"{number:,.0f} {unit}"
-
-
-_ROOT = Path("/")
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on ``device``; None where it does not tell."""
-    if device.type == "cpu":
-        return free_ram()
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return None
-
-
-def free_ram(root: Path = _ROOT) -> int:
-    """Return the bytes of RAM that are free, file caches that can be dropped included.
-
-    Linux tells, for the machine and for the control groups that confine a container or a cluster's job. Elsewhere it is
-    what no process has taken or, as macOS does not tell that either, half of what there is. ``root`` is where Linux's
-    files are looked for.
-    """
-    return min((_machine(root), *_groups(root)))
-
-
-def _machine(root: Path) -> int:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        page = os.sysconf("SC_PAGE_SIZE")
-    try:
-        return page * os.sysconf("SC_AVPHYS_PAGES")
-    except ValueError:
-        return page * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _groups(root: Path) -> Iterator[int]:
-    """Yield what each control group above this process has left, in version 1 and 2 of their interface."""
-    for folder, second in group_folders(root, "memory"):
-        if second:
-            yield from _left(folder, "memory.max", "memory.current", "inactive_file")
-        else:
-            yield from _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-
-
-def group_folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
-    """Yield the folder of each control group above this process, and whether its interface is version 2."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup"
-        top = top / controller if controllers else top
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(top):
-                yield folder, not controllers
-
-
-def _left(group: Path, limit: str, used: str, dropped: str) -> Iterator[int]:
-    try:
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        left = int((group / limit).read_text()) - int((group / used).read_text())
-    except (OSError, ValueError):  # not there, or "max": no limit
-        return
-    yield max(0, left + int(statistics.get(dropped, 0)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from neq_cli.training.data.cache import free_memory, free_ram
+from neq_cli.training.machine.limits import free_memory, free_ram
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    9000 kB\n"
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from neq_cli.freezing.model.observing import tensors_in, undisturbed
-from neq_cli.training.loop.full_memory import out_of_memory
+from neq_cli.training.machine.full_memory import out_of_memory
 
 _SECONDS = 1.0
 """What one timed step may take, about: the batch is made that small."""

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from neq_cli import Freezer, Observation
 from neq_cli.freezing.model.neurons import RowLayout
-from neq_cli.freezing.rows import held as holding
-from neq_cli.freezing.rows.held import FrozenRows, Writer
+from neq_cli.freezing.rows import frozen_rows as holding
+from neq_cli.freezing.rows.frozen_rows import FrozenRows, Writer
 
 WIDTHS = {
     torch.float16: torch.int16,

@@ -12,9 +12,9 @@ from PIL import Image
 
 from neq_cli.errors import RecipeError
 from neq_cli.recipe import DataSection
-from neq_cli.training.data import cache as module
+from neq_cli.training.batches import cache_place as module
+from neq_cli.training.batches.cache_place import Choice, choose_cache, readable
 from neq_cli.training.data import parts as data_module
-from neq_cli.training.data.cache import Choice, choose_cache, readable
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.sources import Source, Stored
 

@@ -1,0 +1,1 @@
+"""From prepared images to batches: shuffled, cached, read by worker processes, handed over."""
