@@ -6,8 +6,9 @@ from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord
 from neq_cli.runs.store.csv_files import Beginning, append_rows, beginning, cut
 from neq_cli.runs.store.disk import atomic_write, writing
+from neq_cli.runs.store.neurons import neurons_file
 from neq_cli.runs.store.paths import RunFiles
-from neq_cli.runs.store.serialisation import LAYER_COLUMNS, cell, layer_row, neurons_file
+from neq_cli.runs.store.tables import LAYER_COLUMNS, cell, layer_row
 from neq_cli.runs.store.untrusted import damaged
 from neq_cli.text import printable
 

@@ -1,21 +1,46 @@
-"""The neuron files of a run directory, which anybody may have damaged: every fault is a one-line RunDirectoryError."""
+"""The neuron files of a run directory, written, and read as what anybody may have damaged: every fault is one line."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from neq_cli.runs.store.serialisation import NEURON_FIELDS, SCHEMA
+from neq_cli.events import EpochRecord
 from neq_cli.runs.store.untrusted import damaged, open_regular, unreadable
 from neq_cli.text import printable
 
+SCHEMA = "1"
+_DTYPES = {"phi": "F32", "delta_phi": "F32", "velocity": "F32", "trained": "BOOL", "trainable": "BOOL"}
+NEURON_FIELDS = tuple(_DTYPES)
 _LARGEST_NEURONS = 64 * 2**20  # bytes: 4.7 million neurons
 _LARGEST_HEADER = 4 * 2**20  # bytes: some seven thousand layers
-_DTYPES = {"phi": "F32", "delta_phi": "F32", "velocity": "F32", "trained": "BOOL", "trainable": "BOOL"}
+
+
+def neurons_file(record: EpochRecord, policy: str) -> bytes:
+    """Return a safetensors file with every layer's ``NEURON_FIELDS``, each [neurons], and the epoch's metadata."""
+    tensors: dict[str, NDArray[Any]] = {}
+    for layer in record.layers:
+        for field in NEURON_FIELDS:
+            dtype = np.bool_ if _DTYPES[field] == "BOOL" else np.float32
+            tensors[f"{layer.name}/{field}"] = np.ascontiguousarray(getattr(layer, field), dtype=dtype)
+    metadata = {"schema": SCHEMA, "epoch": str(record.epoch), "policy": policy}
+    return _in_order(safetensors.numpy.save(tensors, metadata))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sort the metadata of a safetensors file, which the library leaves to chance: the same epoch, the same bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_neurons(path: Path, fields: tuple[str, ...] = NEURON_FIELDS) -> dict[str, dict[str, NDArray[Any]]]:

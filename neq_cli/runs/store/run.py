@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, LayerState
 from neq_cli.runs.store.lock import is_alive
-from neq_cli.runs.store.neurons import read_neurons
+from neq_cli.runs.store.neurons import NEURON_FIELDS, read_neurons
 from neq_cli.runs.store.paths import STATES, RunFiles
-from neq_cli.runs.store.serialisation import NEURON_FIELDS
 from neq_cli.runs.store.tables import LayerRow, read_layers, read_metrics
 from neq_cli.runs.store.untrusted import Number, damaged, read_json, read_yaml, unreadable
 from neq_cli.text import printable

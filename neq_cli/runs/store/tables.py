@@ -1,11 +1,18 @@
-"""The two tables of a run, row by row; what was torn when the run was killed is left out, all else must be whole."""
+"""metrics.csv and layers.csv, row by row: their columns, cells as they are written, and rows as they are read.
+
+What was torn when the run was killed is left out; all else must be whole.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from neq_cli.runs.store.serialisation import LAYER_COLUMNS
+import numpy as np
+from numpy.typing import NDArray
+
+from neq_cli.events import LayerState
 from neq_cli.runs.store.untrusted import Number, damaged, parse_count, parse_number, read_table
 
 METRICS_NEEDED = (
@@ -18,6 +25,17 @@ METRICS_NEEDED = (
     "flops_executed_dense",
     "epoch_seconds",
     "probe_seconds",
+)
+LAYER_COLUMNS = (
+    "epoch",
+    "layer",
+    "kind",
+    "neurons",
+    "frozen",
+    "phi_mean",
+    "velocity_abs_mean",
+    "flops_paper",
+    "flops_executed",
 )
 _MOST_COLUMNS = 1000
 _MOST_CELLS = 1_000_000  # of metrics.csv, which is kept in memory
@@ -37,6 +55,26 @@ class LayerRow:
     velocity_abs_mean: Number
     flops_paper: Number
     flops_executed: Number
+
+
+def cell(value: float | int) -> str:
+    """Write a number so that reading gives the same one back; NaN is an empty cell."""
+    if isinstance(value, (int, np.integer)):
+        return str(int(value))
+    return "" if math.isnan(value) else repr(float(value))
+
+
+def layer_row(epoch: int, layer: LayerState) -> list[str]:
+    """Return the row of layers.csv; means are over the neurons whose value is not NaN."""
+    means = (_mean(layer.phi), _mean(np.abs(layer.velocity)))
+    numbers = (layer.neurons, layer.frozen, *means, layer.flops_paper, layer.flops_executed)
+    return [str(epoch), layer.name, layer.kind, *map(cell, numbers)]
+
+
+def _mean(values: NDArray[np.float32]) -> float:
+    """Mean of what is not NaN, in float64; NaN where nothing is left."""
+    known = values[~np.isnan(values)]
+    return float(known.mean(dtype=np.float64)) if known.size else math.nan
 
 
 def read_metrics(path: Path) -> tuple[dict[str, Number], ...]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from neq_cli.errors import NeqError
 from neq_cli.runs.store.run import Run
-from neq_cli.runs.store.serialisation import LAYER_COLUMNS
+from neq_cli.runs.store.tables import LAYER_COLUMNS
 from neq_cli.runs.store.untrusted import damaged, parse_count, read_table
 from neq_cli.text import printable
 

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from neq_cli.errors import NeqError
-from neq_cli.runs.compare.curves import study
 from neq_cli.runs.store.disk import atomic_write
-from neq_cli.runs.store.run import Run
-from neq_cli.runs.views.report.drawing import MARK, PRINT, Format, drawn, require_matplotlib
-from neq_cli.runs.views.report.pictures import Picture, pictures
+from neq_cli.runs.views.report.drawing import MARK, PRINT, Format, drawn
+from neq_cli.runs.views.report.pictures import Picture
 from neq_cli.text import printable
 
 _MARK_WITHIN = 4096  # bytes
 
 
-def write_figures(
-    runs: Sequence[Run],
-    folder: Path,
-    form: Format,
-    baseline: Run | None = None,
-    allow_differences: bool = False,
-) -> list[Path]:
+def write_pictures(all_pictures: Iterable[Picture], folder: Path, form: Format) -> list[Path]:
     """Write every figure into ``folder``, one printed column wide, PNG at 300 dpi; return the files.
 
-    Figures that neq wrote are replaced. NeqError where another file has a figure's name, where the disk refuses, where
-    matplotlib is missing, and as ``compare_runs``; RunDirectoryError for damaged runs.
+    Figures that neq wrote are replaced. NeqError where another file has a figure's name, or the disk refuses.
     """
-    require_matplotlib()
-    return write_pictures(pictures(study(runs, baseline, allow_differences)), folder, form)
-
-
-def write_pictures(all_pictures: Iterable[Picture], folder: Path, form: Format) -> list[Path]:
-    """Write figures as ``write_figures`` does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = []

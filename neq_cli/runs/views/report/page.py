@@ -52,11 +52,6 @@ def build_report(runs: Sequence[Run], baseline: Run | None = None, allow_differe
     return Report(the_study, tuple(pictures(the_study)))
 
 
-def render_report(runs: Sequence[Run], baseline: Run | None = None, allow_differences: bool = False) -> str:
-    """Return the page of these runs. Errors as ``build_report``."""
-    return render_page(build_report(runs, baseline, allow_differences))
-
-
 def write_page(path: Path, page: str) -> None:
     """Write a page atomically. NeqError where a file is there that neq report did not write, or the disk refuses."""
     try:

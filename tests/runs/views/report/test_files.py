@@ -18,8 +18,8 @@ from neq_cli.runs.store.run import Run, read_run
 from neq_cli.runs.views.report.axes import far_ticks
 from neq_cli.runs.views.report.drawing import MARK, PRINT
 from neq_cli.runs.views.report.fields import Scale
-from neq_cli.runs.views.report.files import write_figures, write_pictures
-from neq_cli.runs.views.report.page import build_report, render_report
+from neq_cli.runs.views.report.files import write_pictures
+from neq_cli.runs.views.report.page import build_report
 from neq_cli.runs.views.report.pictures import Picture, line, parts, pictures
 
 HOSTILE = "../../</script><img src=x onerror=alert(1)> $x^{$ _a"
@@ -35,7 +35,7 @@ def runs(make_run: Callable[..., Run], recipe: Any) -> list[Run]:
 
 def test_files_of_a_study(runs: list[Run], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    written = write_figures(runs, tmp_path / "figures", "png")
+    written = write_pictures(build_report(runs).pictures, tmp_path / "figures", "png")
     assert [path.name for path in written] == [
         "accuracy-against-paper-flops.png",
         "accuracy-against-executed-flops.png",
@@ -73,14 +73,14 @@ def test_other_files_are_not_replaced(runs: list[Run], tmp_path: Path) -> None:
     theirs = tmp_path / "flops-paper-by-epoch.svg"
     theirs.write_text("<svg>mine</svg>")
     with pytest.raises(NeqError, match=r"flops-paper-by-epoch\.svg: already exists and was not written by neq"):
-        write_figures(runs, tmp_path, "svg")
+        write_pictures(build_report(runs).pictures, tmp_path, "svg")
     assert theirs.read_text() == "<svg>mine</svg>"
     theirs.unlink()
     target = tmp_path / "target"
     target.write_text(MARK)
     theirs.symlink_to(target)
     with pytest.raises(NeqError, match="already exists"):
-        write_figures(runs, tmp_path, "svg")
+        write_pictures(build_report(runs).pictures, tmp_path, "svg")
     assert target.read_text() == MARK
 
 
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(runs: list[Run], tmp_path: Pat
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("")
     with pytest.raises(NeqError, match="file/figures: cannot be written: Not a directory") as caught:
-        write_figures(runs, tmp_path / "file" / "figures", "svg")
+        write_pictures(build_report(runs).pictures, tmp_path / "file" / "figures", "svg")
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_hostile_names_stay_in_the_folder_and_text(make_run: Callable[..., Run],
     plain["policy"]["entrypoint"] = HOSTILE
     run = make_run("h", plain, sizes={HOSTILE: 4, "-->": 2}, frozen={HOSTILE: [[1], [2]]})
     folder = tmp_path / "figures"
-    for path in write_figures([run], folder, "svg"):
+    for path in write_pictures(build_report([run]).pictures, folder, "svg"):
         assert path.parent == folder
         assert path.name.isascii()
         assert "<script" not in path.read_text()
@@ -118,14 +118,14 @@ def test_without_matplotlib(runs: list[Run], tmp_path: Path, monkeypatch: pytest
     failure = ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
     message = r"^neq report needs matplotlib; install it with: pip install 'neq\[report\]'$"
     with pytest.raises(NeqError, match=message):
-        render_report(runs)
+        build_report(runs)
     with pytest.raises(NeqError, match=message):
-        write_figures(runs, tmp_path, "png")
+        write_pictures(build_report(runs).pictures, tmp_path, "png")
     # One that is there is not to be installed, but mended.
     for broken in (ImportError("numpy.core.multiarray failed"), ModuleNotFoundError("No module 'PIL'", name="PIL")):
         failure = broken
         with pytest.raises(NeqError, match=r"^neq report needs matplotlib, which is there but fails to import \("):
-            render_report(runs)
+            build_report(runs)
 
 
 def test_neither_torch_nor_pyplot_is_imported(runs: list[Run]) -> None:

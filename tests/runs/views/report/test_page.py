@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from neq_cli.runs.compare.comparison import compare_runs
 from neq_cli.runs.compare.inspection import inspect_run
 from neq_cli.runs.store.run import Run, read_run
 from neq_cli.runs.views.report.html import text as escaped
-from neq_cli.runs.views.report.page import render_report, write_page
+from neq_cli.runs.views.report.page import build_report, render_page, write_page
 from neq_cli.text import format_flops
 
 pytest.importorskip("matplotlib")
@@ -38,6 +38,10 @@ TAGS = {
 
 
 SQUARE = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"><path d="M 0 0 L 1 1"/></svg>'
+
+
+def page_of(runs: Sequence[Run], *, allow_differences: bool = False) -> str:
+    return render_page(build_report(runs, allow_differences=allow_differences))
 
 
 class Outline(HTMLParser):
@@ -119,7 +123,7 @@ def runs(make_run: Callable[..., Run], recipe: Any) -> list[Run]:
 
 @pytest.mark.usefixtures("undrawn")
 def test_numbers_are_those_of_the_comparison(runs: list[Run]) -> None:
-    outline = check_safe(render_report(runs))
+    outline = check_safe(page_of(runs))
     compared = compare_runs(runs)
     header = next(place for place, row in enumerate(outline.rows) if "approach" in row)
     for row, cells in zip(compared.rows, outline.rows[header + 1 :], strict=False):
@@ -142,14 +146,14 @@ def test_what_is_said_of_layers_agrees_with_inspect(make_run: Callable[..., Run]
     run = make_run("run", frozen=FROZEN)
     seen = inspect_run(run, epoch=2)
     conv1 = next(layer for layer in seen.layers if layer.name == "conv1")
-    page = render_report([run])
+    page = page_of([run])
     share = (inspect_run(run, epoch=1).layers[0].frozen + conv1.frozen) / (3 * conv1.neurons)
     assert f"most in conv1, {100 * share:.1f}% in the mean epoch" in page
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_page_is_accessible(runs: list[Run]) -> None:
-    outline = check_safe(render_report(runs))
+    outline = check_safe(page_of(runs))
     assert outline.of("html")[0]["lang"] == "en"
     levels = [int(tag[1]) for tag, _ in outline.tags if tag in ("h1", "h2", "h3")]
     assert levels[0] == 1
@@ -167,7 +171,7 @@ def test_the_page_is_accessible(runs: list[Run]) -> None:
 
 
 def test_nothing_can_run_or_be_fetched(runs: list[Run]) -> None:
-    page = render_report(runs)
+    page = page_of(runs)
     outline = check_safe(page)
     policy = next(each["content"] for each in outline.of("meta") if each.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
@@ -177,7 +181,7 @@ def test_nothing_can_run_or_be_fetched(runs: list[Run]) -> None:
 
 
 def test_the_same_runs_give_the_same_page(runs: list[Run]) -> None:
-    assert render_report(runs) == render_report([read_run(run.path) for run in runs])
+    assert page_of(runs) == page_of([read_run(run.path) for run in runs])
 
 
 def hostile_run(make_run: Callable[..., Run], recipe: Any, name: str, words: str) -> Run:
@@ -201,7 +205,7 @@ def hostile_run(make_run: Callable[..., Run], recipe: Any, name: str, words: str
 @pytest.mark.parametrize("words", HOSTILE)
 def test_hostile_texts_stay_texts(make_run: Callable[..., Run], recipe: Any, words: str) -> None:
     run = hostile_run(make_run, recipe, "run", words)
-    page = render_report([run])
+    page = page_of([run])
     check_safe(page)
     assert page.encode()
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e]", page)
@@ -216,7 +220,7 @@ def test_hostile_layers_metric_and_folder(make_run: Callable[..., Run], recipe: 
     run = make_run("<b>&amp;", sizes=layers, frozen={ATTACK: [[1]]})
     run.files.metrics.write_text(run.files.metrics.read_text().replace("test_top1", ATTACK), encoding="utf-8")
     run.files.environment.write_text(json.dumps({"metric": ATTACK}), encoding="utf-8")
-    outline = check_safe(render_report([read_run(run.path)]))
+    outline = check_safe(page_of([read_run(run.path)]))
     assert any(ATTACK in data for _, data in outline.texts)
     assert any("(the model itself)" in data for _, data in outline.texts)
 
@@ -237,11 +241,11 @@ def test_odd_numbers(make_run: Callable[..., Run], recipe: Any, value: float) ->
         "probe_seconds",
     )
     rows = [dict.fromkeys(columns, value)] * 3
-    check_safe(render_report([make_run("n", metrics=rows), make_run("b", recipe(policy=BASELINE))]))
+    check_safe(page_of([make_run("n", metrics=rows), make_run("b", recipe(policy=BASELINE))]))
 
 
 def test_one_epoch_and_nothing_frozen(make_run: Callable[..., Run], recipe: Any) -> None:
-    page = render_report([make_run("run", recipe(epochs=1))])
+    page = page_of([make_run("run", recipe(epochs=1))])
     check_safe(page)
     assert "No run ever froze a neuron." in page
     assert "There is no baseline to compare with" in page
@@ -250,7 +254,7 @@ def test_one_epoch_and_nothing_frozen(make_run: Callable[..., Run], recipe: Any)
 
 @pytest.mark.usefixtures("undrawn")
 def test_metrics_that_were_never_measured(make_run: Callable[..., Run]) -> None:
-    page = render_report([make_run("run", metrics=[{"test_top1": math.nan}] * 3, frozen=FROZEN)])
+    page = page_of([make_run("run", metrics=[{"test_top1": math.nan}] * 3, frozen=FROZEN)])
     check_safe(page)
     assert "never measured" in page
 
@@ -260,8 +264,8 @@ def test_custom_metric_and_different_metrics(make_run: Callable[..., Run], recip
     run = make_run("own", metrics=[{"dice": 0.5 + epoch / 10} for epoch in range(3)])
     run.files.environment.write_text(json.dumps({"metric": "dice"}))
     own = read_run(run.path)
-    assert "dice by epoch" in render_report([own])
-    page = render_report([own, make_run("b", recipe(policy=BASELINE))], allow_differences=True)
+    assert "dice by epoch" in page_of([own])
+    page = page_of([own, make_run("b", recipe(policy=BASELINE))], allow_differences=True)
     check_safe(page)
     assert "dice by epoch" not in page
 
@@ -270,7 +274,7 @@ def test_custom_metric_and_different_metrics(make_run: Callable[..., Run], recip
 def test_long_runs_say_what_is_drawn(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("neq_cli.runs.views.report.fields.MOST_EPOCHS", 2)
     monkeypatch.setattr("neq_cli.runs.views.report.fields.MOST_COLUMNS", 2)
-    page = render_report([make_run("run", frozen=FROZEN)])
+    page = page_of([make_run("run", frozen=FROZEN)])
     assert "2 of 3 epochs are drawn, evenly spread." in page
     assert "A cell takes together 1 layer and 2 epochs" in page
 
@@ -279,13 +283,13 @@ def test_long_runs_say_what_is_drawn(make_run: Callable[..., Run], monkeypatch: 
 def test_runs_that_cannot_be_compared(make_run: Callable[..., Run], recipe: Any) -> None:
     made = [make_run("a"), make_run("b", recipe(epochs=2))]
     with pytest.raises(NeqError, match="--allow-differences"):
-        render_report(made)
-    check_safe(render_report(made, allow_differences=True))
+        page_of(made)
+    check_safe(page_of(made, allow_differences=True))
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_what_differs_is_told_first(runs: list[Run]) -> None:
-    outline = check_safe(render_report(runs))
+    outline = check_safe(page_of(runs))
     rows = [[" ".join(cell.split()) for cell in row] for row in outline.rows]
     assert ["policy.kind", "baseline", "1"] in rows
     assert ["", "neq", "2"] in rows
@@ -295,7 +299,7 @@ def test_what_differs_is_told_first(runs: list[Run]) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_writing(tmp_path: Path, runs: list[Run]) -> None:
-    page = render_report(runs[:1])
+    page = page_of(runs[:1])
     path = tmp_path / "new" / "report.html"
     write_page(path, "old" + page[:500])
     write_page(path, page)
