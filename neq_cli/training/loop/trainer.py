@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, TrainingError
-from neq_cli.events import EpochRecord, LayerState, Pause, Record, StepProgress
-from neq_cli.freezing import Freezer, LayerFlops, Observation
+from neq_cli.events import Pause, Record, StepProgress
+from neq_cli.freezing import Freezer
 from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
 from neq_cli.training.batches.loaders import Loaders
 from neq_cli.training.errors import divergence_mend
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
+from neq_cli.training.loop.epoch_record import Scores, epoch_record
 from neq_cli.training.loop.running_epoch import PLAIN, Clock, RunningEpoch
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task
@@ -120,27 +121,16 @@ class Trainer:
             self.scheduler.step()
         self.epoch, self.so_far = epoch, None
         self.startup.finish()
-        layers = tuple(
-            _layer_state(name, self.freezer.layers[name].kind, trained[name], observation, flops.layers[name])
-            for name, observation in observations.items()
+        yield epoch_record(
+            so_far,
+            Scores(learning_rate, trained_on, tested_on),
+            self.freezer,
+            observations,
+            trained,
+            flops,
+            epoch_seconds=before + time.perf_counter() - started,
+            probe_seconds=probe_seconds,
         )
-        metrics = {
-            "epoch": epoch,
-            "lr": learning_rate,
-            **{f"train_{name}": value for name, value in trained_on.items()},
-            **{f"test_{name}": value for name, value in tested_on.items()},
-            "neurons": sum(layer.neurons for layer in layers),
-            "frozen": sum(layer.frozen for layer in layers),
-            "flops_paper": flops.paper,
-            "flops_executed": flops.executed,
-            "flops_paper_dense": flops.paper_dense,
-            "flops_executed_dense": flops.executed_dense,
-            "bytes_per_step": so_far.bytes_sent / max(1, so_far.steps),
-            "images_per_second": so_far.images / max(so_far.train_seconds, 1e-9),
-            "epoch_seconds": before + time.perf_counter() - started,
-            "probe_seconds": probe_seconds,
-        }
-        yield EpochRecord(epoch, metrics, layers)
 
     def _train(self, so_far: RunningEpoch) -> Iterator[Record | Pause]:
         """The rest of a pass over the training data."""
@@ -285,17 +275,3 @@ def _check_keys(state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     odd = set(state) ^ set(known)
     if odd:
         raise ValueError(f"scheduler: {', '.join(sorted(map(str, odd)))} comes or goes")
-
-
-def _layer_state(name: str, kind: str, trained: Tensor, observation: Observation, flops: LayerFlops) -> LayerState:
-    return LayerState(
-        name=name,
-        kind=kind,
-        phi=observation.phi.numpy(),
-        delta_phi=observation.delta_phi.numpy(),
-        velocity=observation.velocity.numpy(),
-        trained=trained.numpy(),
-        trainable=observation.trainable.numpy(),
-        flops_paper=flops.paper,
-        flops_executed=flops.executed,
-    )
