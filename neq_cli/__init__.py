@@ -6,10 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neq_cli.freed_memory import keep_freed_memory
-    from neq_cli.freezing import Baseline, Freezer, NEq, Observation, Policy, Stochastic
+    from neq_cli.freezing import Baseline, Budget, Freezer, Front, NEq, Observation, Policy, Stochastic
 
 __version__ = "0.1.0"
-__all__ = ["Baseline", "Freezer", "NEq", "Observation", "Policy", "Stochastic", "__version__", "keep_freed_memory"]
+__all__ = [
+    "Baseline",
+    "Budget",
+    "Freezer",
+    "Front",
+    "NEq",
+    "Observation",
+    "Policy",
+    "Stochastic",
+    "__version__",
+    "keep_freed_memory",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -127,6 +127,7 @@ OVERRIDES: dict[str, list[str]] = {
     "entrypoint": ["batch_size=200"],
     "resnet32-cifar10": ["batch_size=8"],
     "resnet32-cifar10-adam": ["batch_size=8"],
+    "resnet32-cifar10-front": ["batch_size=8"],
     "resnet18-imagenet": ["batch_size=4", "data.image_size=32"],
     "swin_b-imagenet": [*SWIN, "batch_size=4", "data.image_size=32", "precision=bf16"],  # a CPU has no fp16 training
     "deeplabv3_resnet50-coco": [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.freezing.backward.sliced import BackwardMode, why_dense
 from neq_cli.freezing.equilibrium import Definition
-from neq_cli.freezing.flops import Execution, Flops, count_flops
+from neq_cli.freezing.flops import Execution, Flops, count_flops, forward_cost
 from neq_cli.freezing.model.axes import with_found_axes
+from neq_cli.freezing.model.front import front_of, outside_of
 from neq_cli.freezing.model.neurons import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -46,30 +47,65 @@ class Anatomy:
         *,
         rows_computed: Mapping[str, int] | None = None,
         compiled: bool = False,
+        still: Collection[str] = (),
     ) -> Flops:
         """Return one sample's back-propagation with these sets (bool, [neurons]) or trainable shares in force.
 
         ``rows_computed`` are those that a backward pass really computed, by layer, where one has run. ``compiled``:
-        torch.compile runs the model.
+        torch.compile runs the model. ``still``: parameters outside neurons that stand still with the front.
         """
-        execution = self._execution(mode, compiled, rows_computed or {})
+        execution = self._execution(mode, compiled, rows_computed or {}, still)
         return count_flops(self.neurons, self.trace, trainable, execution)
 
-    def reached(self, trainable: Mapping[str, Tensor], mode: BackwardMode, *, compiled: bool = False) -> frozenset[str]:
+    @cached_property
+    def may_freeze(self) -> tuple[str, ...]:
+        """The layers that a policy may freeze, in forward order."""
+        return tuple(name for name in self.neurons.layers if name not in self.never_frozen)
+
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """Every layer's forward pass on one sample, in the paper's unit."""
+        return {name: forward_cost(layer, self.trace) for name, layer in self.neurons.layers.items()}
+
+    def front(self, frozen: Collection[str]) -> frozenset[str]:
+        """Return those of the layers to be ``frozen`` whole that nothing which trains lies before.
+
+        Layers that never freeze train, and so does all that is tied to one that is not ``frozen``.
+        """
+        held = {name for name in frozen if name not in self.never_frozen}
+        held -= {name for tie in self.neurons.ties if not tie <= held for name in tie}
+        return front_of(self.trace, held | self.neurons.fixed.keys())
+
+    def outside_front(self, trainable: Mapping[str, Tensor]) -> frozenset[str]:
+        """Return the parameters outside neurons that lie in the front of what these sets freeze whole."""
+        whole = {name for name, rows in trainable.items() if not bool(rows.any())}
+        return outside_of(self.trace, self.neurons.outside, self.front(whole))
+
+    def reached(
+        self,
+        trainable: Mapping[str, Tensor],
+        mode: BackwardMode,
+        *,
+        compiled: bool = False,
+        still: Collection[str] = (),
+    ) -> frozenset[str]:
         """Return the layers that an error reaches: in truncated mode frozen layers may cut others off from it."""
         shares = {name: float(rows.any()) for name, rows in trainable.items()}
-        blocking = self._execution(mode, compiled, {}).blocking(self.neurons, shares)
-        return propagate(self.trace, shares, blocking).reached
+        execution = self._execution(mode, compiled, {}, still)
+        return propagate(self.trace, shares, execution.blocking(self.neurons, shares), execution.still).reached
 
     def unreached_outside(self, trainable: Mapping[str, Tensor]) -> list[str]:
         """Return the parameters outside neurons that no error reaches in truncated mode with these sets."""
         shares = {name: float(rows.any()) for name, rows in trainable.items()}
-        reached = parameters_reached(self.trace, self._execution("truncated", False, {}).blocking(self.neurons, shares))
+        execution = self._execution("truncated", False, {}, ())
+        reached = parameters_reached(self.trace, execution.blocking(self.neurons, shares))
         return [name for name in self.neurons.outside if name not in reached]
 
-    def _execution(self, mode: BackwardMode, compiled: bool, rows_computed: Mapping[str, int]) -> Execution:
+    def _execution(
+        self, mode: BackwardMode, compiled: bool, rows_computed: Mapping[str, int], still: Collection[str]
+    ) -> Execution:
         dense = frozenset([*self.dense_because, *(self.functional if compiled else ())])
-        return Execution(mode, dense, rows_computed, compiled, attached=self.attached)
+        return Execution(mode, dense, rows_computed, compiled, self.attached, frozenset(still))
 
     @property
     def functional(self) -> dict[str, str]:

@@ -35,6 +35,7 @@ class Execution:
     rows_computed: Mapping[str, int]
     compiled: bool
     attached: bool
+    still: frozenset[str] = frozenset()
 
     @property
     def whole(self) -> bool:
@@ -114,7 +115,8 @@ def count_flops(neurons: Neurons, trace: Trace, trainable: Shares, execution: Ex
     shares = {name: _share(trainable[name]) for name in neurons.layers}
     dense = propagate(trace, everything)
     training = everything if execution.attached else shares
-    now = dense if execution.whole else propagate(trace, training, execution.blocking(neurons, shares))
+    still = frozenset() if execution.attached else execution.still
+    now = dense if execution.whole else propagate(trace, training, execution.blocking(neurons, shares), still)
     layers = {}
     for name, layer in neurons.layers.items():
         cost, share = forward_cost(layer, trace), shares[name]

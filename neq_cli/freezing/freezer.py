@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,8 @@ class Freezer:
         self.policy: Policy = NEq() if policy is None else policy
         self.mu: float = getattr(self.policy, "mu", 0.5)
         self.definition: Definition = getattr(self.policy, "definition", "paper")
+        self.still: frozenset[str] = frozenset()  # parameters outside neurons that stand still with the front
+        self.at_rest = 0  # epochs up to now in which all that may freeze was frozen, and it still is
         self.probe_autocast = probe_autocast
         self.process_group = process_group
         self._agreement = Agreement(process_group)
@@ -146,6 +149,7 @@ class Freezer:
         dynamics = {name: self.dynamics[name].next(phi[name], self.mu, self.definition) for name in self.layers}
         trainable = self._agreement.choose(lambda: self._chosen(dynamics), self.layers)
         self.epoch += 1
+        self.at_rest = self.at_rest + 1 if self.all_frozen and self._all_frozen(trainable) else 0
         self.dynamics = dynamics
         self._remember(snapshot(self.model))
         self._put_in_force(trainable)
@@ -163,6 +167,11 @@ class Freezer:
         return self.hold.anatomy.neurons.layers
 
     @property
+    def all_frozen(self) -> bool:
+        """Whether everything that may freeze is frozen."""
+        return self._all_frozen(self.trainable)
+
+    @property
     def bookkeeping_seconds(self) -> float:
         """Seconds spent so far within training steps: keeping frozen rows as they are, and timing kernels."""
         return self.hold.keeper.seconds + self.dispatch.seconds
@@ -174,7 +183,11 @@ class Freezer:
         trainable rows are counted, after it, those that were computed.
         """
         return self.anatomy.flops(
-            self.trainable, self.backward, rows_computed=self._rows_computed(), compiled=self.compiled
+            self.trainable,
+            self.backward,
+            rows_computed=self._rows_computed(),
+            compiled=self.compiled,
+            still=self.still,
         )
 
     def kernels(self) -> dict[str, KernelUse]:
@@ -194,7 +207,8 @@ class Freezer:
             if self._standing.replaced(now):
                 overwrite(previous := {}, snapshot(self.model))
         computed = {name: rows for name, rows in self._rows_computed().items() if name in dynamics}
-        return State(self.epoch, dynamics, trainable, previous, self.policy.state_dict(), computed).to_dict()
+        policy = self.policy.state_dict()
+        return State(self.epoch, dynamics, trainable, previous, policy, computed, self.at_rest).to_dict()
 
     @outside_inference_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -206,7 +220,7 @@ class Freezer:
         check_state(state, self.layers, self._previous, fixed_tensors(self.model))
         found = State.of(state, self.layers)
         load_policy(self.policy, found.policy)
-        self.epoch, self.dynamics = found.epoch, dict(found.dynamics)
+        self.epoch, self.at_rest, self.dynamics = found.epoch, found.at_rest, dict(found.dynamics)
         # Buffers without a tensor are lost where a state was flattened.
         empty = {name: None for name, tensor in self._previous.items() if tensor is None}
         self._remember({**empty, **found.previous}, device_of(self.model))
@@ -218,7 +232,8 @@ class Freezer:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self._looking.remove()
         self.hold.remove()
-        self.trainable, self._computed = everything(self.layers), {}
+        self.trainable, self.still, self._computed = everything(self.layers), frozenset(), {}
+        self.at_rest = 0
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -294,24 +309,38 @@ class Freezer:
             whole = everything(self.layers)
             self._put_in_force({**self.trainable, **{name: whole[name] for name in names}})
 
+    def _all_frozen(self, trainable: Mapping[str, Tensor]) -> bool:
+        names = self.anatomy.may_freeze
+        return bool(names) and not any(bool(trainable[name].any()) for name in names)
+
     def _say(self, note: str) -> None:
         self.notes.append(f"epoch {self.epoch + 1}: {note}")
         logger.warning(note)
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}
-        self.hold.put_in_force(trainable)
+        with_outside = getattr(self.policy, "scope", "neuron") == "front"
+        self.still = self.anatomy.outside_front(trainable) if with_outside else frozenset()
+        self.hold.put_in_force(trainable, self.still)
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
+        if hasattr(self.policy, "look"):
+            self.policy.look(self.anatomy, _learning_rate(self.optimizer))
         chosen = self.policy.choose(observe(dynamics, self.trainable), self.epoch + 1)
         return settle(chosen, type(self.policy).__name__, self.anatomy, dynamics)
 
     def _held(self) -> Iterator[bytes]:
         """Yield all in which the processes must agree."""
         changed = self._standing.compared(self._standing.now(self.model, self.optimizer))
-        yield f"{self.epoch} {self.backward} {self.mu} {self.definition} {list(self.layers)} {changed}".encode()
+        scope = getattr(self.policy, "scope", "neuron")
+        yield f"{self.epoch} {self.backward} {self.mu} {self.definition} {scope} {list(self.layers)} {changed}".encode()
         yield from as_bytes(self.trainable, [moved.phi for moved in self.dynamics.values()])
 
     def _rows_computed(self) -> dict[str, int]:
         """Return by layer how many rows the last backward pass computed, where that is known."""
         return {**self._computed, **self.hold.rows_computed()}
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the largest of the groups' learning rates; NaN where the optimiser has none."""
+    return max((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), default=math.nan)

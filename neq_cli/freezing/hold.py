@@ -61,17 +61,20 @@ class Hold:
             one.register_step_post_hook(self.slicing.settle) for one in self.keeper.optimizers
         ]
 
-    def put_in_force(self, trainable: Mapping[str, Tensor]) -> None:
-        """Hold from now on what ``trainable`` (bool, [neurons], by layer) leaves out, as it is at this moment."""
+    def put_in_force(self, trainable: Mapping[str, Tensor], still: frozenset[str] = frozenset()) -> None:
+        """Hold from now on what ``trainable`` (bool, [neurons], by layer) leaves out, as it is at this moment.
+
+        ``still``: parameters outside neurons that are held as well.
+        """
         self.trainable = trainable
-        self.slicing.put_in_force(trainable)
+        self.slicing.put_in_force(trainable, still)
         held = trainable
         if self.mode == "truncated":
             # What no error reaches has nothing to learn from: it is paused like what is frozen.
-            reached = self.anatomy.reached(trainable, self.mode, compiled=self.compiled)
+            reached = self.anatomy.reached(trainable, self.mode, compiled=self.compiled, still=still)
             self._leave_unreached()
             held = {name: rows & (name in reached) for name, rows in trainable.items()}
-        self.keeper.keep(held)
+        self.keeper.keep(held, still)
         frozen = [name for name, rows in held.items() if not bool(rows.all())]
         layers = self.anatomy.neurons.layers
         self._places = Places(self.model, {rows.parameter for name in frozen for rows in layers[name].rows})

@@ -34,6 +34,7 @@ class State:
     previous: Mapping[str, Tensor | None]
     policy: Mapping[str, Any]
     computed: Mapping[str, int]
+    at_rest: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as nested dictionaries of tensors and plain values only."""
@@ -52,6 +53,7 @@ class State:
             "previous": dict(self.previous),
             "policy": self.policy,
             "computed": dict(self.computed),
+            "at_rest": self.at_rest,
         }
 
     @staticmethod
@@ -65,6 +67,7 @@ class State:
             state["previous"],
             state.get("policy", {}),  # an empty dictionary is lost where a state was flattened
             state.get("computed", {}),
+            state.get("at_rest", 0),  # states of before have none
         )
 
 
@@ -101,6 +104,7 @@ def check_state(
     if type(state.get("version")) is not int or state["version"] != STATE_VERSION:
         raise FreezingError(f"freezer state: version {_short(state.get('version'))} is not version {STATE_VERSION}")
     _whole_number(state.get("epoch"), MOST_EPOCHS, "epoch")
+    _whole_number(state.get("at_rest", 0), MOST_EPOCHS, "at_rest")
     _check_layers(_mapping(state.get("layers"), "layers"), layers)
     _check_previous(_mapping(state.get("previous"), "previous"), previous, fixed)
     _mapping(state.get("policy", {}), "policy")

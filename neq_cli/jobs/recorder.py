@@ -99,8 +99,21 @@ class Recorder:
             self.progress.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
+        if self.trainer.epoch < self.session.recipe.epochs:
+            self._say_why_it_ended()
         if self.writer is not None:
             _save_weights(self.session, self.writer)
+
+    def _say_why_it_ended(self) -> None:
+        wanted, epochs = self.session.recipe.stop_when_frozen, self.session.recipe.epochs
+        stood = "1 epoch" if wanted == 1 else f"{wanted} epochs"
+        note = (
+            f"stop_when_frozen: all that may freeze has stood still for {stood}; "
+            f"ended after epoch {self.trainer.epoch} of {epochs}"
+        )
+        self.progress.message(note)
+        if self.writer is not None:
+            self.writer.write_note(note)
 
     def _say_what_took(self, record: EpochRecord) -> None:
         """Say what the epoch took that others need not, where it was much."""

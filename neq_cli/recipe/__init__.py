@@ -10,14 +10,24 @@ from neq_cli.recipe.keys import (
     Recipe,
     SchedulerSection,
 )
-from neq_cli.recipe.policy_keys import BaselinePolicy, CustomPolicy, NEqPolicy, PolicySection, StochasticPolicy
+from neq_cli.recipe.policy_keys import (
+    BaselinePolicy,
+    BudgetPolicy,
+    CustomPolicy,
+    FrontPolicy,
+    NEqPolicy,
+    PolicySection,
+    StochasticPolicy,
+)
 from neq_cli.recipe.values import Section
 
 __all__ = [
     "BaselinePolicy",
+    "BudgetPolicy",
     "Check",
     "CustomPolicy",
     "DataSection",
+    "FrontPolicy",
     "ModelSection",
     "NEqPolicy",
     "OptimizerSection",

@@ -282,6 +282,12 @@ class Recipe(Section):
     checkpoint_minutes: Annotated[Positive, SURROUNDINGS] = Field(
         default=15.0, description="minutes between checkpoints within an epoch; one follows every epoch anyway"
     )
+    stop_when_frozen: Annotated[Count | None, COURSE] = Field(
+        default=None,
+        description="end once all that may freeze has been frozen for so many epochs, after the last drop of the "
+        "learning rate; null: train all epochs",
+        examples=[3],
+    )
     sync_batchnorm: Annotated[bool, RESULT] = Field(
         default=False, description="batch norm over the batches of all processes; without effect where there is one"
     )
@@ -328,6 +334,13 @@ def warnings(recipe: Recipe) -> tuple[str, ...]:
             )
         if recipe.policy.epsilon == 0 and recipe.policy.definition == "paper":
             found.append("policy.epsilon: 0 freezes nothing, for no |velocity| is below it (Eq. 6)")
+        if recipe.policy.scope != "neuron" and recipe.policy.share == 1:
+            found.append(
+                f"policy.share: 1 with scope {recipe.policy.scope}, so that a layer freezes only once every one of its "
+                "neurons is at equilibrium; 0.8 is what most need"
+            )
+        if recipe.policy.thaw_at_lr_drop is not None and recipe.scheduler.name.lower() == "constant":
+            found.append("policy.thaw_at_lr_drop: nothing thaws by it, for without a scheduler no learning rate falls")
     if recipe.scheduler.warmup_epochs > recipe.epochs:
         found.append(
             f"scheduler.warmup_epochs: {recipe.scheduler.warmup_epochs} epochs of warm-up, but the run ends after "

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from neq_cli.recipe.values import DRAW, RESULT, Entrypoint, NotNegative, Section, Share, Words
+from neq_cli.recipe.values import DRAW, RESULT, Entrypoint, NotNegative, Scope, Section, Share, Words
 
+ShareAboveZero = Annotated[float, Field(gt=0, le=1)]
 MATCH = "match"  # alone, where a sweep is to find the run
 MatchedRun = Annotated[str, Field(pattern=f"^{MATCH}:.+"), Words(f"{MATCH}:RUN_DIR")]
 
@@ -34,6 +35,18 @@ class NEqPolicy(Section):
     definition: Annotated[Literal["paper", "reference"], RESULT] = Field(
         default="paper", description="paper: its equations; reference: what the authors' code computes"
     )
+    scope: Annotated[Scope, RESULT] = Field(
+        default="neuron",
+        description="neuron: the paper's; layer: whole layers; front: whole layers before which nothing trains",
+    )
+    share: Annotated[ShareAboveZero, RESULT] = Field(
+        default=1.0, description="a layer of which this share is at equilibrium freezes whole", examples=[0.8]
+    )
+    thaw_at_lr_drop: Annotated[float | None, Field(gt=1), RESULT] = Field(
+        default=None,
+        description="all trains for an epoch when the learning rate has fallen by this factor; null: never",
+        examples=[10],
+    )
 
 
 def matched_run(p: object) -> str | None:
@@ -48,11 +61,14 @@ def match_with(run: object) -> str:
 
 
 class StochasticPolicy(Section):
-    """Freezes a random share of every layer's neurons, drawn anew each epoch."""
+    """Freezes at random, drawn anew each epoch: a share of every layer's neurons, whole layers, or a front."""
 
     kind: Annotated[Literal["stochastic"], RESULT] = "stochastic"
     p: Annotated[Share | MatchedRun, RESULT] = Field(
-        description="share of neurons; match:RUN_DIR takes the p with that run's mean paper FLOPs", examples=[0.5]
+        description="share frozen; match:RUN_DIR takes the p with that run's mean paper FLOPs", examples=[0.5]
+    )
+    scope: Annotated[Scope, RESULT] = Field(
+        default="neuron", description="neuron: p of every layer's; layer, front: whole layers of p of the FLOPs"
     )
     matched_p: Annotated[Share | None, DRAW] = Field(
         default=None, description="what match: came to; written into the resolved recipe", examples=[0.38]
@@ -67,6 +83,30 @@ class StochasticPolicy(Section):
     def run_to_match(self) -> str | None:
         """The run directory whose FLOPs p is yet to be matched to, None where the share is known."""
         return matched_run(self.p) if self.share is None else None
+
+
+class FrontPolicy(Section):
+    """Freezes the leading layers by a schedule, as FreezeOut and Composer's LayerFreezing do; a yardstick."""
+
+    kind: Annotated[Literal["front"], RESULT] = "front"
+    start: Annotated[float, Field(ge=0, lt=1), RESULT] = Field(
+        default=0.5, description="share of the epochs after which the first layers freeze"
+    )
+    level: Annotated[ShareAboveZero, RESULT] = Field(
+        default=1.0, description="share of the layers that is frozen in the last epoch"
+    )
+
+
+class BudgetPolicy(Section):
+    """Freezes the neurons of the lowest |velocity| until a share of the paper's FLOPs trains."""
+
+    kind: Annotated[Literal["budget"], RESULT] = "budget"
+    flops: Annotated[ShareAboveZero, RESULT] = Field(
+        description="share of the paper's FLOPs that trains from epoch 2 on", examples=[0.5]
+    )
+    mu: Annotated[float, Field(ge=0, lt=1), RESULT] = Field(
+        default=0.5, description="damping of the velocity (Eq. 4); safe up to 0.5"
+    )
 
 
 class CustomPolicy(Section):
@@ -86,6 +126,8 @@ POLICIES: dict[str, type[Section]] = {
     "baseline": BaselinePolicy,
     "neq": NEqPolicy,
     "stochastic": StochasticPolicy,
+    "front": FrontPolicy,
+    "budget": BudgetPolicy,
     "entrypoint": CustomPolicy,
 }
 
@@ -101,6 +143,8 @@ PolicySection = Annotated[
     Annotated[BaselinePolicy, Tag("baseline")]
     | Annotated[NEqPolicy, Tag("neq")]
     | Annotated[StochasticPolicy, Tag("stochastic")]
+    | Annotated[FrontPolicy, Tag("front")]
+    | Annotated[BudgetPolicy, Tag("budget")]
     | Annotated[CustomPolicy, Tag("entrypoint")],
     Discriminator(lambda policy: str(policy_kind(policy))),
 ]

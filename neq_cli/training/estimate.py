@@ -10,11 +10,11 @@ import torch
 
 from neq_cli.errors import RecipeValueError
 from neq_cli.freezing.anatomy import anatomy_of
-from neq_cli.recipe import Recipe, StochasticPolicy
+from neq_cli.recipe import FrontPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
 from neq_cli.training.models.build import build_on_meta
 from neq_cli.training.models.outline import images_shape
-from neq_cli.training.policies import chosen_share, match, mean_stochastic_flops
+from neq_cli.training.policies import chosen_share, match, mean_front_flops, mean_stochastic_flops
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class FlopsEstimate:
 def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsEstimate:
     """Count without training, data or weights: the model is built without numbers, on the meta device.
 
-    A stochastic policy is averaged over the epochs; the sets of any other are known only to training, so it counts as
-    dense. Raises RecipeError where the data does not tell the size of its images.
+    A stochastic policy and a front by schedule are averaged over the epochs; the sets of any other policy are known
+    only to training, so it counts as dense. Raises RecipeError where the data does not tell the size of its images.
     """
     model = build_on_meta(recipe.model, class_count(recipe.data))
     shape = images_shape(recipe.data, model)
@@ -44,8 +44,11 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe, notes = match(recipe, model, (1, *shape), matched_flops)
     paper, executed = dense.paper, dense.executed
-    if isinstance(recipe.policy, StochasticPolicy):
-        paper, executed = mean_stochastic_flops(anatomy, chosen_share(recipe.policy), recipe.epochs, recipe.backward)
+    policy, epochs, mode = recipe.policy, recipe.epochs, recipe.backward
+    if isinstance(policy, StochasticPolicy):
+        paper, executed = mean_stochastic_flops(anatomy, chosen_share(policy), epochs, mode, policy.scope)
+    if isinstance(policy, FrontPolicy):
+        paper, executed = mean_front_flops(anatomy, policy, epochs, mode)
     layers = {
         name: {
             "kind": layer.kind,

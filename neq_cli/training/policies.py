@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neq_cli.errors import NeqError, RecipeValueError, one_line
-from neq_cli.freezing import Baseline, NEq, Policy, Stochastic
+from neq_cli.freezing import Baseline, Budget, Front, NEq, Observation, Policy, Stochastic
 from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.backward.sliced import BackwardMode
-from neq_cli.freezing.policies import frozen_count
-from neq_cli.recipe import BaselinePolicy, NEqPolicy, PolicySection, Recipe, StochasticPolicy
+from neq_cli.freezing.equilibrium import Dynamics
+from neq_cli.freezing.model.neurons import everything
+from neq_cli.freezing.policies import Scope, observe
+from neq_cli.freezing.yardsticks import frozen_count
+from neq_cli.recipe import (
+    BaselinePolicy,
+    BudgetPolicy,
+    FrontPolicy,
+    NEqPolicy,
+    PolicySection,
+    Recipe,
+    StochasticPolicy,
+)
 from neq_cli.recipe.entrypoints import load_entrypoint
 
+_DRAWS = 200  # of random layers, whose mean is told
 
-def build_policy(section: PolicySection, seed: int) -> Policy:
-    """Return the policy that ``section`` names; random draws follow from ``seed``.
+
+def build_policy(section: PolicySection, seed: int, epochs: int) -> Policy:
+    """Return the policy that ``section`` names; random draws follow from ``seed``, schedules from ``epochs``.
 
     ``p: match:RUN_DIR`` needs ``matched_p``, see ``matching_p``. Raises RecipeValueError for an entrypoint that fails
     or whose result is no policy.
@@ -29,9 +43,20 @@ def build_policy(section: PolicySection, seed: int) -> Policy:
         with warnings.catch_warnings():
             # Whoever loads the recipe says it, with the key's name.
             warnings.filterwarnings("ignore", message="mu=")
-            return NEq(section.epsilon, section.mu, section.definition)
+            return NEq(
+                section.epsilon,
+                section.mu,
+                section.definition,
+                scope=section.scope,
+                share=section.share,
+                thaw_at_lr_drop=section.thaw_at_lr_drop,
+            )
     if isinstance(section, StochasticPolicy):
-        return Stochastic(chosen_share(section), seed)
+        return Stochastic(chosen_share(section), seed, scope=section.scope)
+    if isinstance(section, FrontPolicy):
+        return Front(section.start, section.level, epochs)
+    if isinstance(section, BudgetPolicy):
+        return Budget(section.flops, section.mu)
     make = load_entrypoint(section.entrypoint, "policy.entrypoint")
     try:
         policy = make(**section.kwargs)
@@ -64,20 +89,58 @@ def trainable_shares(anatomy: Anatomy, p: float) -> dict[str, float]:
     }
 
 
-def mean_stochastic_flops(anatomy: Anatomy, p: float, epochs: int, mode: BackwardMode = "exact") -> tuple[float, float]:
-    """Return (paper, executed) multiply-adds per sample, averaged over a run whose first epoch trains everything."""
-    flops = anatomy.flops(trainable_shares(anatomy, p), mode)
-    return tuple(  # type: ignore[return-value]
-        (dense + (epochs - 1) * frozen) / epochs
-        for dense, frozen in ((flops.paper_dense, flops.paper), (flops.executed_dense, flops.executed))
-    )
+def mean_stochastic_flops(
+    anatomy: Anatomy, p: float, epochs: int, mode: BackwardMode = "exact", scope: Scope = "neuron"
+) -> tuple[float, float]:
+    """Return (paper, executed) multiply-adds per sample, averaged over a run whose first epoch trains everything.
+
+    Where whole layers freeze, what is executed depends on which: it is the mean of many draws.
+    """
+    if scope == "neuron":
+        flops = anatomy.flops(trainable_shares(anatomy, p), mode)
+        dense, later = (flops.paper_dense, flops.executed_dense), (flops.paper, flops.executed)
+    else:
+        dense = _flops_of_sets(anatomy, everything(anatomy.neurons.layers), mode)
+        policy, unseen = Stochastic(p, scope=scope), _unseen(anatomy)
+        policy.look(anatomy, 0.0)
+        drawn = [_flops_of_sets(anatomy, policy.choose(unseen, 1), mode) for _ in range(_DRAWS)]
+        later = (dense[0] - 2 * p * _freezable(anatomy), sum(executed for _, executed in drawn) / _DRAWS)
+    return tuple((first + (epochs - 1) * other) / epochs for first, other in zip(dense, later, strict=True))  # type: ignore[return-value]
 
 
-def matching_p(anatomy: Anatomy, paper_flops: float, epochs: int) -> float:
+def mean_front_flops(anatomy: Anatomy, section: FrontPolicy, epochs: int, mode: BackwardMode) -> tuple[float, float]:
+    """Return (paper, executed) multiply-adds per sample, averaged over the schedule's ``epochs``."""
+    policy, unseen = Front(section.start, section.level, epochs), _unseen(anatomy)
+    policy.look(anatomy, 0.0)
+    of_epochs = [_flops_of_sets(anatomy, everything(anatomy.neurons.layers), mode)]
+    of_epochs += [_flops_of_sets(anatomy, policy.choose(unseen, epoch), mode) for epoch in range(1, epochs)]
+    return tuple(sum(each) / epochs for each in zip(*of_epochs, strict=True))
+
+
+def _unseen(anatomy: Anatomy) -> dict[str, Observation]:
+    layers = anatomy.neurons.layers
+    return observe({name: Dynamics.start(layer.neurons) for name, layer in layers.items()}, everything(layers))
+
+
+def _flops_of_sets(anatomy: Anatomy, sets: Mapping[str, Tensor], mode: BackwardMode) -> tuple[float, float]:
+    trains = {name: rows | (name in anatomy.never_frozen) for name, rows in sets.items()}
+    flops = anatomy.flops(trains, mode, still=anatomy.outside_front(trains))
+    return flops.paper, flops.executed
+
+
+def _freezable(anatomy: Anatomy) -> float:
+    return sum(anatomy.costs[name] for name in anatomy.may_freeze)
+
+
+def matching_p(anatomy: Anatomy, paper_flops: float, epochs: int, scope: Scope = "neuron") -> float:
     """Return the p whose mean paper FLOPs over ``epochs`` come closest to ``paper_flops``.
 
-    The mean falls with p in steps, one wherever int(p * n) changes in some layer; p is taken from the middle of a step.
+    For single neurons the mean falls with p in steps, one wherever int(p * n) changes in some layer; p is taken from
+    the middle of a step.
     """
+    if scope != "neuron":
+        dense, all_frozen = (mean_stochastic_flops(anatomy, p, epochs, scope=scope)[0] for p in (0.0, 1.0))
+        return min(1.0, max(0.0, (dense - paper_flops) / (dense - all_frozen))) if dense > all_frozen else 0.0
     sizes = {layer.neurons for name, layer in anatomy.neurons.layers.items() if name not in anatomy.never_frozen}
     edges = sorted({count / size for size in sizes for count in range(size + 1)} | {0.0, 1.0})
     middles = [0.0, *((low + high) / 2 for low, high in pairwise(edges)), 1.0]
@@ -99,7 +162,7 @@ def matching_note(policy: StochasticPolicy, anatomy: Anatomy, paper_flops: float
 
     p acts on whole neurons, so that in narrow layers even the nearest may lie some percent beside.
     """
-    reached = mean_stochastic_flops(anatomy, chosen_share(policy), epochs)[0]
+    reached = mean_stochastic_flops(anatomy, chosen_share(policy), epochs, scope=policy.scope)[0]
     return (
         f"{policy.p}: p={chosen_share(policy):.4g} comes to {reached:.6g} mean paper FLOPs, "
         f"{100 * (reached / paper_flops - 1):+.2f}% beside the {paper_flops:.6g} to be matched; no p comes nearer, "
@@ -127,7 +190,7 @@ def match(
             f"'{policy.p}' has {matched_flops:.6g} mean FLOPs, and this model {dense:.6g} with nothing frozen; "
             "match a run of the same model on images of the same size",
         )
-    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs)})
+    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs, policy.scope)})
     note = matching_note(matched, anatomy, matched_flops, recipe.epochs)
     return recipe.model_copy(update={"policy": matched}), [note]
 
@@ -136,8 +199,18 @@ def describe_policy(policy: PolicySection) -> str:
     """Return what a run calls its policy: "neq epsilon=0.001 mu=0.5"."""
     if isinstance(policy, NEqPolicy):
         reference = "" if policy.definition == "paper" else f" definition={policy.definition}"
-        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}"
+        share = "" if policy.share == 1 else f" share={policy.share:g}"
+        thaws = "" if policy.thaw_at_lr_drop is None else f" thaw_at_lr_drop={policy.thaw_at_lr_drop:g}"
+        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}{_scope(policy.scope)}{share}{thaws}"
     if isinstance(policy, StochasticPolicy):
         matched = f" ({policy.p})" if policy.matched_p is not None else ""
-        return f"stochastic p={chosen_share(policy):.4g}{matched}"
+        return f"stochastic p={chosen_share(policy):.4g}{_scope(policy.scope)}{matched}"
+    if isinstance(policy, FrontPolicy):
+        return f"front start={policy.start:g} level={policy.level:g}"
+    if isinstance(policy, BudgetPolicy):
+        return f"budget flops={policy.flops:g} mu={policy.mu:g}"
     return getattr(policy, "entrypoint", policy.kind)
+
+
+def _scope(scope: str) -> str:
+    return "" if scope == "neuron" else f" scope={scope}"

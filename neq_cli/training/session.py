@@ -183,7 +183,7 @@ def _make_freezer(
                 model,
                 optimizer,
                 loaders.probe,
-                build_policy(recipe.policy, recipe.seed),
+                build_policy(recipe.policy, recipe.seed, recipe.epochs),
                 backward=recipe.backward,
                 dispatch=dispatch,
                 compiled=recipe.compile,

@@ -240,3 +240,17 @@ def test_a_run_with_an_entrypoint_trains_again_from_its_own_folder(
     again = running.train(load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "again", Silent())
     first, second = read_weights(tmp_path / "run" / "weights.safetensors"), read_weights(again / "weights.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_in_which_nothing_learns_any_more_ends_and_says_so(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "policy.epsilon=1e9", "stop_when_frozen=1")
+    run = running.train(loaded, tmp_path / "run", Silent())
+    assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    note = "stop_when_frozen: all that may freeze has stood still for 1 epoch; ended after epoch 2 of 3"
+    assert json.loads((run / "environment.json").read_text())["notes"].count(note) == 1
+    running.train(loaded, run, Silent(), resume=True)  # there is nothing left to be done
+    assert json.loads((run / "environment.json").read_text())["notes"].count(note) == 1
+    assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
+    running.train(load(tmp_path, "policy.epsilon=1e9"), run, Silent(), resume=True)  # asked for all epochs after all
+    assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2", "3"]

@@ -190,7 +190,8 @@ zzz: 1
         "cifar10.yaml:23: zzz: unknown key; known: description, model, data, task, epochs, batch_size, "
         "optimizer, scheduler, policy, exclude, backward, precision, channels_last, compile, cuda_graph, "
         "gradient_accumulation, "
-        "clip_grad_norm, label_smoothing, ema, eval_every, checkpoint_minutes, sync_batchnorm, seed, "
+        "clip_grad_norm, label_smoothing, ema, eval_every, checkpoint_minutes, stop_when_frozen, "
+        "sync_batchnorm, seed, "
         "deterministic, device",
     ]
 
@@ -210,10 +211,11 @@ def test_missing_keys_are_located_at_their_section() -> None:
     [
         (
             "{kind: stocastic}",
-            "policy.kind: 'stocastic' is not one of baseline, neq, stochastic, entrypoint; did you mean 'stochastic'?",
+            "policy.kind: 'stocastic' is not one of baseline, neq, stochastic, front, budget, entrypoint; "
+            "did you mean 'stochastic'?",
         ),
-        ("{kind: [1]}", "policy.kind: [1] is not one of baseline, neq, stochastic, entrypoint"),
-        ("{kind: null}", "policy.kind: null is not one of baseline, neq, stochastic, entrypoint"),
+        ("{kind: [1]}", "policy.kind: [1] is not one of baseline, neq, stochastic, front, budget, entrypoint"),
+        ("{kind: null}", "policy.kind: null is not one of baseline, neq, stochastic, front, budget, entrypoint"),
         ("neq", "policy: 'neq' is not a section; write {kind: neq}"),
         ("null", "policy: null is not a section; write one such as {kind: neq}"),
         ("{kind: stochastic, p: half}", "policy.p: 'half' is not a number from 0 to 1, or match:RUN_DIR; "
@@ -309,7 +311,9 @@ def test_overrides_replace_add_and_empty() -> None:
 def test_another_policy_kind_drops_what_it_does_not_know() -> None:
     assert dump_recipe(load(GOOD, "policy.kind=baseline")).count("epsilon") == 0
     recipe = load(GOOD, "policy.p=match:runs/x", "policy.kind=stochastic")
-    assert recipe.policy.model_dump() == {"kind": "stochastic", "p": "match:runs/x", "matched_p": None}
+    assert recipe.policy.model_dump() == {
+        "kind": "stochastic", "p": "match:runs/x", "scope": "neuron", "matched_p": None,
+    }  # fmt: skip
     assert load(GOOD.replace("1e-3", "0.7"), "policy.kind=baseline", "policy.kind=neq").policy.epsilon == 0.7  # type: ignore[union-attr]
     assert load(GOOD, "policy.kind=neq").policy.epsilon == 0.001  # type: ignore[union-attr]
     assert load("policy: {kind: stochastic, p: 0.5}\n" + GOOD[: GOOD.index("policy:")], "policy.kind=neq")
@@ -318,7 +322,7 @@ def test_another_policy_kind_drops_what_it_does_not_know() -> None:
 
 def test_what_the_command_line_says_is_never_dropped() -> None:
     assert problems(GOOD, "policy.kind=baseline", "policy.mu=0.1") == [
-        "command line: policy.mu=0.1: policy baseline has no such key; policy neq has"
+        "command line: policy.mu=0.1: policy baseline has no such key; policy neq and budget has"
     ]
 
 

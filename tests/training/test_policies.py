@@ -100,7 +100,7 @@ def observations() -> dict[str, Observation]:
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.5, 1.0])
 def test_a_random_policy_freezes_int_p_n(p: float) -> None:
-    policy = build_policy(StochasticPolicy(p=p), seed=3)
+    policy = build_policy(StochasticPolicy(p=p), seed=3, epochs=9)
     for epoch in range(1, 4):
         chosen = policy.choose(observations(), epoch)
         assert {name: int((~mask).sum()) for name, mask in chosen.items()} == {
@@ -110,7 +110,7 @@ def test_a_random_policy_freezes_int_p_n(p: float) -> None:
 
 def test_random_draws_follow_from_the_seed() -> None:
     def draws(seed: int) -> list[Tensor]:
-        policy = build_policy(StochasticPolicy(p=0.5), seed)
+        policy = build_policy(StochasticPolicy(p=0.5), seed, 9)
         return [policy.choose(observations(), epoch)["b"] for epoch in range(1, 6)]
 
     assert all(map(torch.equal, draws(1), draws(1)))
@@ -119,11 +119,11 @@ def test_random_draws_follow_from_the_seed() -> None:
 
 
 def test_sections_become_policies() -> None:
-    assert isinstance(build_policy(BaselinePolicy(), 1), Baseline)
-    policy = build_policy(NEqPolicy(epsilon=0.02, mu=0.25, definition="reference"), 1)
+    assert isinstance(build_policy(BaselinePolicy(), 1, 9), Baseline)
+    policy = build_policy(NEqPolicy(epsilon=0.02, mu=0.25, definition="reference"), 1, 9)
     assert isinstance(policy, NEq)
     assert (policy.epsilon, policy.mu, policy.definition) == (0.02, 0.25, "reference")
-    policy = build_policy(StochasticPolicy(p="match:somewhere", matched_p=0.4), 1)
+    policy = build_policy(StochasticPolicy(p="match:somewhere", matched_p=0.4), 1, 9)
     assert isinstance(policy, Stochastic)
     assert policy.p == 0.4
 
@@ -131,7 +131,7 @@ def test_sections_become_policies() -> None:
 def test_a_policy_of_a_recipe_is_warned_of_by_the_recipe_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(policy := build_policy(NEqPolicy(mu=0.9), 1), NEq)
+        assert isinstance(policy := build_policy(NEqPolicy(mu=0.9), 1, 9), NEq)
     assert policy.mu == 0.9
 
 
@@ -164,7 +164,7 @@ def no_policy() -> object:
 
 
 def test_a_policy_of_ones_own() -> None:
-    policy = build_policy(CustomPolicy(kind="entrypoint", entrypoint=f"{__name__}:FirstRows", kwargs={"rows": 2}), 1)
+    policy = build_policy(CustomPolicy(kind="entrypoint", entrypoint=f"{__name__}:FirstRows", kwargs={"rows": 2}), 1, 9)
     assert policy.choose(observations(), 1)["a"].tolist() == [False] * 2 + [True] * 5
 
 
@@ -178,7 +178,7 @@ def test_a_policy_of_ones_own() -> None:
 )
 def test_a_policy_that_fails_is_one_line(name: str, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError) as raised:
-        build_policy(CustomPolicy(kind="entrypoint", entrypoint=f"{__name__}:{name}", kwargs=kwargs), 1)
+        build_policy(CustomPolicy(kind="entrypoint", entrypoint=f"{__name__}:{name}", kwargs=kwargs), 1, 9)
     (problem,) = raised.value.problems
     assert problem.startswith("policy.entrypoint: ")
     assert message in problem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -14,7 +14,15 @@ from neq_cli.freezing.backward.compiled import Slot
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.gradients import GradientPlan, Operand
 from neq_cli.freezing.backward.intercepting import Watched
-from neq_cli.freezing.backward.swapping import SlicedOperands, restore, swap_frozen, swap_intercepting, swap_sliced
+from neq_cli.freezing.backward.swapping import (
+    SlicedOperands,
+    restore,
+    swap_frozen,
+    swap_intercepting,
+    swap_root,
+    swap_sliced,
+    swap_still,
+)
 from neq_cli.freezing.model.neurons import Layer
 
 BackwardMode = Literal["exact", "truncated", "dense"]
@@ -58,6 +66,8 @@ class SlicedBackward:
         compiled: bool,
         attached: bool,
     ) -> None:
+        self.model = model
+        self.mode = mode
         self.layers = layers if mode != "dense" else {}
         self.truncated = mode == "truncated"
         self.dispatch = dispatch
@@ -76,8 +86,11 @@ class SlicedBackward:
         self.swaps: list[tuple[nn.Module, Callable[[], None]]] = []  # modules, and what changes their class
         self.suspended = False
 
-    def put_in_force(self, trainable: Mapping[str, Tensor]) -> None:
-        """From now on, or as soon as ``resume`` is called, compute what ``trainable`` (bool, [neurons]) asks for."""
+    def put_in_force(self, trainable: Mapping[str, Tensor], still: Collection[str] = ()) -> None:
+        """From now on, or as soon as ``resume`` is called, compute what ``trainable`` (bool, [neurons]) asks for.
+
+        ``still``: parameters outside neurons that take no part in the backward pass either.
+        """
         self.remove()
         self.settled = dict(self.dispatch.choices)
         for name, slot in self.slots.items():
@@ -93,6 +106,7 @@ class SlicedBackward:
             self._put_functional_in_force(trainable)
             if not self.attached:
                 self._put_dense_in_force(trainable)
+                self._put_still_in_force(still)
         if not self.suspended:
             self.resume()
 
@@ -149,6 +163,14 @@ class SlicedBackward:
                 continue
             owned = [self.parameters[rows.parameter] for rows in layer.rows]
             self.swaps.append((layer.module, partial(swap_frozen, layer.module, owned)))
+
+    def _put_still_in_force(self, still: Collection[str]) -> None:
+        if not still or self.mode == "dense":
+            return
+        parameters = frozenset(id(self.parameters[name]) for name in still)
+        owners = {name.rpartition(".")[0] for name in still}
+        self.swaps += [(one, partial(swap_still, one, parameters)) for one in map(self.model.get_submodule, owners)]
+        self.swaps.append((self.model, partial(swap_root, self.model)))
 
     def _bias(self, layer: Layer) -> tuple[Tensor | None, int]:
         """Return the bias that the layer's neurons own, None where they own none, and which of it is the first's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -20,7 +21,7 @@ from neq_cli.freezing.backward.intercepting import Watched, intercepted
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 from neq_cli.freezing.model.neurons import BATCH_NORMS, Cost
 
-_PLAN, _NUMBER = "_neq_plan", "_neq_number"
+_PLAN, _NUMBER, _STILL = "_neq_plan", "_neq_number", "_neq_still"
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,25 @@ def swap_intercepting(module: nn.Module, plans: Mapping[int, Watched]) -> None:
     _swap(module, _Intercepting, plans)
 
 
+def swap_still(module: nn.Module, parameters: frozenset[int]) -> None:
+    """Have ``module`` give those of its own ``parameters`` (by identity) to forward passes of the model detached.
+
+    On top of what else it is. The model must be told to count its forward passes, by ``swap_root``, last of all.
+    """
+    vars(module)[_STILL] = parameters
+    module.__class__ = _subclass(cast(Any, _Still), cast(Any, type(module)))
+
+
+def swap_root(module: nn.Module) -> None:
+    """Have the model's own forward pass be known while it runs, on top of what else it is."""
+    module.__class__ = _subclass(cast(Any, _Root), cast(Any, type(module)))
+
+
 def restore(module: nn.Module) -> None:
     """Give ``module`` its own class back."""
     if isinstance(module, _Swapped):
-        vars(module).pop(_PLAN)
-        vars(module).pop(_NUMBER, None)
+        for key in (_PLAN, _NUMBER, _STILL):
+            vars(module).pop(key, None)
         module.__class__ = _own_class(type(module))
 
 
@@ -68,7 +83,7 @@ def _swap(module: nn.Module, swapped: type[_Swapped], plan: object) -> None:
 @cache
 def _subclass(swapped: Any, own: Any) -> Any:
     members = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    if swapped in (_Frozen, _Intercepting):  # whatever the module takes, what asks for it finds
+    if swapped in (_Frozen, _Intercepting, _Root):  # whatever the module takes, what asks for it finds
 
         @wraps(own.forward)
         def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -83,7 +98,7 @@ def _own_class(kind: Any) -> Any:
     if not issubclass(kind, _Swapped):
         return kind
     if issubclass(kind.__bases__[0], _Swapped) and kind.__bases__[0].__module__ == __name__:
-        return kind.__bases__[1]
+        return _own_class(kind.__bases__[1])
     # Made of the swapped class by others, as torch.nn.utils.parametrize does for each module.
     members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
     return type(kind.__name__, tuple(map(_own_class, kind.__bases__)), members)
@@ -102,7 +117,7 @@ class _Swapped(nn.Module):
         _, _, state, *rest = reduced
         # What object itself uses, but for the newer protocols, where pickle insists on the class that self has now.
         make = copyreg._reconstructor  # type: ignore[attr-defined]
-        state = {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER)}
+        state = {key: value for key, value in state.items() if key not in (_PLAN, _NUMBER, _STILL)}
         return (make, (_own_class(type(self)), object, None), state, *rest)
 
     def __prepare_scriptable__(self) -> Any:
@@ -196,6 +211,39 @@ class _Intercepting(_Swapped):
             return super().forward(*arguments, **keywords)
         with intercepted(vars(self)[_PLAN]):
             return super().forward(*arguments, **keywords)
+
+
+class _Forward(threading.local):
+    """How many forward passes of models with a frozen front this thread is in."""
+
+    depth = 0
+
+
+_forward = _Forward()
+
+
+class _Root(_Swapped):
+    """A model whose forward pass is known while it runs."""
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        _forward.depth += 1
+        try:
+            return super().forward(*arguments, **keywords)
+        finally:
+            _forward.depth -= 1
+
+
+class _Still(_Swapped):
+    """A module with parameters outside neurons that stand still: a forward pass of the model, or a part of one that
+    activation checkpointing repeats, gets them detached. Whoever else asks gets the parameters themselves."""
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = nn.Module.__getattr__(self, name)
+        still = vars(self).get(_STILL)
+        if still is None or id(value) not in still or _stands_aside():
+            return value
+        running = _forward.depth > 0 or torch._C._current_graph_task_id() != -1
+        return value.detach() if running else value
 
 
 _SLICED: Mapping[Cost, type[_Swapped]] = {

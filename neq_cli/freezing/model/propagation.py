@@ -16,13 +16,16 @@ class Propagation:
     passes_on: frozenset[str]
 
 
-def propagate(trace: Trace, shares: Mapping[str, float], blocking: Collection[str] = ()) -> Propagation:
+def propagate(
+    trace: Trace, shares: Mapping[str, float], blocking: Collection[str] = (), still: Collection[str] = ()
+) -> Propagation:
     """Follow the error from the output layers down to the trainable parameter nearest the input.
 
     ``shares`` are those of each layer's trainable neurons; layers in ``blocking`` pass no error on, and their outputs
-    need none. A layer called several times counts as one, which needs what any of its calls needs.
+    need none. Parameters outside neurons train but for those in ``still``. A layer called several times counts as one,
+    which needs what any of its calls needs.
     """
-    needed = _needing_gradients(trace, shares, blocking)  # layers whose input depends on something that trains
+    needed = _needing_gradients(trace, shares, blocking, still)  # layers whose input depends on something that trains
     worthwhile = needed | {name for name, share in shares.items() if share > 0}
     reached: set[str] = set()
     pending = [name for name in trace.output_layers if name in worthwhile]
@@ -50,8 +53,14 @@ def parameters_reached(trace: Trace, blocking: Collection[str]) -> frozenset[str
     return frozenset(reached)
 
 
-def _needing_gradients(trace: Trace, shares: Mapping[str, float], blocking: Collection[str]) -> set[str]:
-    needed = set(trace.after_outside)
+def _needing_gradients(
+    trace: Trace, shares: Mapping[str, float], blocking: Collection[str], still: Collection[str]
+) -> set[str]:
+    needed = {
+        name
+        for name in trace.after_outside
+        if not (parameters := trace.parameters_before.get(name)) or not parameters <= set(still)
+    }
     after: dict[str, list[str]] = {}
     for name, sources in trace.before.items():
         for source in sources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,9 +73,12 @@ class RowKeeper:
             optimizer.register_load_state_dict_post_hook(lambda *_: self.forget()),
         ]
 
-    def keep(self, trainable: Mapping[str, Tensor]) -> None:
-        """Keep from now on what ``trainable`` (bool, [neurons], per layer) leaves out, as it is at this moment."""
-        frozen = []
+    def keep(self, trainable: Mapping[str, Tensor], still: Iterable[str] = ()) -> None:
+        """Keep from now on what ``trainable`` (bool, [neurons], per layer) leaves out, as it is at this moment.
+
+        ``still``: parameters outside neurons that are kept as well, whole.
+        """
+        frozen = [_whole(self.parameters[name]) for name in still]
         for name, (layout, mask) in self._frozen_rows(trainable).items():
             parameter = self.parameters[name]
             if mask.any():
@@ -191,6 +194,10 @@ class RowKeeper:
             if "betas" in group and moments:
                 decay = group["betas"][1]
                 torch._foreach_mul_(moments, decay if skipped is None else torch.where(skipped > 0, 1.0, decay))
+
+
+def _whole(parameter: nn.Parameter) -> FrozenRows:
+    return FrozenRows(parameter, RowLayout("flat"), torch.ones(parameter.numel(), dtype=torch.bool, device="cpu"))
 
 
 class _ForgetOnLoad:

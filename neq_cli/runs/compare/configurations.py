@@ -87,12 +87,26 @@ def policy_label(runs: Sequence[Run]) -> str:
     if kind == "neq":
         definition = run.setting("policy.definition")
         suffix = "" if definition in (None, "paper") else f" {_short(definition)}"
+        suffix += _scope(run)
+        if run.setting("policy.share") not in (None, 1.0):
+            suffix += f" share={_short(run.setting('policy.share'))}"
+        if run.setting("policy.thaw_at_lr_drop") is not None:
+            suffix += f" thaw={_short(run.setting('policy.thaw_at_lr_drop'))}"
         return f"NEq eps={_short(run.setting('policy.epsilon'))} mu={_short(run.setting('policy.mu'))}{suffix}"
     if kind == "stochastic" and _is_matched(run):
-        return f"Stochastic* p={_matched_p(runs)}"
+        return f"Stochastic* p={_matched_p(runs)}{_scope(run)}"
     if kind == "stochastic":
-        return f"Stochastic p={_short(run.setting('policy.p'))}"
+        return f"Stochastic p={_short(run.setting('policy.p'))}{_scope(run)}"
+    if kind == "front":
+        return f"Front start={_short(run.setting('policy.start'))} level={_short(run.setting('policy.level'))}"
+    if kind == "budget":
+        return f"Budget flops={_short(run.setting('policy.flops'))}"
     return _short(run.setting("policy.entrypoint") or kind or "unknown policy")
+
+
+def _scope(run: Run) -> str:
+    scope = run.setting("policy.scope")
+    return "" if scope in (None, "neuron") else f" {_short(scope)}"
 
 
 def labels(groups: Sequence[Sequence[Run]]) -> list[str]:

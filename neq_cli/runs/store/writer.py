@@ -200,6 +200,14 @@ class RunWriter:
         with writing(self.files.environment):
             atomic_write(self.files.environment, _json(self._environment))
 
+    def write_note(self, note: str) -> None:
+        """Add a note to those in environment.json, once."""
+        notes = self._environment.get("notes", [])
+        if note not in notes:
+            self._environment["notes"] = [*notes, note]
+            with writing(self.files.environment):
+                atomic_write(self.files.environment, _json(self._environment))
+
     def write_epoch(self, record: EpochRecord) -> None:
         """Add a finished epoch: see ``EpochFiles.add``."""
         self._epochs.add(record, str(self._environment.get("policy", "")))

@@ -18,8 +18,8 @@ from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode, KernelUse
 from neq_cli.freezing.flops import forward_cost
 from neq_cli.freezing.model.neurons import everything
-from neq_cli.freezing.policies import frozen_count
 from neq_cli.freezing.rows.optimizers import first_after_step
+from neq_cli.freezing.yardsticks import frozen_count
 from neq_cli.recipe import NEqPolicy
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.timed_step import TimedStep
@@ -113,7 +113,9 @@ class Rig:
             self.step.model,
             optimizer,
             [self.step.images[:1]],
-            NEq(definition=recipe.policy.definition if isinstance(recipe.policy, NEqPolicy) else "paper"),
+            NEq(
+                definition=recipe.policy.definition if isinstance(recipe.policy, NEqPolicy) else "paper", scope="front"
+            ),
             backward=mode,
             dispatch=dispatch,
             compiled=recipe.compile,

@@ -198,6 +198,19 @@ def scheduler_notes(section: SchedulerSection, epochs: int) -> tuple[str, ...]:
     return (f"scheduler.milestones: {listed} not reached in {epochs} epochs",)
 
 
+def last_drop(section: SchedulerSection, epochs: int) -> int:
+    """Return the last of ``epochs`` epochs that begins with a lower learning rate than the one before; 1 where none."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(section, optimizer, epochs)
+    found, rate = 1, float(optimizer.param_groups[0]["lr"])
+    for epoch in range(2, epochs + 1) if scheduler is not None else ():
+        optimizer.step()
+        cast(LRScheduler, scheduler).step()
+        before, rate = rate, float(optimizer.param_groups[0]["lr"])
+        found = epoch if rate < before else found
+    return found
+
+
 def _scheduler_kwargs_problems(kind: type[Any] | None, section: SchedulerSection, epochs: int) -> list[tuple[str, str]]:
     if kind is None:
         return [(argument, f"unknown argument '{argument}' of constant") for argument in section.kwargs]

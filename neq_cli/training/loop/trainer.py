@@ -20,6 +20,7 @@ from neq_cli.training.batches.loaders import Loaders
 from neq_cli.training.errors import divergence_mend
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
 from neq_cli.training.loop.epoch_record import Scores, epoch_record
+from neq_cli.training.loop.optimizers import last_drop
 from neq_cli.training.loop.running_epoch import PLAIN, Clock, RunningEpoch
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task
@@ -59,6 +60,7 @@ class Trainer:
         self.so_far: RunningEpoch | None = None
         self.loaded = False
         self.agreement = Agreement(self.processes)
+        self.last_drop = last_drop(self.recipe.scheduler, self.recipe.epochs)
         forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
         replica = None
         if self.processes.group is not None:
@@ -81,12 +83,21 @@ class Trainer:
         """The network whose accuracy is reported: the averaged weights where the recipe has ``ema``."""
         return self.step.tested_model
 
+    @property
+    def rests(self) -> bool:
+        """Whether ``stop_when_frozen`` ends the run here: nothing has learnt for long enough, at a rate that stays."""
+        return self._rested(self.epoch)
+
+    def _rested(self, epoch: int, more: int = 0) -> bool:
+        wanted, rest = self.recipe.stop_when_frozen, self.freezer.at_rest + more
+        return wanted is not None and min(rest, epoch + 1 - self.last_drop) >= wanted
+
     def run(self) -> Iterator[Record | Pause]:
         """Train what is left; yields progress, pauses and one ``EpochRecord`` per epoch.
 
         Raises TrainingError where the loss is not finite, memory is full or the policy's answer is wrong.
         """
-        while self.epoch < self.recipe.epochs:
+        while self.epoch < self.recipe.epochs and not self.rests:
             epoch = self.epoch + 1
             try:
                 with full_memory_named(f"epoch {epoch}"):
@@ -111,14 +122,15 @@ class Trainer:
         trained_on = self.task.results(self.processes.sum(so_far.totals.clone()))
         score = self.task.metric.removeprefix("test_")
         tested_on: Mapping[str, float] = {"loss": math.nan, score: math.nan}
-        if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.epochs:
+        may_be_last = epoch == self.recipe.epochs or (self.freezer.all_frozen and self._rested(epoch, 1))
+        if epoch % self.recipe.eval_every == 0 or may_be_last:
             tested_on = yield from self._test(so_far)
         yield StepProgress(epoch, 0, 1, "probe", math.nan, trained_on["loss"])
+        if self.scheduler is not None:
+            self.scheduler.step()  # first: a policy may go by the next epoch's learning rate
         probe_started = time.perf_counter()
         observations = self.freezer.step()
         probe_seconds = so_far.bookkeeping_seconds + time.perf_counter() - probe_started
-        if self.scheduler is not None:
-            self.scheduler.step()
         self.epoch, self.so_far = epoch, None
         self.startup.finish()
         yield epoch_record(

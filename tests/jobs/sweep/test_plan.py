@@ -11,7 +11,7 @@ import pytest
 
 from neq_cli.errors import RecipeError, RunDirectoryError
 from neq_cli.jobs.sweep.plan import folded, plan_sweep
-from neq_cli.recipe import Problem
+from neq_cli.recipe import NEqPolicy, Problem
 from neq_cli.recipe.load import LoadedRecipe, load_recipe
 from neq_cli.runs.views.live.sweep_state import FINISHED, PENDING
 from neq_cli.training.checks import check_section
@@ -28,7 +28,7 @@ def test_kinds_of_policy_may_vary_though_keys_depend_on_them(folder: Path) -> No
     plan = plan_sweep(str(folder / "small.yaml"), ["policy.kind=baseline,neq", "seed=1,2"])
     assert [run.loaded.recipe.policy.model_dump() for run in plan.runs] == [
         *[{"kind": "baseline"}] * 2,
-        *[{"kind": "neq", "epsilon": 0.05, "mu": 0.5, "definition": "paper"}] * 2,
+        *[NEqPolicy(epsilon=0.05).model_dump()] * 2,
     ]
     policies = "policy={kind: baseline},{kind: stochastic, p: 0.2},{kind: neq, epsilon: 0.01}"
     plan = plan_sweep(str(folder / "small.yaml"), [policies])
@@ -39,8 +39,8 @@ def test_kinds_of_policy_may_vary_though_keys_depend_on_them(folder: Path) -> No
     plan = plan_sweep(str(folder / "other.yaml"), ["policy.kind=baseline,neq,stochastic"])
     assert [run.loaded.recipe.policy.model_dump() for run in plan.runs] == [
         {"kind": "baseline"},
-        {"kind": "neq", "epsilon": 0.001, "mu": 0.5, "definition": "paper"},
-        {"kind": "stochastic", "p": 0.4, "matched_p": None},
+        NEqPolicy().model_dump(),
+        {"kind": "stochastic", "p": 0.4, "scope": "neuron", "matched_p": None},
     ]
 
 

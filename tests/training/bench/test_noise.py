@@ -51,6 +51,7 @@ SHAPES = {
     "resnet18-imagenet": ((3, 224, 224), 1000),
     "resnet32-cifar10": ((3, 32, 32), 10),
     "resnet32-cifar10-adam": ((3, 32, 32), 10),
+    "resnet32-cifar10-front": ((3, 32, 32), 10),
     "segmentation-folder": ((3, 96, 96), 11),
     "swin_b-imagenet": ((3, 224, 224), 1000),
 }

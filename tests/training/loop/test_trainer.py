@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -404,3 +405,43 @@ def test_what_a_run_saves_is_what_trains(ema: float | None) -> None:
     assert [record.epoch for record in epochs_of(other)] == [2, 3]
     for name, tensor in weights_of(trainer).items():
         assert torch.equal(weights_of(other)[name], tensor), name
+
+
+STILL = {"policy": {"kind": "neq", "epsilon": 1e9}, "epochs": 9}
+"""All that may freeze is frozen from epoch 2 on."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [
+        ({}, 9),
+        ({"stop_when_frozen": 1}, 2),
+        ({"stop_when_frozen": 3}, 4),
+        ({"stop_when_frozen": 3, "epochs": 3}, 3),
+        # The rate falls for epoch 6: epochs 6 and 7 are the first two of the last rate.
+        ({"stop_when_frozen": 2, "scheduler": {"name": "multistep", "milestones": [5]}}, 7),
+        ({"stop_when_frozen": 2, "scheduler": {"name": "cosine"}}, 9),
+        ({"stop_when_frozen": 2, "policy": {"kind": "baseline"}}, 9),
+    ],
+)
+def test_a_run_ends_once_all_has_stood_still_for_long_enough(changes: dict[str, Any], last: int) -> None:
+    trainer = make_trainer(**{**STILL, "eval_every": 5, **changes})
+    epochs = epochs_of(trainer)
+    assert [record.epoch for record in epochs] == list(range(1, last + 1))
+    assert trainer.rests == (last < trainer.recipe.epochs)
+    assert math.isfinite(epochs[-1].metrics["test_loss"]), "the last epoch is tested, whichever it is"
+    assert all(math.isnan(record.metrics["test_loss"]) for record in epochs[:-1] if record.epoch % 5)
+
+
+def test_what_has_stood_still_is_remembered() -> None:
+    changes = {**STILL, "stop_when_frozen": 3}
+    trainer = make_trainer(**changes)
+    for record in trainer.run():
+        if isinstance(record, EpochRecord) and record.epoch == 3:
+            break
+    resumed = make_trainer(**changes)
+    resumed.load_state_dict(trainer.state_dict())
+    assert [record.epoch for record in epochs_of(resumed)] == [4]
+    again = make_trainer(**changes)
+    again.load_state_dict(resumed.state_dict())
+    assert epochs_of(again) == []
