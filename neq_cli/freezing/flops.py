@@ -76,11 +76,15 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Flops:
-    """The whole model's, by layer; ``other`` are products outside layers (attention), which the paper leaves out."""
+    """The whole model's, by layer; ``other`` are products outside layers (attention), which the paper leaves out.
+
+    ``forward``: the forward pass of one sample, layers and products, whatever is frozen.
+    """
 
     layers: Mapping[str, LayerFlops]
     other: float
     other_dense: float
+    forward: float
 
     @property
     def paper(self) -> float:
@@ -133,7 +137,10 @@ def count_flops(neurons: Neurons, trace: Trace, trainable: Shares, execution: Ex
         layers[name] = LayerFlops(
             0.0, _executed(name, cost, now, 1.0, 0.0), 0.0, _executed(name, cost, dense, 1.0, 0.0)
         )
-    return Flops(layers, _products(trace, now), _products(trace, dense))
+    # What the trace counts of a product is its backward pass, of both factors.
+    in_layers = sum(forward_cost(layer, trace) for layer in (*neurons.layers.values(), *neurons.fixed.values()))
+    forward = in_layers + sum(trace.products.values()) / 2
+    return Flops(layers, _products(trace, now), _products(trace, dense), forward)
 
 
 def _share(trainable: Tensor | float) -> float:

@@ -442,3 +442,19 @@ def test_auxiliary_heads_that_train_are_counted_also_where_eval_mode_skips_them(
     # Each: 1x1 convolution to 128 channels at 4x4 with its batch norm, 2048 -> 1024 and 1024 -> 1000.
     by_hand = sum(2 * (16 * 128 * channels + 2 * 16 * 128 + 2048 * 1024 + 1024 * 1000) for channels in (512, 528))
     assert dense(with_heads).paper - dense(without).paper == by_hand
+
+
+def test_the_forward_pass_in_multiply_adds() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 3)
+    )
+    # 3x3 kernels over 1 and 4 channels, at 6x6 and 4x4 positions; 2 for each of 4x6x6 normalised elements; 96x3.
+    assert dense(anatomy_of(net, torch.zeros(1, 1, 6, 6))).forward == 4 * 36 * 9 + 2 * 4 * 36 + 6 * 16 * 36 + 96 * 3
+
+
+def test_attentions_products_belong_to_the_forward_pass() -> None:
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    tokens, width = 5, 8
+    linear = tokens * (3 * width * width + width * width + 2 * width * 16) + 2 * 2 * tokens * width
+    products = 2 * tokens * tokens * width
+    assert dense(anatomy_of(attention, torch.zeros(1, tokens, width))).forward == linear + products

@@ -22,6 +22,7 @@ from neq_cli.runs.compare.configurations import (
     settings,
     written,
 )
+from neq_cli.runs.compare.goal import Goal, goal, training_flops
 from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
 from neq_cli.runs.store.run import Run
 from neq_cli.text import plain_json, printable, ratio_percent
@@ -51,6 +52,9 @@ class Row:
     best: Summary
     best_difference: Difference | None
     seconds: Summary
+    flops_training: Summary  # forward pass and executed back-propagation; NaN where runs do not tell the former
+    flops_training_percent: float | None
+    goal: Goal | None  # None without a baseline of the same metric
     matched_p: Summary | None  # of `p: match:RUN_DIR`
 
 
@@ -88,7 +92,8 @@ def compare_runs(runs: Sequence[Run], baseline: Run | None = None, allow_differe
     groups = _groups(runs)
     reference, notes = _baseline_group(groups, baseline)
     ordered = ([reference] if reference else []) + [group for group in groups if group is not reference]
-    rows = tuple(_row(group, reference) for group in ordered)
+    shortest = min(_seconds(group.runs).mean for group in ordered)
+    rows = tuple(_row(group, reference, shortest) for group in ordered)
     notes += dict.fromkeys(_notes(ordered, rows))  # what holds for several rows is said once
     return Comparison(reference.label if reference else None, rows, tuple(notes))
 
@@ -98,9 +103,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
     ``schema`` (1), ``baseline`` (an approach or None), ``notes``, and ``rows``, each with the fields of ``Row``:
     ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``, ``metric``; ``flops_paper``,
-    ``flops_executed``, ``final``, ``best``, ``seconds`` and ``matched_p`` as ``{mean, std, n}``;
-    ``flops_paper_percent``, ``flops_executed_percent``; ``final_difference`` and ``best_difference`` as
-    ``{mean, p_value, test, pairs, why_no_p}``.
+    ``flops_executed``, ``flops_training``, ``final``, ``best``, ``seconds`` and ``matched_p`` as ``{mean, std, n}``;
+    ``flops_paper_percent``, ``flops_executed_percent``, ``flops_training_percent``; ``final_difference`` and
+    ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields of ``Goal``.
     """
     return {"schema": 1, **plain_json(asdict(comparison))}
 
@@ -152,11 +157,14 @@ def _baseline_group(groups: Sequence[_Group], baseline: Run | None) -> tuple[_Gr
     return None, ["no run freezes nothing, so there are no differences; choose one to compare with by --baseline"]
 
 
-def _row(group: _Group, reference: _Group | None) -> Row:
+def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
     runs = group.runs
+    training = _training(runs)
+    same_metric = reference is not None and reference.runs[0].metric == runs[0].metric
     paper, executed = _summary(runs, "flops_paper"), _summary(runs, "flops_executed")
-    compared = reference is not None and reference is not group and reference.runs[0].metric == runs[0].metric
+    compared = same_metric and reference is not group
     against = reference.runs if reference is not None and compared else ()
+    target = math.nan if reference is None else summarise([_final(run) for run in reference.runs]).mean
     matched = matched_values(runs)
     return Row(
         approach=group.label,
@@ -173,13 +181,26 @@ def _row(group: _Group, reference: _Group | None) -> Row:
         final_difference=_difference(runs, against, _final),
         best=summarise([_best(run) for run in runs]),
         best_difference=_difference(runs, against, _best),
-        seconds=summarise([float(np.nansum(run.column("epoch_seconds"))) for run in runs]),
+        seconds=_seconds(runs),
+        flops_training=training,
+        flops_training_percent=None
+        if reference is None
+        else ratio_percent(training.mean, _training(reference.runs).mean),
+        goal=goal(runs, reference.runs, target, shortest) if reference is not None and same_metric else None,
         matched_p=summarise(matched) if matched else None,
     )
 
 
 def _summary(runs: Sequence[Run], column: str) -> Summary:
     return summarise([mean_known(run.column(column)) for run in runs])
+
+
+def _seconds(runs: Sequence[Run]) -> Summary:
+    return summarise([float(np.nansum(run.column("epoch_seconds"))) for run in runs])
+
+
+def _training(runs: Sequence[Run]) -> Summary:
+    return summarise([mean_known(training_flops(run)) for run in runs])
 
 
 def _percent(summary: Summary, reference: _Group | None, column: str) -> float | None:
@@ -209,7 +230,8 @@ def _difference(runs: Sequence[Run], against: Sequence[Run], value: Callable[[Ru
 
 
 def _is_unfinished(run: Run) -> bool:
-    return run.epochs < run.epochs_planned
+    # One that its recipe's `stop_when_frozen` ended is finished.
+    return run.epochs < run.epochs_planned and run.status.state != "finished"
 
 
 def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:

@@ -63,6 +63,8 @@ class EpochFiles:
         columns = self.columns or tuple(metrics)
         if record.epoch != self.epoch + 1 or metrics["epoch"] != record.epoch:
             raise ValueError(f"epoch {record.epoch} ({metrics['epoch']} in its metrics) after epoch {self.epoch}")
+        if self.resumed and set(metrics) > set(columns):  # an earlier neq began it: the table keeps its width
+            metrics = {column: metrics[column] for column in columns}
         if set(metrics) != set(columns) and self.resumed:
             differing = printable(", ".join(sorted(set(metrics) ^ set(columns))), 200)
             what = f"columns that this neq has not in common with it: {differing}"

@@ -16,7 +16,6 @@ from neq_cli.freezing import Freezer, NEq
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode, KernelUse
-from neq_cli.freezing.flops import forward_cost
 from neq_cli.freezing.model.neurons import everything
 from neq_cli.freezing.rows.optimizers import first_after_step
 from neq_cli.freezing.yardsticks import frozen_count
@@ -153,16 +152,8 @@ def _put_in_force(freezer: Freezer, sets: Sets) -> None:
 
 def flops_ratio(freezer: Freezer) -> float:
     """Return forward and back-propagation of one sample as executed, over the same with nothing frozen."""
-    forward, flops = forward_flops(freezer.anatomy), freezer.flops()
-    return (forward + flops.executed) / (forward + flops.executed_dense)
-
-
-def forward_flops(anatomy: Anatomy) -> float:
-    """Return one sample's forward pass in the unit of ``Flops``: layers, and the products outside them."""
-    layers = {**anatomy.neurons.layers, **anatomy.neurons.fixed}
-    own = sum(forward_cost(layer, anatomy.trace) for layer in layers.values())
-    # What the trace counts of a product is its backward pass, of both factors.
-    return own + sum(anatomy.trace.products.values()) / 2
+    flops = freezer.flops()
+    return (flops.forward + flops.executed) / (flops.forward + flops.executed_dense)
 
 
 def kernels(freezer: Freezer) -> dict[str, KernelUse]:

@@ -52,6 +52,7 @@ def epoch_record(
         "flops_executed": flops.executed,
         "flops_paper_dense": flops.paper_dense,
         "flops_executed_dense": flops.executed_dense,
+        "flops_forward": flops.forward,
         "bytes_per_step": trained.bytes_sent / max(1, trained.steps),
         "images_per_second": trained.images / max(trained.train_seconds, 1e-9),
         "epoch_seconds": epoch_seconds,

@@ -248,12 +248,60 @@ def test_json_is_plain_and_has_stable_keys(seeded: Callable[..., Run]) -> None:
     assert list(row) == [
         "approach", "runs", "seeds", "is_baseline", "unfinished", "flops_paper", "flops_paper_percent",
         "flops_executed", "flops_executed_percent", "metric", "final", "final_difference", "best", "best_difference",
-        "seconds", "matched_p",
+        "seconds", "flops_training", "flops_training_percent", "goal", "matched_p",
     ]  # fmt: skip
     assert row["final"] == {"mean": 91.0, "std": None, "n": 1}
     assert row["final_difference"] == {
         "mean": 1.0, "p_value": None, "test": "paired", "pairs": 1, "why_no_p": "n too small",
     }  # fmt: skip
+
+
+def test_what_it_takes_to_the_baselines_accuracy(make_run: Any, recipe: Any) -> None:
+    def run(name: str, policy: dict[str, Any], seed: int, *rows: tuple[float, float, float]) -> Run:
+        keys = ("test_top1", "epoch_seconds", "flops_executed")
+        metrics = [{**dict(zip(keys, row, strict=True)), "flops_forward": 10.0} for row in rows]
+        made: Run = make_run(name, recipe(policy=policy, seed=seed, epochs=len(rows)), metrics=metrics)
+        return made
+
+    nan = math.nan
+    runs = [
+        run("b1", BASELINE, 1, (60, 5, 20), (91, 5, 20), (90, 5, 20)),
+        run("b2", BASELINE, 2, (60, 5, 20), (70, 5, 20), (92, 5, 20)),
+        run("n1", NEQ, 1, (60, 5, 20), (nan, 3, 10), (95, 2, 0)),
+        run("n2", NEQ, 2, (90.9, 5, 20), (90.9, 3, 10), (80, 4, 0)),
+    ]
+    baseline, neq = compare_runs(runs).rows
+    assert baseline.goal is not None
+    assert neq.goal is not None
+    # The baseline's last values are 90 and 92: the goal is 91. One of its runs is there after 10 s, the other after 15.
+    assert (baseline.goal.target, baseline.goal.reached, baseline.goal.seconds.mean) == (91, 2, 12.5)
+    assert baseline.goal.flops_percent == pytest.approx(100 * (60 + 90) / 2 / 90)
+    # One of NEq's gets there, after 5 + 3 + 2 s and 30 + 20 + 10 multiply-adds of the baseline's 90.
+    assert (neq.goal.reached, neq.goal.seconds.mean, neq.goal.seconds.n) == (1, 10, 1)
+    assert neq.goal.flops_percent == pytest.approx(100 * 60 / 90)
+    # NEq trains for 10 and 12 s, the baseline for 15: after 11 s each has measured this last.
+    assert (neq.goal.equal_seconds, baseline.goal.equal_seconds) == (11, 11)
+    assert baseline.goal.at_equal_time.mean == (91 + 70) / 2
+    assert neq.goal.at_equal_time.mean == (95 + 90.9) / 2
+    assert neq.flops_training_percent == pytest.approx(100 * 60 / 90)
+
+
+def test_runs_of_before_do_not_tell_their_forward_pass(seeded: Callable[..., Run]) -> None:
+    row = compare_runs([seeded(NEQ, 1, 91.0), seeded(BASELINE, 1, 90.0)]).rows[1]
+    assert row.goal is not None
+    assert (row.goal.reached, math.isnan(row.goal.flops_percent)) == (1, True)
+    assert row.flops_training_percent is not None
+    assert math.isnan(row.flops_training_percent)
+
+
+def test_without_a_baseline_there_is_no_goal(seeded: Callable[..., Run]) -> None:
+    assert [row.goal for row in compare_runs([seeded(NEQ, 1, 91.0)]).rows] == [None]
+
+
+def test_a_run_that_ended_by_its_own_recipe_is_not_unfinished(make_run: Any, recipe: Any) -> None:
+    metrics = [{"test_top1": 90.0}, {"test_top1": 91.0}]
+    early = make_run("early", recipe(policy=NEQ, epochs=5, stop_when_frozen=1), metrics=metrics, finish=True)
+    assert compare_runs([early]).rows[0].unfinished == ()
 
 
 def test_nothing_to_compare() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.recipe import Recipe
-from neq_cli.training.bench.frozen_sets import Arm, Rig, forward_flops, front_sets, kernels, make_arms, random_sets
+from neq_cli.training.bench.frozen_sets import Arm, Rig, front_sets, kernels, make_arms, random_sets
 from neq_cli.training.bench.noise import find_data
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.timed_step import TimedStep
@@ -167,16 +167,3 @@ def test_every_layer_has_its_kernel_and_the_reason() -> None:
     assert dense.freezer is not None
     with dense.in_force(half(dense)):
         assert kernels(dense.freezer)["conv1"].reason == "backward: dense computes everything"
-
-
-def test_the_forward_pass_in_multiply_adds() -> None:
-    # 3x3 kernels over 1 and 4 channels, at 6x6 and 4x4 positions; 2 for each of 4x6x6 normalised elements; 96x3.
-    assert forward_flops(anatomy()) == 4 * 36 * 9 + 2 * 4 * 36 + 6 * 16 * 36 + 96 * 3
-
-
-def test_attentions_products_belong_to_the_forward_pass() -> None:
-    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    tokens, width = 5, 8
-    linear = tokens * (3 * width * width + width * width + 2 * width * 16) + 2 * 2 * tokens * width
-    products = 2 * tokens * tokens * width
-    assert forward_flops(anatomy_of(attention, torch.zeros(1, tokens, width))) == linear + products

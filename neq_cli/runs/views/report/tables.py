@@ -13,7 +13,17 @@ from neq_cli.runs.compare.curves import Configuration, Study
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.views.report.html import bullets, details, element, swatch, table, text
 from neq_cli.runs.views.report.pictures import line
-from neq_cli.runs.views.tables.comparison import LEGEND, Cell, cells, header
+from neq_cli.runs.views.tables.comparison import (
+    GOAL_LEGEND,
+    LEGEND,
+    Cell,
+    cells,
+    goal_cells,
+    goal_header,
+    goal_heading,
+    has_goals,
+    header,
+)
 from neq_cli.text import MISSING, format_metric, printable
 
 _MOST_KEYS = 200
@@ -27,7 +37,26 @@ def comparison_table(the_study: Study) -> str:
     names = ["", *map(text, header(the_study.comparison))]
     rows = [_comparison_row(the_study, configuration) for configuration in the_study.configurations]
     legend = element("p", element("small", text(f"{LEGEND}.", 400)))
-    return table("Every configuration, the baseline first", names, rows, "comparison") + legend
+    whole = table("Every configuration, the baseline first", names, rows, "comparison") + legend
+    return whole + _goal_table(the_study)
+
+
+def _goal_table(the_study: Study) -> str:
+    """Return what it takes to the baseline's final metric, where there is a baseline."""
+    comparison = the_study.comparison
+    if not has_goals(comparison):
+        return ""
+    names = ["", *map(text, goal_header(comparison))]
+    rows = [
+        [
+            f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}",
+            *map(_cell, goal_cells(configuration.row)),
+        ]
+        for configuration in the_study.configurations
+        if configuration.row.goal is not None
+    ]
+    legend = element("p", element("small", text(f"{GOAL_LEGEND}.", 400)))
+    return table(goal_heading(comparison), names, rows, "comparison") + legend
 
 
 def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from neq_cli.runs.compare.comparison import Row
 from neq_cli.runs.compare.configurations import disagreements
 from neq_cli.runs.compare.curves import Configuration, Study
 from neq_cli.runs.compare.statistics import FEWEST_RUNS, Summary
@@ -14,6 +15,7 @@ from neq_cli.text import MISSING, format_flops, format_metric, format_p_value, f
 
 _SMALL_P = 0.05
 _MOST_KEYS = 6
+_SAME_WORK = 0.5  # percent
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def facts(configuration: Configuration, baseline: Configuration | None) -> tuple
         paper,
         executed,
         _accuracy(configuration, baseline),
-        _seconds(row.seconds, against.seconds if against else None),
+        _seconds(row, against),
     )
 
 
@@ -83,11 +85,36 @@ def with_spread(summary: Summary, metric: str) -> str:
     return mean if math.isnan(summary.std) else f"{mean} ± {format_metric(summary.std, metric)}"
 
 
-def _seconds(own: Summary, other: Summary | None) -> Fact:
-    if other is None or not other.mean > 0:
+def _seconds(row: Row, against: Row | None) -> Fact:
+    own = row.seconds
+    if against is None or not against.seconds.mean > 0:
         return Fact("time to train", format_seconds(own.mean), "mean of its runs, probing and testing included")
-    value = _change(ratio_percent(own.mean, other.mean)) if math.isfinite(own.mean) else MISSING
-    return Fact("time to train", value, f"{format_seconds(own.mean)} against {format_seconds(other.mean)}")
+    other = against.seconds
+    detail = f"{_seconds_with_spread(own)} against {_seconds_with_spread(other)}"
+    if not math.isfinite(own.mean):
+        return Fact("time to train", MISSING, detail)
+    change = _change(ratio_percent(own.mean, other.mean))
+    if noise := _why_noise(row, against):
+        return Fact("time to train", "no difference", f"{change} is noise, {noise}: {detail}")
+    return Fact("time to train", change, detail)
+
+
+def _why_noise(row: Row, against: Row) -> str:
+    """Return why times do not tell the two apart: they did the same work, or equal runs differ as much; else "".
+
+    As much is two standard deviations of either's runs.
+    """
+    if row.flops_executed_percent is not None and abs(row.flops_executed_percent - 100) < _SAME_WORK:
+        return "for both computed the same"
+    spreads = [one.std for one in (row.seconds, against.seconds) if math.isfinite(one.std)]
+    if spreads and abs(row.seconds.mean - against.seconds.mean) <= 2 * max(spreads):
+        return "as far apart as equal runs are"
+    return ""
+
+
+def _seconds_with_spread(summary: Summary) -> str:
+    mean = format_seconds(summary.mean)
+    return mean if math.isnan(summary.std) else f"{mean} ± {format_seconds(summary.std)}"
 
 
 def caveats(the_study: Study) -> Iterator[str]:

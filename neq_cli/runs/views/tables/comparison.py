@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from neq_cli.runs.compare.comparison import Comparison, Row
+from neq_cli.runs.compare.goal import Goal
 from neq_cli.runs.compare.statistics import Difference, Summary
 from neq_cli.text import (
     MISSING,
@@ -29,6 +30,10 @@ LEGEND = (
     "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, mean of all epochs, "
     "% of the baseline; differences to the baseline in points, p exact and two-sided"
 )
+GOAL_LEGEND = (
+    "seconds until a run first measured it, of the runs that reached it; FLOPs of forward passes and executed "
+    "back-propagation up to there, and of the whole training, % of the baseline's whole training"
+)
 _NARROWEST_NAME = 12
 _WIDEST_SCORE = 12  # "92.85 ± 0.23": two such columns, and the widest of the others, fit into 80
 _CSV_COLUMNS = (
@@ -38,6 +43,9 @@ _CSV_COLUMNS = (
     *("final_mean", "final_std", "final_difference", "final_p_value", "final_test", "final_why_no_p"),
     *("best_mean", "best_std", "best_difference", "best_p_value", "best_test", "best_why_no_p"),
     *("seconds_mean", "seconds_std", "matched_p_mean", "matched_p_std"),
+    *("flops_training_mean", "flops_training_std", "flops_training_percent"),
+    *("goal_target", "goal_reached", "goal_seconds_mean", "goal_seconds_std", "goal_flops_percent"),
+    *("equal_seconds", "at_equal_time_mean", "at_equal_time_std"),
 )
 
 
@@ -77,7 +85,24 @@ def render(comparison: Comparison) -> RenderableType:
         stacked = [approach.stacked, n.stacked, paper.stacked, executed.stacked, *scores, seconds.stacked]
         table.add_row(*map(Text, stacked), style="bold" if row.is_baseline else "")
     notes = [Text(f"note: {printable(note)}", style="yellow") for note in comparison.notes]
-    return Group(table, Text(LEGEND, style="dim"), *notes)
+    return Group(table, Text(LEGEND, style="dim"), *_goals(comparison), *notes)
+
+
+def _goals(comparison: Comparison) -> list[RenderableType]:
+    """Return the terminal table of what it takes to the baseline's final metric, where there is a baseline."""
+    if not has_goals(comparison):
+        return []
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    name, *numbers = goal_header(comparison)
+    table.add_column(name, overflow="fold", min_width=_NARROWEST_NAME)
+    for number in numbers:
+        table.add_column(Text("\n".join(_folded_name(number))), justify="right", no_wrap=True)
+    for row in comparison.rows:
+        if row.goal is not None:
+            texts = [Text(cell.with_spread) for cell in goal_cells(row)]
+            table.add_row(*texts, style="bold" if row.is_baseline else "")
+    heading = Text(f"\n{goal_heading(comparison)}", style="bold")
+    return [heading, table, Text(GOAL_LEGEND, style="dim")]
 
 
 def _folded_name(name: str) -> list[str]:
@@ -105,19 +130,34 @@ def to_csv(comparison: Comparison) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Return a GitHub table, with legend and notes below."""
-    names = header(comparison)
+    table = _markdown_table(header(comparison), [cells(row) for row in comparison.rows])
+    goals = ""
+    if has_goals(comparison):
+        rows = [goal_cells(row) for row in comparison.rows if row.goal is not None]
+        heading = f"\n{_markdown(goal_heading(comparison))}:\n\n"
+        goals = f"{heading}{_markdown_table(goal_header(comparison), rows)}\n\n{GOAL_LEGEND}.\n"
+    return f"{table}\n\n{LEGEND}.\n{goals}" + "".join(f"\n- {_markdown(note)}" for note in comparison.notes) + "\n"
+
+
+def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     lines = [[_markdown(name) for name in names], ["---", *["---:"] * (len(names) - 1)]]
-    lines += [[_markdown(cell.on_one_line) for cell in cells(row)] for row in comparison.rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{LEGEND}.\n" + "".join(f"\n- {_markdown(note)}" for note in comparison.notes) + "\n"
+    lines += [[_markdown(cell.on_one_line) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_latex(comparison: Comparison) -> str:
     """Return a ``tabular`` that needs no package, with legend and notes as comments."""
-    names = header(comparison)
-    rows = [[_latex(cell.on_one_line) for cell in cells(row)] for row in comparison.rows]
-    lines = [
-        *(f"% {printable(line)}" for line in (LEGEND, *comparison.notes)),
+    notes = [f"% {printable(line)}" for line in (LEGEND, *comparison.notes)]
+    lines = [*notes, *_tabular(header(comparison), [cells(row) for row in comparison.rows])]
+    if has_goals(comparison):
+        lines += ["", *(f"% {printable(line)}" for line in (goal_heading(comparison), GOAL_LEGEND))]
+        lines += _tabular(goal_header(comparison), [goal_cells(row) for row in comparison.rows if row.goal is not None])
+    return "\n".join(lines) + "\n"
+
+
+def _tabular(names: Sequence[str], told: Sequence[Sequence[Cell]]) -> list[str]:
+    rows = [[_latex(cell.on_one_line) for cell in row] for row in told]
+    return [
         rf"\begin{{tabular}}{{l{'r' * (len(names) - 1)}}}",
         r"\hline",
         " & ".join(map(_latex, names)) + r" \\",
@@ -127,7 +167,6 @@ def to_latex(comparison: Comparison) -> str:
         r"\hline",
         r"\end{tabular}",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def header(comparison: Comparison) -> list[str]:
@@ -149,6 +188,46 @@ def cells(row: Row) -> list[Cell]:
         _metric(row.best, row.best_difference, row.metric),
         Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
     ]
+
+
+def goal_heading(comparison: Comparison) -> str:
+    """Return what the second table is about: "To the baseline's final test_top1, 74.03"."""
+    row = next(row for row in comparison.rows if row.goal is not None)
+    return f"To the baseline's final {printable(row.metric, 40)}, {format_metric(_goal(row).target, row.metric)}"
+
+
+def has_goals(comparison: Comparison) -> bool:
+    """Whether there is a baseline whose final metric others may reach."""
+    return len(comparison.rows) > 1 and any(row.goal is not None for row in comparison.rows)
+
+
+def goal_header(comparison: Comparison) -> list[str]:
+    """Return the names of the columns that ``goal_cells`` has."""
+    row = next(row for row in comparison.rows if row.goal is not None)
+    after = f"{printable(row.metric, 40)} after {_seconds(_goal(row).equal_seconds)} s"
+    return ["approach", "reached", "seconds", "FLOPs to it", after, "FLOPs of all"]
+
+
+def goal_cells(row: Row) -> list[Cell]:
+    """Return what a configuration takes to the baseline's final metric, in words."""
+    found = _goal(row)
+
+    def written(value: float) -> str:
+        return format_metric(value, row.metric)
+
+    return [
+        Cell(printable(row.approach)),
+        Cell(f"{found.reached} of {len(row.runs)}"),
+        Cell(_seconds(found.seconds.mean), _spread(found.seconds, _seconds)),
+        Cell(format_percent(found.flops_percent)),
+        Cell(written(found.at_equal_time.mean), _spread(found.at_equal_time, written)),
+        Cell(format_percent(math.nan if row.flops_training_percent is None else row.flops_training_percent)),
+    ]
+
+
+def _goal(row: Row) -> Goal:
+    assert row.goal is not None
+    return row.goal
 
 
 def _flops(summary: Summary, percent: float | None) -> Cell:
@@ -178,25 +257,39 @@ def _spread(summary: Summary, written: Callable[[float], str]) -> str:
 
 
 def _csv_row(row: Row) -> list[str]:
-    def numbers(*values: float | None) -> list[str]:
-        return ["" if value is None or not math.isfinite(value) else repr(float(value)) for value in values]
-
     def compared(summary: Summary, found: Difference | None) -> list[str]:
         if found is None:
-            return [*numbers(summary.mean, summary.std), "", "", "", ""]
-        return [*numbers(summary.mean, summary.std, found.mean, found.p_value), found.test, found.why_no_p]
+            return [*_numbers(summary.mean, summary.std), "", "", "", ""]
+        return [*_numbers(summary.mean, summary.std, found.mean, found.p_value), found.test, found.why_no_p]
 
     seeds = " ".join("?" if seed is None else str(seed) for seed in row.seeds)
     matched = row.matched_p or Summary(math.nan, math.nan, 0)
     return [
         *(_csv_text(row.approach), str(row.is_baseline).lower(), str(len(row.runs)), seeds),
         *(" ".join(row.unfinished), _csv_text(row.metric)),
-        *numbers(row.flops_paper.mean, row.flops_paper.std, row.flops_paper_percent),
-        *numbers(row.flops_executed.mean, row.flops_executed.std, row.flops_executed_percent),
+        *_numbers(row.flops_paper.mean, row.flops_paper.std, row.flops_paper_percent),
+        *_numbers(row.flops_executed.mean, row.flops_executed.std, row.flops_executed_percent),
         *compared(row.final, row.final_difference),
         *compared(row.best, row.best_difference),
-        *numbers(row.seconds.mean, row.seconds.std, matched.mean, matched.std),
+        *_numbers(row.seconds.mean, row.seconds.std, matched.mean, matched.std),
+        *_numbers(row.flops_training.mean, row.flops_training.std, row.flops_training_percent),
+        *_goal_numbers(row.goal),
     ]
+
+
+def _goal_numbers(found: Goal | None) -> list[str]:
+    if found is None:
+        return [""] * 8
+    return [
+        *_numbers(found.target),
+        str(found.reached),
+        *_numbers(found.seconds.mean, found.seconds.std, found.flops_percent, found.equal_seconds),
+        *_numbers(found.at_equal_time.mean, found.at_equal_time.std),
+    ]
+
+
+def _numbers(*values: float | None) -> list[str]:
+    return ["" if value is None or not math.isfinite(value) else repr(float(value)) for value in values]
 
 
 def _csv_text(text: str) -> str:

@@ -40,7 +40,7 @@ def test_facts_by_hand(seeded: Callable[..., Run]) -> None:
     # 93, 95, 97 beside 91, 92, 93: 3 points in the mean, of one sign in all three.
     assert (accuracy.name, accuracy.value) == ("final test_top1", "+3.00 points")
     assert accuracy.detail == "95.00 ± 2.00 against 92.00 ± 1.00; p = 0.250 over 3 seeds: may be chance"
-    assert (seconds.value, seconds.detail) == ("−2.0%", "1 min 38 s against 1 min 40 s")
+    assert (seconds.value, seconds.detail) == ("−2.0%", "1 min 38 s ± 0.0 s against 1 min 40 s ± 0.0 s")
 
 
 def test_facts_without_a_baseline(seeded: Callable[..., Run]) -> None:
@@ -57,9 +57,28 @@ def test_more_and_as_many(seeded: Callable[..., Run]) -> None:
     runs = [seeded("b", 1, 90.0, 1000, 1000, 100, policy=BASELINE), seeded("n", 1, 89.5, 1200, 1000.4, 100)]
     baseline, neq = study(runs).configurations
     paper, executed, accuracy, seconds = facts(neq, baseline)
-    assert (paper.value, executed.value, seconds.value) == ("+20.0%", "±0.0%", "±0.0%")
+    assert (paper.value, executed.value, seconds.value) == ("+20.0%", "±0.0%", "no difference")
+    assert seconds.detail == "±0.0% is noise, for both computed the same: 1 min 40 s against 1 min 40 s"
     assert accuracy.value == "−0.50 points"
     assert accuracy.detail == "89.50 against 90.00; no p-value: n too small"
+
+
+@pytest.mark.parametrize(
+    ("executed", "seconds", "value", "why"),
+    [
+        (800, (80, 81, 82), "−20.6%", ""),
+        (800, (80, 100, 120), "no difference", "−2.0% is noise, as far apart as equal runs are"),
+        (1000, (80, 81, 82), "no difference", "−20.6% is noise, for both computed the same"),
+    ],
+)
+def test_times_that_tell_nothing_are_called_noise(
+    seeded: Callable[..., Run], executed: float, seconds: tuple[float, ...], value: str, why: str
+) -> None:
+    runs = [seeded("b", seed, 90.0, 1000, 1000, 101 + seed, policy=BASELINE) for seed in (0, 1, 2)]
+    runs += [seeded("n", seed, 90.0, 700, executed, seconds[seed]) for seed in (0, 1, 2)]
+    baseline, neq = study(runs).configurations
+    fact = facts(neq, baseline)[-1]
+    assert (fact.value, fact.detail.partition(":")[0] if why else "") == (value, why)
 
 
 def test_nan_metrics_have_no_difference(seeded: Callable[..., Run]) -> None:

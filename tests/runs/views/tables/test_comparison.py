@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from neq_cli.runs.compare.comparison import Comparison, Row, compare_runs
+from neq_cli.runs.compare.goal import Goal
 from neq_cli.runs.compare.statistics import Difference, Summary
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.views.tables.comparison import render, to_csv, to_latex, to_markdown
@@ -34,6 +35,9 @@ ROW = Row(
     best=Summary(93.0, 0.1, 3),
     best_difference=None,
     seconds=Summary(1234.56, 12.3, 3),
+    flops_training=Summary(211.0e6, 0.0, 3),
+    flops_training_percent=100.0,
+    goal=Goal(92.851, 3, Summary(1200.0, 10.0, 3), Summary(5e9, 0.0, 3), 98.7, 1111.0, Summary(91.5, 0.31, 3)),
     matched_p=None,
 )
 NEQ = replace(
@@ -46,6 +50,8 @@ NEQ = replace(
     final_difference=Difference(0.11, 0.25, "paired", 3, ""),
     best=Summary(92.9, 0.1, 3),
     best_difference=Difference(-0.1, 0.5, "paired", 3, ""),
+    flops_training_percent=81.2,
+    goal=Goal(92.851, 2, Summary(900.0, 20.0, 2), Summary(4e9, 0.0, 2), 75.4, 1111.0, Summary(92.6, 0.2, 3)),
 )
 SINGLE = replace(
     NEQ,
@@ -76,12 +82,13 @@ def test_terminal_table_says_everything_uncut(width: int) -> None:
         *("138.94M", "141.00M", "92.85 ± 0.23", "93.00 ± 0.10", "1234.6", "± 12.3"),
         *("84.81M", "± 0.55M", "61.0%", "92.96 ± 0.21", "+0.11", "p=0.250", "−0.10", "p=0.500"),
         *("99.00M", "−2.90", "n too small", "unfinished 12/250", "note: 3 pairs"),
+        *("To the baseline's final test_top1, 92.85", "3 of 3", "2 of 3", "900.0 ± 20.0", "75.4%", "92.60 ± 0.20"),
+        *("81.2%", "seconds until a run first"),
     ):
         assert fact in text, fact
     assert [line.split()[0] for line in text.splitlines() if re.match(r"^ (Base|NEq|Stoch)", line)] == [
-        "Baseline",
-        "NEq",
-        "Stochastic*",
+        *("Baseline", "NEq", "Stochastic*"),
+        *("Baseline", "NEq", "Stochastic*"),  # to the baseline's final metric
     ]
 
 
