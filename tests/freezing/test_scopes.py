@@ -350,6 +350,30 @@ def test_a_front_is_saved_and_loaded(inputs: Tensor) -> None:
     assert loaded.policy.state_dict() == {"highest_learning_rate": 0.05}
 
 
+def test_a_compiled_model_holds_its_front_and_compiles_once(inputs: Tensor) -> None:
+    torch._dynamo.reset()
+    net = Residual()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    compiled = torch.compile(net, backend="aot_eager")
+    freezer = Freezer(compiled, optimizer, [inputs], InFront({}))
+
+    def step() -> int:
+        optimizer.zero_grad()
+        compiled(inputs).square().sum().backward()
+        optimizer.step()
+        return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    graphs = step()
+    freezer.policy.sets = in_front(freezer)  # type: ignore[attr-defined]
+    freezer.step()
+    assert freezer.still == OUTSIDE
+    before = {name: net.get_parameter(name).detach().clone() for name in OUTSIDE}
+    assert step() == graphs
+    for name, weights in before.items():
+        assert torch.equal(net.get_parameter(name), weights)
+        assert net.get_parameter(name).grad is None
+
+
 # Thawing is seen to work.
 
 

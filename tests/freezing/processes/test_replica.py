@@ -677,3 +677,40 @@ def test_all_begin_with_process_0_s_model(workers: Any) -> None:
     assert found[0] == found[1] == found[2]
     assert found[0][1] == [0, 0]
     assert found[0][2] == [pytest.approx(1, abs=phi_apart(0, 9))] * 2
+
+
+class InFront(Scripted):
+    scope = "front"
+
+
+FRONT = ("conv", "norm", "up", "attention.in_proj", "attention.out_proj")
+
+
+def with_a_front(way: str) -> tuple[list[str], list[str], float, bool]:
+    """Return who stands still, who has a gradient, what was sent over what trains, and whether what is held moved."""
+    torch.manual_seed(4)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped: nn.Module = DistributedDataParallel(model) if way == "wrapped" else model
+    freezer = Freezer(
+        wrapped, optimizer, [torch.randn(3, 2, 6, 6)], InFront([dict.fromkeys(FRONT, 0)]),
+        process_group=torch.distributed.group.WORLD, dispatch=Dispatch(fixed=True),
+    )  # fmt: skip
+    replica = Replica(model, freezer, torch.distributed.group.WORLD) if way == "replica" else None
+    freezer.step()
+    before = {name: model.get_parameter(name).detach().clone() for name in freezer.still}
+    images = torch.randn(BATCH, 2, 6, 6, generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    (replica.current() if replica is not None else wrapped)(images).square().mean().backward()
+    there = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    trains = sum(4 * model.get_parameter(name).numel() for name in there)
+    optimizer.step()
+    moved = any(not torch.equal(model.get_parameter(name), tensor) for name, tensor in before.items())
+    return sorted(freezer.still), there, 0.0 if replica is None else replica.bytes_sent / trains, moved
+
+
+@pytest.mark.parametrize("way", ["replica", "wrapped"])
+def test_a_front_sends_no_gradients(way: str, workers: Any) -> None:
+    rest = [f"{layer}.{name}" for layer in ("hidden", "wide", "head") for name in ("weight", "bias")]
+    for still, there, sent, moved in workers(2, with_a_front, way):
+        assert (still, there, moved) == (["token"], rest, False)
+        assert sent == (1.0 if way == "replica" else 0.0)
