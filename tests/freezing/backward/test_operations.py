@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neq_cli.freezing.backward.operations import (
     Convolution,
@@ -263,3 +265,29 @@ def test_the_gradient_is_laid_out_as_the_weight_is() -> None:
     part = cut("x..x", inputs=3)
     gradient = part.gradient_of_weight(part.rows_of_weight(weight, RowLayout()), weight, RowLayout())
     assert gradient.stride() == weight.stride()
+
+
+class Called(TorchDispatchMode):
+    """Notes which operations run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        self.names.add(function._overloadpacket.__name__)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_linear_map_is_one_product_whether_or_not_it_needs_gradients(has_bias: bool) -> None:
+    """Of an input as attention transposes it: without gradients, PyTorch would multiply sample by sample."""
+    inputs, weight = torch.randn(2, 5, 3).transpose(0, 1), torch.randn(4, 3)
+    bias = torch.randn(4) if has_bias else None
+    with Called() as plain:
+        expected = torch.nn.functional.linear(inputs, weight.clone().requires_grad_(), bias)
+    with Called() as called:
+        found = LinearMap().forward(inputs, weight, bias)
+    assert "bmm" not in plain.names | called.names
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
