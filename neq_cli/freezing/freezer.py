@@ -22,7 +22,7 @@ from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
 from neq_cli.freezing.model.neurons import Layer, everything, find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
-from neq_cli.freezing.policies import NEq, Observation, Policy, observe
+from neq_cli.freezing.policies import NEq, Observation, Policy, Scope, observe
 from neq_cli.freezing.probe import device_of, first_probe_input, follow, overwrite, similarity, snapshot
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
 from neq_cli.freezing.rows.optimizers import unwrap_optimizer
@@ -98,6 +98,7 @@ class Freezer:
         self.policy: Policy = NEq() if policy is None else policy
         self.mu: float = getattr(self.policy, "mu", 0.5)
         self.definition: Definition = getattr(self.policy, "definition", "paper")
+        self.scope: Scope = getattr(self.policy, "scope", "neuron")
         self.still: frozenset[str] = frozenset()  # parameters outside neurons that stand still with the front
         self.at_rest = 0  # epochs up to now in which all that may freeze was frozen, and it still is
         self.probe_autocast = probe_autocast
@@ -266,6 +267,11 @@ class Freezer:
             definition=self.definition,
             attached=self._wrapped,
         )
+        if self.scope == "front" and not anatomy.trace.ordered:
+            raise FreezingError(
+                "policy: scope front asks which layer comes before which, and this model's forward pass does not show "
+                "it (it runs without autograd); use scope layer or neuron"
+            )
         return Hold(
             self.model,
             self.optimizer,
@@ -319,8 +325,7 @@ class Freezer:
 
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}
-        with_outside = getattr(self.policy, "scope", "neuron") == "front"
-        self.still = self.anatomy.outside_front(trainable) if with_outside else frozenset()
+        self.still = self.anatomy.outside_front(trainable) if self.scope == "front" else frozenset()
         self.hold.put_in_force(trainable, self.still)
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
@@ -332,8 +337,8 @@ class Freezer:
     def _held(self) -> Iterator[bytes]:
         """Yield all in which the processes must agree."""
         changed = self._standing.compared(self._standing.now(self.model, self.optimizer))
-        scope = getattr(self.policy, "scope", "neuron")
-        yield f"{self.epoch} {self.backward} {self.mu} {self.definition} {scope} {list(self.layers)} {changed}".encode()
+        settings = f"{self.backward} {self.mu} {self.definition} {self.scope}"
+        yield f"{self.epoch} {settings} {list(self.layers)} {changed}".encode()
         yield from as_bytes(self.trainable, [moved.phi for moved in self.dynamics.values()])
 
     def _rows_computed(self) -> dict[str, int]:

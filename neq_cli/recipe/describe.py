@@ -126,7 +126,8 @@ def _range(metadata: Sequence[Any]) -> str:
     above, least = _limit(metadata, "gt"), _limit(metadata, "ge")
     below, most = _limit(metadata, "lt"), _limit(metadata, "le")
     low = f"above {above:g}" if above is not None else f"from {least:g}" if least is not None else ""
-    high = f"below {below}" if below is not None else f"{most}" if most is not None else ""
+    to = "at most " if above is not None else ""
+    high = f"below {below}" if below is not None else f"{to}{most}" if most is not None else ""
     if not high:
         return f" {low}".rstrip() if above is not None else f" of at least {least:g}" if least is not None else ""
     return f" {low} {'and' if above is not None else 'to'} {high}"

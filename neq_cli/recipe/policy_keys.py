@@ -42,7 +42,7 @@ class NEqPolicy(Section):
     share: Annotated[ShareAboveZero, RESULT] = Field(
         default=1.0, description="a layer of which this share is at equilibrium freezes whole", examples=[0.8]
     )
-    thaw_at_lr_drop: Annotated[float | None, Field(gt=1), RESULT] = Field(
+    thaw_at_lr_drop: Annotated[Annotated[float, Field(gt=1)] | None, RESULT] = Field(
         default=None,
         description="all trains for an epoch when the learning rate has fallen by this factor; null: never",
         examples=[10],

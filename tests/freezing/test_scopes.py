@@ -316,6 +316,28 @@ def test_single_neurons_leave_parameters_outside_alone(inputs: Tensor) -> None:
     assert net.token.grad is not None
 
 
+class WithoutGraph(nn.Module):
+    """A model that shows no order: its layers run without autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.second(self.first(x))  # type: ignore[no-any-return]
+
+
+def test_a_front_needs_an_order(inputs: Tensor) -> None:
+    net = WithoutGraph()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(
+        FreezingError, match=r"^policy: scope front asks which layer comes before which, .* scope layer"
+    ):
+        Freezer(net, optimizer, [inputs], NEq(scope="front"))
+    Freezer(net, optimizer, [inputs], NEq(scope="layer"))
+
+
 def test_copies_and_pickles_are_of_the_own_class(inputs: Tensor) -> None:
     net = Residual()
     freezer = Freezer(net, torch.optim.SGD(net.parameters(), lr=0.05), [inputs], InFront({}))

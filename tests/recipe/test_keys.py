@@ -18,6 +18,7 @@ from neq_cli.recipe.keys import (
     warnings,
 )
 from neq_cli.recipe.policy_keys import POLICIES, BaselinePolicy, NEqPolicy, StochasticPolicy, match_with, matched_run
+from neq_cli.recipe.validate import validate
 from neq_cli.recipe.values import Change
 
 SMALLEST = {"model": {"name": "resnet18"}, "data": {"name": "CIFAR10"}, "epochs": 3, "optimizer": {"name": "sgd"}}
@@ -201,3 +202,34 @@ def test_recipes_are_read_without_torch() -> None:
     work = "neq_cli.recipe.shipped.list_recipes(); neq_cli.recipe.reference.recipe_reference()"
     code = f"import sys; {imports}; {work}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "key", "message"),
+    [
+        ({"share": 0}, "share", "0 is not a number above 0 and at most 1; write one such as 0.8"),
+        ({"share": 1.5}, "share", "1.5 is not a number above 0 and at most 1"),
+        ({"scope": "block"}, "scope", "'block' is not one of neuron, layer, front"),
+        ({"thaw_at_lr_drop": 1}, "thaw_at_lr_drop", "1 is not a number above 1, or null; write one such as 10"),
+        ({"kind": "front", "start": 1}, "start", "1 is not a number from 0 to below 1"),
+        ({"kind": "front", "level": 0}, "level", "0 is not a number above 0 and at most 1"),
+        ({"kind": "budget"}, "flops", "missing"),
+        ({"kind": "budget", "flops": 2}, "flops", "2 is not a number above 0 and at most 1"),
+        ({"kind": "stochastic", "p": 0.5, "scope": "all"}, "scope", "'all' is not one of neuron, layer, front"),
+    ],
+)
+def test_policies_out_of_range(policy: dict[str, Any], key: str, message: str) -> None:
+    plain = {"model": {"name": "resnet8"}, "data": {"name": "digits"}, "epochs": 1, "optimizer": {}, "policy": policy}
+    _, problems = validate(plain)
+    assert list(problems) == [("policy", key)]
+    assert problems["policy", key].startswith(message)
+
+
+def test_scopes_that_hardly_mean_what_they_say_are_warned_of() -> None:
+    front = {"kind": "neq", "scope": "front"}
+    (line,) = warnings(recipe(policy=front))
+    assert line.startswith("policy.share: 1 with scope front, so that a layer freezes only once every one")
+    assert warnings(recipe(policy={**front, "share": 0.8})) == ()
+    (line,) = warnings(recipe(policy={"kind": "neq", "thaw_at_lr_drop": 10}))
+    assert line.startswith("policy.thaw_at_lr_drop: nothing thaws by it")
+    assert warnings(recipe(policy={"kind": "neq", "thaw_at_lr_drop": 10}, scheduler={"name": "cosine"})) == ()

@@ -229,7 +229,7 @@ class LinearMap:
         if input.dim() > 2 and not input.is_contiguous() and not (input.requires_grad or weight.requires_grad):
             # Where nothing needs a gradient, matmul multiplies such an input sample by sample, not at once: on a CPU
             # an attention's projection took 2.8 times as long.
-            return linear(input.reshape(-1, input.shape[-1]), weight, bias).unflatten(0, input.shape[:-1])
+            return linear(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], len(weight))
         return linear(input, weight, bias)
 
     def backward(

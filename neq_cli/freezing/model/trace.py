@@ -45,6 +45,7 @@ class Trace:
     # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
     products: dict[str, int] = field(default_factory=dict)
     output_layers: frozenset[str] = frozenset()
+    ordered: bool = True  # autograd told which layer comes before which
     reentrant: bool = False  # the model uses reentrant activation checkpoints
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
     unused: frozenset[str] = frozenset()  # parameters that require gradients and that no output depends on
@@ -156,6 +157,7 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     trace.parameters_after = named(after)
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
     trace.output_layers = frozenset(producing or trace.order[-1:])
+    trace.ordered = bool(producing)
     return trace
 
 
