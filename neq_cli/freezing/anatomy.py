@@ -144,8 +144,8 @@ def anatomy_of(
     neurons = find_neurons(model, optimized)
     if not neurons.layers:
         raise FreezingError(
-            "model: no layer has neurons that train; it needs a convolution, linear or normalisation layer whose "
-            "parameters require gradients and are in the optimiser"
+            "model: no layer has neurons that train; it needs a convolution, linear, normalisation or embedding layer "
+            "whose parameters require gradients and are in the optimiser"
         )
     trace = trace_model(model, neurons, inputs)
     neurons = with_found_axes(neurons, trace.order, trace.axes)
@@ -174,6 +174,8 @@ def _why_never(layer: Layer, trace: Trace, definition: Definition) -> str | None
         return "output layer"
     if layer.name not in trace.reached:
         return "not reached by the probe"
+    if getattr(layer.module, "max_norm", None) is not None:
+        return "every forward pass brings its weight to max_norm"
     if trace.axes.get(layer.name, 0) is None:
         return "which axis of its output counts neurons could not be found"
     followed = (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *BATCH_NORMS)

@@ -51,12 +51,12 @@ class Execution:
 
     def blocking(self, neurons: Neurons, shares: Mapping[str, float]) -> set[str]:
         """Return the layers that pass no error on at all where these ``shares`` of their neurons train."""
-        sliced = {name for name, layer in neurons.layers.items() if layer.cost != "norm" and name not in self.dense}
+        sliced = {name for name, layer in neurons.layers.items() if name not in self.dense}
         return {name for name in sliced if self.mode == "truncated" and not shares[name]}
 
     def passing(self, layer: Layer, share: float) -> float:
         """Return the share of a layer's input gradient that is computed, where one is needed."""
-        sliced = self.mode == "truncated" and layer.cost != "norm" and layer.name not in self.dense
+        sliced = self.mode == "truncated" and layer.name not in self.dense
         return self.computed(layer, share) if sliced else 1.0
 
 
@@ -107,6 +107,7 @@ def forward_cost(layer: Layer, trace: Trace) -> int:
     """Return the layer's forward pass in the paper's unit: multiply-adds, or two per output element of a norm."""
     if layer.cost == "norm":
         return 2 * trace.elements.get(layer.name, 0)
+    # A lookup multiplies nothing.
     return trace.multiply_adds.get(layer.name, 0)
 
 

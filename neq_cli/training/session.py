@@ -230,7 +230,7 @@ def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     if mode != "dense":
         for name, reason in anatomy.dense_because.items():
-            if anatomy.neurons.layers[name].cost != "norm" and name not in anatomy.never_frozen:
+            if anatomy.neurons.layers[name].cost not in ("norm", "lookup") and name not in anatomy.never_frozen:
                 by_reason.setdefault(f"dense gradient used ({reason})", []).append(name)
     for name, reason in anatomy.never_frozen.items():
         by_reason.setdefault(f"never frozen ({reason})", []).append(name)

@@ -201,6 +201,8 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
     """
     if layer.cost == "norm":
         return "normalisation: the gradients of its few parameters come with its input's"
+    if layer.cost == "lookup":
+        return "embedding: the gradient of its table is added up token by token, whatever the columns"
     if _uses_more_than_its_rows(layer):
         return "its weight or its bias trains, but not as a parameter of this optimiser"
     if functional:

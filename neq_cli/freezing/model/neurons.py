@@ -25,9 +25,10 @@ STOCK_LAYERS: tuple[type[nn.Module], ...] = (
     *INSTANCE_NORMS,
     nn.GroupNorm,
     *LAST_DIMENSION_NORMS,
+    nn.Embedding,
 )
 
-Cost = Literal["convolution", "transposed", "linear", "norm"]
+Cost = Literal["convolution", "transposed", "linear", "norm", "lookup"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class RowLayout:
     """How the elements of a parameter (and of its row-shaped optimiser state) fall into rows.
 
     ``leading``: dimension 0. ``flat``: every element is a row (LayerNorm over several dimensions).
-    ``transposed``: dimension 1, group by group, as transposed convolutions store their output channels.
+    ``transposed``: dimension 1, group by group, as transposed convolutions store their output channels, and embeddings
+    their features.
     """
 
     kind: Literal["leading", "flat", "transposed"] = "leading"
@@ -166,13 +168,18 @@ def _layers_of_module(
     stock = next((kind for kind in STOCK_LAYERS if isinstance(module, kind)), None)
     weight = module._parameters.get("weight")
     # A parametrised weight is computed from other parameters: it has no rows of its own.
-    if stock is None or weight is None:
+    if stock is None or weight is None or _is_sparse(module):
         return
     cost, layout, axis, axis_dimensions = _geometry(module)
     neurons = layout.count(weight)
     if neurons:
         rows = rows_of("weight", layout) + rows_of("bias", RowLayout("flat"))
         yield Layer(prefix, stock.__name__, cost, module, neurons, name_of(weight), rows, axis, axis_dimensions)
+
+
+def _is_sparse(module: nn.Module) -> bool:
+    """Whether gradients come as a list of tokens' rows, of which a neuron, a column, is no part."""
+    return isinstance(module, nn.Embedding) and module.sparse
 
 
 def _geometry(module: nn.Module) -> tuple[Cost, RowLayout, int, int]:
@@ -183,6 +190,8 @@ def _geometry(module: nn.Module) -> tuple[Cost, RowLayout, int, int]:
         return "transposed", RowLayout("transposed", module.groups), -len(module.kernel_size) - 1, 1
     if isinstance(module, nn.Linear):
         return "linear", RowLayout(), -1, 1
+    if isinstance(module, nn.Embedding):
+        return "lookup", RowLayout("transposed"), -1, 1
     if isinstance(module, LAST_DIMENSION_NORMS):
         dimensions = len(module.normalized_shape)
         return "norm", RowLayout("flat"), -dimensions, dimensions
@@ -233,6 +242,8 @@ def _why_outside(model: nn.Module, name: str) -> str:
     if not model.get_parameter(name).numel():
         return "has no elements"
     owner = model.get_submodule(name.rpartition(".")[0])
+    if _is_sparse(owner):
+        return "its gradients are sparse"
     if isinstance(owner, (*STOCK_LAYERS, ParametrizationList)):
         return "belongs to a parametrised weight"
     return f"parameter of {type(owner).__name__}, outside neurons"

@@ -98,7 +98,7 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         if name not in trace.elements:
             trace.order.append(name)
         trace.elements[name] = trace.elements.get(name, 0) + output.numel()
-        if layer.cost != "norm":
+        if layer.cost not in ("norm", "lookup"):
             weight = parameters[layer.weight]
             # A transposed convolution sends each input element, any other layer each output element, through
             # this many multiply-adds.

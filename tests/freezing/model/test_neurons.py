@@ -85,7 +85,7 @@ def test_what_owns_no_neurons() -> None:
             "instance": nn.InstanceNorm2d(4),
             "frozen": FrozenBatchNorm2d(4),
             "relu": nn.ReLU(),
-            "table": nn.Embedding(5, 4),
+            "table": nn.Embedding(5, 4, sparse=True),
             "recurrent": nn.LSTM(4, 3),
             "slope": nn.PReLU(),
             "bilinear": nn.Bilinear(2, 3, 4),
@@ -94,7 +94,7 @@ def test_what_owns_no_neurons() -> None:
     neurons = find_neurons(net)
     assert neurons.layers == {}
     assert set(neurons.outside) == {name for name, _ in net.named_parameters()}
-    assert "Embedding" in neurons.outside["table.weight"]
+    assert neurons.outside["table.weight"] == "its gradients are sparse"
     assert "LSTM" in neurons.outside["recurrent.weight_ih_l0"]
 
 
@@ -207,11 +207,11 @@ def test_a_linear_layer_tied_to_an_embedding_always_trains() -> None:
 
     net = Language()
     freezer = Freezer(net, sgd(net), [torch.tensor([[1, 2], [3, 4]])], FreezeAll())
-    assert set(freezer.layers) == {"hidden", "decode", "head"}
-    assert "shared" in freezer.anatomy.never_frozen["decode"]
+    assert set(freezer.layers) == {"table", "hidden", "decode", "head"}
+    assert all("shared along different" in freezer.anatomy.never_frozen[name] for name in ("table", "decode"))
     seen = freezer.step()
-    assert {name for name in seen if seen[name].trainable.all()} == {"decode", "head"}
-    assert freezer.anatomy.neurons.outside == {}  # the table's weight is decode's
+    assert {name for name in seen if seen[name].trainable.all()} == {"table", "decode", "head"}
+    assert freezer.anatomy.neurons.outside == {}
 
 
 def test_a_weight_shared_along_different_dimensions_always_trains() -> None:
