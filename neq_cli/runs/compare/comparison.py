@@ -52,7 +52,7 @@ class Row:
     best: Summary
     best_difference: Difference | None
     seconds: Summary
-    flops_training: Summary  # forward pass and executed back-propagation; NaN where runs do not tell the former
+    flops_training: Summary  # forward passes and executed back-propagation of all epochs; NaN where runs do not tell
     flops_training_percent: float | None
     goal: Goal | None  # None without a baseline of the same metric
     matched_p: Summary | None  # of `p: match:RUN_DIR`
@@ -200,7 +200,7 @@ def _seconds(runs: Sequence[Run]) -> Summary:
 
 
 def _training(runs: Sequence[Run]) -> Summary:
-    return summarise([mean_known(training_flops(run)) for run in runs])
+    return summarise([float(training_flops(run).sum()) for run in runs])
 
 
 def _percent(summary: Summary, reference: _Group | None, column: str) -> float | None:

@@ -284,6 +284,7 @@ def test_what_it_takes_to_the_baselines_accuracy(make_run: Any, recipe: Any) -> 
     assert baseline.goal.at_equal_time.mean == (91 + 70) / 2
     assert neq.goal.at_equal_time.mean == (95 + 90.9) / 2
     assert neq.flops_training_percent == pytest.approx(100 * 60 / 90)
+    assert (neq.flops_training.mean, baseline.flops_training.mean) == (60, 90)
 
 
 def test_runs_of_before_do_not_tell_their_forward_pass(seeded: Callable[..., Run]) -> None:
@@ -300,8 +301,12 @@ def test_without_a_baseline_there_is_no_goal(seeded: Callable[..., Run]) -> None
 
 def test_a_run_that_ended_by_its_own_recipe_is_not_unfinished(make_run: Any, recipe: Any) -> None:
     metrics = [{"test_top1": 90.0}, {"test_top1": 91.0}]
+    metrics = [{**row, "flops_forward": 1.0, "flops_executed": 2.0} for row in metrics]
     early = make_run("early", recipe(policy=NEQ, epochs=5, stop_when_frozen=1), metrics=metrics, finish=True)
-    assert compare_runs([early]).rows[0].unfinished == ()
+    whole = make_run("whole", recipe(policy=BASELINE, epochs=5), metrics=[*metrics, *metrics, metrics[1]])
+    rows = compare_runs([early, whole]).rows
+    assert [row.unfinished for row in rows] == [(), ()]
+    assert rows[1].flops_training_percent == pytest.approx(40), "two of five epochs' work"
 
 
 def test_nothing_to_compare() -> None:
