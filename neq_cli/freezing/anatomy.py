@@ -15,7 +15,7 @@ from neq_cli.freezing.backward.sliced import BackwardMode, why_dense
 from neq_cli.freezing.equilibrium import Definition
 from neq_cli.freezing.flops import Execution, Flops, count_flops, forward_cost
 from neq_cli.freezing.model.axes import with_found_axes
-from neq_cli.freezing.model.front import front_of, outside_of
+from neq_cli.freezing.model.front import Rest, front_of, outside_of, rest_of
 from neq_cli.freezing.model.neurons import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -80,6 +80,12 @@ class Anatomy:
         """Return the parameters outside neurons that lie in the front of what these sets freeze whole."""
         whole = {name for name, rows in trainable.items() if not bool(rows.any())}
         return outside_of(self.trace, self.neurons.outside, self.front(whole))
+
+    def rest(self, model: nn.Module, trainable: Mapping[str, Tensor], still: Collection[str]) -> Rest:
+        """Return what of ``model`` may run as at inference while these sets freeze a front."""
+        whole = {name for name, rows in trainable.items() if not bool(rows.any())}
+        layers = {**self.neurons.layers, **self.neurons.fixed}
+        return rest_of(model, layers, self.trace, self.front(whole), self.neurons.outside.keys() - set(still))
 
     def reached(
         self,

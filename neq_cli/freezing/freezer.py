@@ -22,7 +22,7 @@ from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
 from neq_cli.freezing.model.neurons import Layer, everything, find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
-from neq_cli.freezing.policies import NEq, Observation, Policy, Scope, observe
+from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
 from neq_cli.freezing.probe import device_of, first_probe_input, follow, overwrite, similarity, snapshot
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
 from neq_cli.freezing.rows.optimizers import unwrap_optimizer
@@ -99,6 +99,7 @@ class Freezer:
         self.mu: float = getattr(self.policy, "mu", 0.5)
         self.definition: Definition = getattr(self.policy, "definition", "paper")
         self.scope: Scope = getattr(self.policy, "scope", "neuron")
+        self.front_mode: FrontMode = getattr(self.policy, "front_mode", "train")
         self.still: frozenset[str] = frozenset()  # parameters outside neurons that stand still with the front
         self.at_rest = 0  # epochs up to now in which all that may freeze was frozen, and it still is
         self.probe_autocast = probe_autocast
@@ -267,6 +268,11 @@ class Freezer:
             definition=self.definition,
             attached=self._wrapped,
         )
+        if self.front_mode == "inference" and self.compiled:
+            raise FreezingError(
+                "policy: front_mode inference is not for a model that torch.compile runs, which would be compiled anew "
+                "for every front; use front_mode train"
+            )
         if self.scope == "front" and not anatomy.trace.ordered:
             raise FreezingError(
                 "policy: scope front asks which layer comes before which, and this model's forward pass does not show "
@@ -326,7 +332,8 @@ class Freezer:
     def _put_in_force(self, trainable: dict[str, Tensor]) -> None:
         self.trainable, self._computed = trainable, {}
         self.still = self.anatomy.outside_front(trainable) if self.scope == "front" else frozenset()
-        self.hold.put_in_force(trainable, self.still)
+        rests = self.scope == "front" and self.front_mode == "inference"
+        self.hold.put_in_force(trainable, self.still, rests=rests)
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         if hasattr(self.policy, "look"):
@@ -337,7 +344,7 @@ class Freezer:
     def _held(self) -> Iterator[bytes]:
         """Yield all in which the processes must agree."""
         changed = self._standing.compared(self._standing.now(self.model, self.optimizer))
-        settings = f"{self.backward} {self.mu} {self.definition} {self.scope}"
+        settings = f"{self.backward} {self.mu} {self.definition} {self.scope} {self.front_mode}"
         yield f"{self.epoch} {settings} {list(self.layers)} {changed}".encode()
         yield from as_bytes(self.trainable, [moved.phi for moved in self.dynamics.values()])
 

@@ -13,6 +13,7 @@ from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode, SlicedBackward
 from neq_cli.freezing.changes import Places
+from neq_cli.freezing.model.front import NO_REST
 from neq_cli.freezing.rows.keeper import RowKeeper
 from neq_cli.freezing.rows.zeroed import Unreached
 
@@ -61,13 +62,17 @@ class Hold:
             one.register_step_post_hook(self.slicing.settle) for one in self.keeper.optimizers
         ]
 
-    def put_in_force(self, trainable: Mapping[str, Tensor], still: frozenset[str] = frozenset()) -> None:
+    def put_in_force(
+        self, trainable: Mapping[str, Tensor], still: frozenset[str] = frozenset(), *, rests: bool = False
+    ) -> None:
         """Hold from now on what ``trainable`` (bool, [neurons], by layer) leaves out, as it is at this moment.
 
-        ``still``: parameters outside neurons that are held as well.
+        ``still``: parameters outside neurons that are held as well. ``rests``: the front of it runs as at inference.
         """
         self.trainable = trainable
-        self.slicing.put_in_force(trainable, still)
+        self.slicing.remove()  # modules are looked at as they are of their own
+        rest = self.anatomy.rest(self.model, trainable, still) if rests else NO_REST
+        self.slicing.put_in_force(trainable, still, rest)
         held = trainable
         if self.mode == "truncated":
             # What no error reaches has nothing to learn from: it is paused like what is frozen.

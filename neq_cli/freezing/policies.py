@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Scope = Literal["neuron", "layer", "front"]
 """What freezes: single neurons, whole layers, or the whole layers before which nothing trains."""
+FrontMode = Literal["train", "inference"]
+"""How a frozen front runs: as the rest does, or as at inference."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
@@ -48,7 +50,8 @@ class Policy(Protocol):
     """Chooses after each epoch who trains in the next one.
 
     A policy may also have ``mu`` and ``definition``, which the Freezer then computes the velocity with, and ``scope``:
-    where that is ``front``, parameters outside neurons that lie before all that trains stand still with the front. One
+    where that is ``front``, parameters outside neurons that lie before all that trains stand still with the front, and
+    with ``front_mode`` ``inference`` the front runs as at inference. One
     that has ``look(anatomy, learning_rate)`` is told before each choice of the model, an ``Anatomy``, and of the
     largest learning rate that the optimiser has at that moment.
     """
@@ -88,6 +91,10 @@ class NEq:
 
     ``thaw_at_lr_drop``: when the learning rate has fallen by this factor from its highest since the last such time,
     everything trains for one epoch. What lies in a frozen front never changes, and nothing else would thaw it.
+
+    ``front_mode``: ``inference`` runs a frozen front as at inference, which changes what the layers above see: batch
+    normalisation by its running statistics, which stand still, and folded into the convolution before it; dropout and
+    stochastic depth off. An approximation; once the front thaws all is as it was when it froze.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class NEq:
         scope: Scope = "neuron",
         share: float = 1.0,
         thaw_at_lr_drop: float | None = None,
+        front_mode: FrontMode = "train",
     ) -> None:
         if not epsilon >= 0:
             raise ValueError(f"epsilon is {epsilon}; it must be at least 0")
@@ -111,10 +119,13 @@ class NEq:
             raise ValueError(f"share is {share}; it must lie in (0, 1]")
         if thaw_at_lr_drop is not None and not thaw_at_lr_drop > 1:
             raise ValueError(f"thaw_at_lr_drop is {thaw_at_lr_drop}; it must be a factor above 1, or None")
+        if front_mode not in ("train", "inference"):
+            raise ValueError(f"front_mode is {front_mode!r}; choose 'train' or 'inference'")
         if mu > 0.5:
             warnings.warn(f"mu={mu} lies above 0.5, where the velocity is not sure to settle", stacklevel=2)
         self.epsilon, self.mu, self.definition = epsilon, mu, definition
         self.scope, self.share, self.thaw_at_lr_drop = scope, share, thaw_at_lr_drop
+        self.front_mode = front_mode
         self._anatomy: Anatomy | None = None
         self._highest: float | None = None  # learning rate since the last thaw
         self._thaws = False

@@ -339,6 +339,8 @@ def warnings(recipe: Recipe) -> tuple[str, ...]:
                 f"policy.share: 1 with scope {recipe.policy.scope}, so that a layer freezes only once every one of its "
                 "neurons is at equilibrium; 0.8 is what most need"
             )
+        if recipe.policy.front_mode == "inference" and recipe.policy.scope != "front":
+            found.append(f"policy.front_mode: inference does nothing with scope {recipe.policy.scope}; use scope front")
         if recipe.policy.thaw_at_lr_drop is not None and recipe.scheduler.name.lower() == "constant":
             found.append("policy.thaw_at_lr_drop: nothing thaws by it, for without a scheduler no learning rate falls")
     if recipe.scheduler.warmup_epochs > recipe.epochs:

@@ -47,6 +47,10 @@ class NEqPolicy(Section):
         description="all trains for an epoch when the learning rate has fallen by this factor; null: never",
         examples=[10],
     )
+    front_mode: Annotated[Literal["train", "inference"], RESULT] = Field(
+        default="train",
+        description="inference: a frozen front runs as at inference, batch norms folded; an approximation",
+    )
 
 
 def matched_run(p: object) -> str | None:

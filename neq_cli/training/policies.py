@@ -50,6 +50,7 @@ def build_policy(section: PolicySection, seed: int, epochs: int) -> Policy:
                 scope=section.scope,
                 share=section.share,
                 thaw_at_lr_drop=section.thaw_at_lr_drop,
+                front_mode=section.front_mode,
             )
     if isinstance(section, StochasticPolicy):
         return Stochastic(chosen_share(section), seed, scope=section.scope)
@@ -201,7 +202,8 @@ def describe_policy(policy: PolicySection) -> str:
         reference = "" if policy.definition == "paper" else f" definition={policy.definition}"
         share = "" if policy.share == 1 else f" share={policy.share:g}"
         thaws = "" if policy.thaw_at_lr_drop is None else f" thaw_at_lr_drop={policy.thaw_at_lr_drop:g}"
-        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}{_scope(policy.scope)}{share}{thaws}"
+        mode = "" if policy.front_mode == "train" else f" front_mode={policy.front_mode}"
+        return f"neq epsilon={policy.epsilon:g} mu={policy.mu:g}{reference}{_scope(policy.scope)}{share}{thaws}{mode}"
     if isinstance(policy, StochasticPolicy):
         matched = f" ({policy.p})" if policy.matched_p is not None else ""
         return f"stochastic p={chosen_share(policy):.4g}{_scope(policy.scope)}{matched}"

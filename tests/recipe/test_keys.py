@@ -230,6 +230,9 @@ def test_scopes_that_hardly_mean_what_they_say_are_warned_of() -> None:
     (line,) = warnings(recipe(policy=front))
     assert line.startswith("policy.share: 1 with scope front, so that a layer freezes only once every one")
     assert warnings(recipe(policy={**front, "share": 0.8})) == ()
+    assert warnings(recipe(policy={**front, "share": 0.8, "front_mode": "inference"})) == ()
+    (line,) = warnings(recipe(policy={"kind": "neq", "front_mode": "inference"}))
+    assert line == "policy.front_mode: inference does nothing with scope neuron; use scope front"
     (line,) = warnings(recipe(policy={"kind": "neq", "thaw_at_lr_drop": 10}))
     assert line.startswith("policy.thaw_at_lr_drop: nothing thaws by it")
     assert warnings(recipe(policy={"kind": "neq", "thaw_at_lr_drop": 10}, scheduler={"name": "cosine"})) == ()

@@ -17,12 +17,16 @@ from neq_cli.freezing.backward.intercepting import Watched
 from neq_cli.freezing.backward.swapping import (
     SlicedOperands,
     restore,
+    swap_folded,
     swap_frozen,
     swap_intercepting,
+    swap_resting,
     swap_root,
+    swap_skipped,
     swap_sliced,
     swap_still,
 )
+from neq_cli.freezing.model.front import NO_REST, Rest
 from neq_cli.freezing.model.neurons import Layer
 
 BackwardMode = Literal["exact", "truncated", "dense"]
@@ -86,10 +90,11 @@ class SlicedBackward:
         self.swaps: list[tuple[nn.Module, Callable[[], None]]] = []  # modules, and what changes their class
         self.suspended = False
 
-    def put_in_force(self, trainable: Mapping[str, Tensor], still: Collection[str] = ()) -> None:
+    def put_in_force(self, trainable: Mapping[str, Tensor], still: Collection[str] = (), rest: Rest = NO_REST) -> None:
         """From now on, or as soon as ``resume`` is called, compute what ``trainable`` (bool, [neurons]) asks for.
 
-        ``still``: parameters outside neurons that take no part in the backward pass either.
+        ``still``: parameters outside neurons that take no part in the backward pass either. ``rest``: what runs as at
+        inference, without what is compiled.
         """
         self.remove()
         self.settled = dict(self.dispatch.choices)
@@ -107,6 +112,7 @@ class SlicedBackward:
             if not self.attached:
                 self._put_dense_in_force(trainable)
                 self._put_still_in_force(still)
+            self._put_to_rest(rest)
         if not self.suspended:
             self.resume()
 
@@ -171,6 +177,13 @@ class SlicedBackward:
         owners = {name.rpartition(".")[0] for name in still}
         self.swaps += [(one, partial(swap_still, one, parameters)) for one in map(self.model.get_submodule, owners)]
         self.swaps.append((self.model, partial(swap_root, self.model)))
+
+    def _put_to_rest(self, rest: Rest) -> None:
+        for convolution, norm in (rest.folds or {}).items():
+            # Last, on top of all else: what they compute is another thing.
+            self.swaps.append((convolution, partial(swap_folded, convolution, norm)))
+            self.swaps.append((norm, partial(swap_skipped, norm)))
+        self.swaps += [(module, partial(swap_resting, module)) for module in rest.modules]
 
     def _bias(self, layer: Layer) -> tuple[Tensor | None, int]:
         """Return the bias that the layer's neurons own, None where they own none, and which of it is the first's."""

@@ -45,6 +45,9 @@ class Trace:
     # Multiply-adds of the backward pass of products without a layer, such as attention's, by the layer called before.
     products: dict[str, int] = field(default_factory=dict)
     output_layers: frozenset[str] = frozenset()
+    direct: dict[str, str] = field(default_factory=dict)  # layers whose input is another's output as it is
+    # Layers, and parameters, that reach the inputs of a module without parameters first, by its name.
+    before_bare: dict[str, tuple[frozenset[str], frozenset[str]]] = field(default_factory=dict)
     ordered: bool = True  # autograd told which layer comes before which
     reentrant: bool = False  # the model uses reentrant activation checkpoints
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
@@ -91,6 +94,8 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     before: dict[str, set[int]] = {}  # leaves of the graph, by the layer whose input depends on them
     inside: dict[str, set[int]] = {}  # by the layer whose output does
     running: list[nn.Module] = []
+    calls: dict[str, int] = {}
+    bare: dict[str, tuple[set[str], set[int]]] = {}  # before modules without parameters: layers, and leaves
     products = _Products()
 
     def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
@@ -107,6 +112,9 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
             products.backward[products.last] -= each * elements * (inputs.requires_grad + weight.requires_grad)
         products.last = name
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
+        calls[name] = calls.get(name, 0) + 1
+        if inputs.grad_fn in producers:
+            trace.direct[name] = producers[inputs.grad_fn]
         for tensor, leaves in ((inputs, before), (output, inside)):
             found, known = _sources_of([tensor], producers)
             leaves.setdefault(name, set()).update(known)
@@ -131,6 +139,7 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
     names = {module: name for name, module in model.named_modules()}
     with (
         _keeping_track(model, running),
+        _bare_modules_seen(model, producers, bare),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         checkpointing_seen_through() as seen_through,
@@ -149,6 +158,8 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
 
     trace.parameters_before = {name: named(leaves) for name, leaves in before.items()}
     trace.parameters_inside = {name: named(leaves - before[name]) for name, leaves in inside.items()}
+    trace.before_bare = {name: (frozenset(layers), named(leaves)) for name, (layers, leaves) in bare.items()}
+    trace.direct = {name: one for name, one in trace.direct.items() if calls[name] == calls[one] == 1}
     used = _leaves_of(outputs)
     trace.unused = frozenset(
         name for name, parameter in parameters.items() if parameter.requires_grad and id(parameter) not in used
@@ -208,6 +219,28 @@ def _keeping_track(model: nn.Module, running: list[nn.Module]) -> Iterator[None]
             leave = module.register_forward_hook(lambda *_: running.pop() and None)
             stack.callback(enter.remove)
             stack.callback(leave.remove)
+        yield
+
+
+@contextmanager
+def _bare_modules_seen(
+    model: nn.Module, producers: Mapping[Node, str], seen: dict[str, tuple[set[str], set[int]]]
+) -> Iterator[None]:
+    """Note in ``seen`` what comes first before the inputs of every module without parameters."""
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            layers, leaves = seen.setdefault(name, (set(), set()))
+            found, known = _sources_of(list(tensors_in(arguments)), producers)
+            layers.update(found)
+            leaves.update(known)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if next(module.parameters(), None) is None:
+                stack.callback(module.register_forward_pre_hook(note(name)).remove)
         yield
 
 

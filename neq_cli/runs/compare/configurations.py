@@ -92,6 +92,8 @@ def policy_label(runs: Sequence[Run]) -> str:
             suffix += f" share={_short(run.setting('policy.share'))}"
         if run.setting("policy.thaw_at_lr_drop") is not None:
             suffix += f" thaw={_short(run.setting('policy.thaw_at_lr_drop'))}"
+        if run.setting("policy.front_mode") not in (None, "train"):
+            suffix += f" {_short(run.setting('policy.front_mode'))}"
         return f"NEq eps={_short(run.setting('policy.epsilon'))} mu={_short(run.setting('policy.mu'))}{suffix}"
     if kind == "stochastic" and _is_matched(run):
         return f"Stochastic* p={_matched_p(runs)}{_scope(run)}"
