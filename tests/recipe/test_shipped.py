@@ -58,6 +58,7 @@ PAPER: dict[str, Any] = {  # section 4.1
         "scope": "neuron",
         "share": 1.0,
         "thaw_at_lr_drop": None,
+        "front_mode": "train",
     },
     "precision": "fp32",
     "label_smoothing": 0.0,
