@@ -445,3 +445,41 @@ def test_what_has_stood_still_is_remembered() -> None:
     again = make_trainer(**changes)
     again.load_state_dict(resumed.state_dict())
     assert epochs_of(again) == []
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"kind": "neq", "epsilon": 0.3, "scope": "front", "share": 0.5, "thaw_at_lr_drop": 10},
+        {"kind": "neq", "epsilon": 0.3, "scope": "front", "share": 0.5, "front_mode": "inference"},
+        {"kind": "neq", "epsilon": 0.3, "scope": "layer", "share": 0.7},
+        {"kind": "stochastic", "p": 0.5, "scope": "layer"},
+        {"kind": "stochastic", "p": 0.5, "scope": "front"},
+        {"kind": "front", "start": 0.2, "level": 1.0},
+        {"kind": "budget", "flops": 0.5},
+    ],
+)
+def test_every_policy_goes_on_to_the_bit(policy: dict[str, Any]) -> None:
+    def rows(trainer: Trainer) -> list[str]:
+        return [repr({k: v for k, v in one.metrics.items() if k not in TIMINGS}) for one in epochs_of(trainer)]
+
+    changes = {
+        "policy": policy,
+        "network": "normalised_network",
+        "epochs": 6,
+        "deterministic": True,
+        "scheduler": {"name": "multistep", "milestones": [3]},
+    }
+    whole = make_trainer(**changes)
+    half = make_trainer(**changes)
+    for record in half.run():
+        if isinstance(record, EpochRecord) and record.epoch == 3:
+            break
+    resumed = make_trainer(**changes)
+    resumed.load_state_dict(half.state_dict())
+    assert rows(resumed) == rows(whole)[3:]
+    for name, weights in weights_of(whole).items():
+        assert torch.equal(weights_of(resumed)[name], weights), name
+    assert resumed.freezer.still == whole.freezer.still
+    for name, trainable in whole.freezer.trainable.items():
+        assert torch.equal(resumed.freezer.trainable[name], trainable)
