@@ -48,7 +48,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.between(self.first(self.before(x))))
-        return self.head(self.after(x).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(self.after(input=x).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 FIRST = ("first.conv1", "first.bn1", "first.conv2", "first.bn2")
@@ -108,11 +108,14 @@ def test_dropout_rests_where_nothing_before_it_trains(images: Tensor) -> None:
     off: dict[str, bool] = {}
 
     def note(name: str) -> Any:
-        return lambda module, inputs, output: off.__setitem__(name, torch.equal(inputs[0], output))
+        def hook(module: nn.Module, given: Any, named: Any, output: Tensor) -> None:
+            off[name] = torch.equal(next(iter((*given, *named.values()))), output)
+
+        return hook
 
     for name, module in net.named_modules():
         if isinstance(module, nn.Dropout):
-            module.register_forward_hook(note(name))
+            module.register_forward_hook(note(name), with_kwargs=True)
     freeze(freezer)
     net(images)
     assert off == {"before": True, "first.drop": True, "between": True, "second.drop": False, "after": False}

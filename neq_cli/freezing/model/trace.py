@@ -25,6 +25,9 @@ from neq_cli.freezing.model.neurons import Layer, Neurons
 from neq_cli.freezing.model.observing import map_tensors, tensors_in, undisturbed, watch_calls
 from neq_cli.freezing.model.restoring import found_again
 
+NOT_KNOWN = "?"
+"""Stands for the layers before a module that takes no tensors."""
+
 
 @dataclass
 class Trace:
@@ -229,10 +232,11 @@ def _bare_modules_seen(
     """Note in ``seen`` what comes first before the inputs of every module without parameters."""
 
     def note(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any) -> None:
+        def hook(module: nn.Module, arguments: Any, keywords: Any) -> None:
             layers, leaves = seen.setdefault(name, (set(), set()))
-            found, known = _sources_of(list(tensors_in(arguments)), producers)
-            layers.update(found)
+            inputs = list(tensors_in((arguments, keywords)))
+            found, known = _sources_of(inputs, producers)
+            layers.update(found if inputs else {NOT_KNOWN})
             leaves.update(known)
 
         return hook
@@ -240,7 +244,7 @@ def _bare_modules_seen(
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if next(module.parameters(), None) is None:
-                stack.callback(module.register_forward_pre_hook(note(name)).remove)
+                stack.callback(module.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         yield
 
 
