@@ -28,6 +28,10 @@ For one forward pass of the module concerned, where gradients are on:
   threads puts it back.
 - The parameters of a layer that cannot be sliced and whose neurons are all frozen (swapping.py): detached ones stand in
   their place.
+- Parameters outside neurons that lie in a frozen front (swapping.py): forward passes of the model, and what a backward
+  pass repeats of them, get them detached as attributes of the modules that own them. These, and the model, are of
+  subclasses for that.
+- ``training`` of modules that run as at inference (resting.py): off. A batch norm that is folded returns its input.
 
 Inside of ``Freezer(...)``, ``step()`` and, where the model has changed, ``load_state_dict()``:
 
@@ -43,7 +47,7 @@ Of the process, from the import on:
 
 - The operators ``neq::apply`` and ``neq::gradients`` (compiled.py), which graphs of torch.compile call with a number.
   The table of plans by number loses an entry when its slot, which a Freezer has, is collected.
-- The subclasses that swapping.py makes, one for each class and purpose: they are kept and used again.
+- The subclasses that swapping.py and resting.py make, one for each class and purpose: they are kept and used again.
 
 Of a wrapper, never of the model: the communication hook of a ``Replica`` (processes/replica.py). The mark for
 parameters that DistributedDataParallel shall ignore is on the model while the wrapper is made, and off again.

@@ -14,15 +14,13 @@ from neq_cli.freezing.backward.compiled import Slot
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.gradients import GradientPlan, Operand
 from neq_cli.freezing.backward.intercepting import Watched
+from neq_cli.freezing.backward.resting import swap_folded, swap_resting, swap_skipped
 from neq_cli.freezing.backward.swapping import (
     SlicedOperands,
     restore,
-    swap_folded,
     swap_frozen,
     swap_intercepting,
-    swap_resting,
     swap_root,
-    swap_skipped,
     swap_sliced,
     swap_still,
 )

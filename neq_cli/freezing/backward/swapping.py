@@ -21,8 +21,9 @@ from neq_cli.freezing.backward.intercepting import Watched, intercepted
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 from neq_cli.freezing.model.neurons import BATCH_NORMS, Cost
 
-_PLAN, _NUMBER, _STILL, _FOLD, _DONE = "_neq_plan", "_neq_number", "_neq_still", "_neq_fold", "_neq_done"
-_OURS = (_PLAN, _NUMBER, _STILL, _FOLD, _DONE)
+OURS = "_neq_"
+"""What the names of all that we put into a module begin with."""
+_OWN, _PLAN, _NUMBER, _STILL = "_neq_own", "_neq_plan", "_neq_number", "_neq_still"
 
 
 @dataclass(frozen=True)
@@ -59,48 +60,33 @@ def swap_still(module: nn.Module, parameters: frozenset[int]) -> None:
     On top of what else it is. The model must be told to count its forward passes, by ``swap_root``, last of all.
     """
     vars(module)[_STILL] = parameters
-    module.__class__ = _subclass(cast(Any, _Still), cast(Any, type(module)))
+    module.__class__ = subclass(cast(Any, _Still), cast(Any, type(module)))
 
 
 def swap_root(module: nn.Module) -> None:
     """Have the model's own forward pass be known while it runs, on top of what else it is."""
-    module.__class__ = _subclass(cast(Any, _Root), cast(Any, type(module)))
-
-
-def swap_resting(module: nn.Module) -> None:
-    """Have ``module`` and all in it run as at inference while the model trains, on top of what else it is."""
-    module.__class__ = _subclass(cast(Any, _Resting), cast(Any, type(module)))
-
-
-def swap_folded(convolution: nn.Module, norm: nn.Module) -> None:
-    """Have ``convolution`` do what batch ``norm`` after it does at inference, on top of what else it is."""
-    vars(convolution)[_FOLD] = Fold(convolution, norm)
-    convolution.__class__ = _subclass(cast(Any, _Folded), cast(Any, type(convolution)))
-
-
-def swap_skipped(norm: nn.Module) -> None:
-    """Have batch ``norm`` leave alone what a folded convolution has done for it, on top of what else it is."""
-    norm.__class__ = _subclass(cast(Any, _Skipped), cast(Any, type(norm)))
+    module.__class__ = subclass(cast(Any, _Root), cast(Any, type(module)))
 
 
 def restore(module: nn.Module) -> None:
     """Give ``module`` its own class back."""
-    if isinstance(module, _Swapped):
-        for key in _OURS:
-            vars(module).pop(key, None)
+    if isinstance(module, Swapped):
+        for key in [key for key in vars(module) if key.startswith(OURS)]:
+            del vars(module)[key]
         module.__class__ = _own_class(type(module))
 
 
-def _swap(module: nn.Module, swapped: type[_Swapped], plan: object) -> None:
+def _swap(module: nn.Module, swapped: type[Swapped], plan: object) -> None:
     vars(module)[_PLAN] = plan
-    if not isinstance(module, _Swapped):
-        module.__class__ = _subclass(cast(Any, swapped), cast(Any, type(module)))
+    if not isinstance(module, Swapped):
+        module.__class__ = subclass(cast(Any, swapped), cast(Any, type(module)))
 
 
 @cache
-def _subclass(swapped: Any, own: Any) -> Any:
-    members = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    if swapped in (_Frozen, _Intercepting, _Root, _Resting):  # whatever the module takes, what asks for it finds
+def subclass(swapped: Any, own: Any) -> Any:
+    """Return the subclass of ``own`` that does what ``swapped`` does."""
+    members = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, _OWN: own}
+    if swapped.takes_anything:  # what asks for what the module takes finds it
 
         @wraps(own.forward)
         def forward(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -112,10 +98,10 @@ def _subclass(swapped: Any, own: Any) -> Any:
 
 def _own_class(kind: Any) -> Any:
     """Return the class that ``kind`` would be had no module been swapped."""
-    if not issubclass(kind, _Swapped):
+    if not issubclass(kind, Swapped):
         return kind
-    if issubclass(kind.__bases__[0], _Swapped) and kind.__bases__[0].__module__ == __name__:
-        return _own_class(kind.__bases__[1])
+    if _OWN in vars(kind):
+        return _own_class(vars(kind)[_OWN])
     # Made of the swapped class by others, as torch.nn.utils.parametrize does for each module.
     members = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
     return type(kind.__name__, tuple(map(_own_class, kind.__bases__)), members)
@@ -126,15 +112,17 @@ def _is_batch_norm(module: nn.Module) -> bool:
     return bool(kinds) and kinds[0] is not nn.SyncBatchNorm and type(module).forward is nn.BatchNorm2d.forward
 
 
-class _Swapped(nn.Module):
+class Swapped(nn.Module):
     """What a module is while a frozen set is in force; copies and pickles of it are of its own class again."""
+
+    takes_anything = False  # its forward passes on whatever it is given
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         _, _, state, *rest = reduced
         # What object itself uses, but for the newer protocols, where pickle insists on the class that self has now.
         make = copyreg._reconstructor  # type: ignore[attr-defined]
-        state = {key: value for key, value in state.items() if key not in _OURS}
+        state = {key: value for key, value in state.items() if not key.startswith(OURS)}
         return (make, (_own_class(type(self)), object, None), state, *rest)
 
     def __prepare_scriptable__(self) -> Any:
@@ -145,7 +133,7 @@ class _Swapped(nn.Module):
         )
 
 
-def _stands_aside() -> bool:
+def stands_aside() -> bool:
     """Whether modules compute as their own class does: nobody differentiates, or a transform does that cannot see
     through our Functions (torch.func, forward mode, tracing, export)."""
     if torch.compiler.is_compiling():
@@ -154,46 +142,48 @@ def _stands_aside() -> bool:
     return not torch.is_grad_enabled() or in_transform() or torch._C._is_tracing() or forward_ad._current_level >= 0
 
 
-class _SlicedConvolution(_Swapped):
+class _SlicedConvolution(Swapped):
     """A convolution with frozen neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.Conv2d, self)
-        if _stands_aside() or _has_another_weight(module):
+        if stands_aside() or _has_another_weight(module):
             return cast(Tensor, super().forward(input))
         padding, input = _padded(module, input)
         return _convolve(module, input, padding, ())
 
 
-class _SlicedTransposedConvolution(_Swapped):
+class _SlicedTransposedConvolution(Swapped):
     """A transposed convolution with frozen neurons."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         module = cast(nn.ConvTranspose2d, self)
-        if _stands_aside() or _has_another_weight(module):
+        if stands_aside() or _has_another_weight(module):
             return cast(Tensor, super().forward(input, output_size))
         padding = cast("tuple[int, ...]", module.padding)
         sizes: Any = (module.stride, padding, module.kernel_size, len(module.kernel_size), module.dilation)
         return _convolve(module, input, padding, tuple(module._output_padding(input, output_size, *sizes)))
 
 
-class _SlicedLinear(_Swapped):
+class _SlicedLinear(Swapped):
     """A linear layer with frozen neurons."""
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.Linear, self)
-        if _stands_aside() or _has_another_weight(module):
+        if stands_aside() or _has_another_weight(module):
             return cast(Tensor, super().forward(input))
         if torch.compiler.is_compiling():
             return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
         return _apply(module, LinearMap(), input)
 
 
-class _Frozen(_Swapped):
+class _Frozen(Swapped):
     """Any other layer with no trainable neuron: its parameters take no part in the backward pass."""
 
+    takes_anything = True
+
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if _stands_aside():
+        if stands_aside():
             return super().forward(*arguments, **keywords)
         own, state = self._parameters, vars(self)
         state["_parameters"] = {
@@ -212,7 +202,7 @@ class _FrozenBatchNorm(_Frozen):
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.BatchNorm2d, self)
         others = any(p is not None and id(p) not in vars(self)[_PLAN] for p in self._parameters.values())
-        if others or module.training or module.running_var is None or _stands_aside() or not input.requires_grad:
+        if others or module.training or module.running_var is None or stands_aside() or not input.requires_grad:
             return cast(Tensor, super().forward(input))
         scale = torch.rsqrt(module.running_var + module.eps)
         if module.weight is not None:
@@ -220,11 +210,13 @@ class _FrozenBatchNorm(_Frozen):
         return cast(Tensor, Scaled.apply(input, scale, super().forward))
 
 
-class _Intercepting(_Swapped):
+class _Intercepting(Swapped):
     """A module that passes the weights of layers with frozen neurons to ``torch.nn.functional.linear``."""
 
+    takes_anything = True
+
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if _stands_aside():
+        if stands_aside():
             return super().forward(*arguments, **keywords)
         with intercepted(vars(self)[_PLAN]):
             return super().forward(*arguments, **keywords)
@@ -239,8 +231,10 @@ class _Forward(threading.local):
 _forward = _Forward()
 
 
-class _Root(_Swapped):
+class _Root(Swapped):
     """A model whose forward pass is known while it runs."""
+
+    takes_anything = True
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         _forward.depth += 1
@@ -250,93 +244,20 @@ class _Root(_Swapped):
             _forward.depth -= 1
 
 
-class _Still(_Swapped):
+class _Still(Swapped):
     """A module with parameters outside neurons that stand still: a forward pass of the model, or a part of one that
     activation checkpointing repeats, gets them detached. Whoever else asks gets the parameters themselves."""
 
     def __getattr__(self, name: str) -> Any:
         value: Any = nn.Module.__getattr__(self, name)
         still = vars(self).get(_STILL)
-        if still is None or id(value) not in still or _stands_aside():
+        if still is None or id(value) not in still or stands_aside():
             return value
         running = _forward.depth > 0 or torch._C._current_graph_task_id() != -1
         return value.detach() if running else value
 
 
-class _Resting(_Swapped):
-    """A module of a frozen front that runs as at inference, also while the model trains."""
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        if _stands_aside():
-            return super().forward(*arguments, **keywords)
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            return super().forward(*arguments, **keywords)
-        finally:
-            for module in training:
-                module.training = True
-
-
-class Fold:
-    """A convolution's weight and bias with a batch normalisation by running statistics in them."""
-
-    def __init__(self, convolution: nn.Module, norm: nn.Module) -> None:
-        self.convolution, self.norm = cast(nn.Conv2d, convolution), cast(nn.BatchNorm2d, norm)
-        self._made_of: list[tuple[Tensor, int]] = []
-        self._made: tuple[Tensor, Tensor] | None = None
-
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias, made anew where something that they are made of has changed."""
-        convolution, norm = self.convolution, self.norm
-        tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        made_of = [(tensor, tensor._version) for tensor in tensors if tensor is not None]
-        alike = len(made_of) == len(self._made_of) and all(
-            one is other and version == before
-            for (one, version), (other, before) in zip(made_of, self._made_of, strict=True)
-        )
-        if self._made is None or not alike:
-            self._made, self._made_of = self._fold(), made_of
-        return self._made
-
-    @torch.no_grad()
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        convolution, norm = self.convolution, self.norm
-        scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        bias = -cast(Tensor, norm.running_mean) * scale
-        if convolution.bias is not None:
-            bias = bias + convolution.bias * scale
-        if norm.bias is not None:
-            bias = bias + norm.bias
-        return convolution.weight * scale.view(-1, *[1] * (convolution.weight.dim() - 1)), bias
-
-
-class _Folded(_Swapped):
-    """A convolution of a frozen front that does what the batch normalisation after it would do at inference."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        fold: Fold = vars(self)[_FOLD]
-        vars(fold.norm).pop(_DONE, None)
-        if _stands_aside():
-            return cast(Tensor, super().forward(input))
-        output: Tensor = fold.convolution._conv_forward(input, *fold.operands())
-        vars(fold.norm)[_DONE] = id(output)
-        return output
-
-
-class _Skipped(_Swapped):
-    """A batch normalisation that is folded into the convolution before it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if vars(self).pop(_DONE, None) == id(input):
-            return input
-        return cast(Tensor, super().forward(input))
-
-
-_SLICED: Mapping[Cost, type[_Swapped]] = {
+_SLICED: Mapping[Cost, type[Swapped]] = {
     "convolution": _SlicedConvolution,
     "transposed": _SlicedTransposedConvolution,
     "linear": _SlicedLinear,
