@@ -78,14 +78,16 @@ class Anatomy:
 
     def outside_front(self, trainable: Mapping[str, Tensor]) -> frozenset[str]:
         """Return the parameters outside neurons that lie in the front of what these sets freeze whole."""
-        whole = {name for name, rows in trainable.items() if not bool(rows.any())}
-        return outside_of(self.trace, self.neurons.outside, self.front(whole))
+        return outside_of(self.trace, self.neurons.outside, self._front_of(trainable))
 
     def rest(self, model: nn.Module, trainable: Mapping[str, Tensor], still: Collection[str]) -> Rest:
         """Return what of ``model`` may run as at inference while these sets freeze a front."""
-        whole = {name for name, rows in trainable.items() if not bool(rows.any())}
         layers = {**self.neurons.layers, **self.neurons.fixed}
-        return rest_of(model, layers, self.trace, self.front(whole), self.neurons.outside.keys() - set(still))
+        moving = self.neurons.outside.keys() - set(still)
+        return rest_of(model, layers, self.trace, self._front_of(trainable), moving)
+
+    def _front_of(self, trainable: Mapping[str, Tensor]) -> frozenset[str]:
+        return self.front([name for name, rows in trainable.items() if not bool(rows.any())])
 
     def reached(
         self,

@@ -51,9 +51,8 @@ class Policy(Protocol):
 
     A policy may also have ``mu`` and ``definition``, which the Freezer then computes the velocity with, and ``scope``:
     where that is ``front``, parameters outside neurons that lie before all that trains stand still with the front, and
-    with ``front_mode`` ``inference`` the front runs as at inference. One
-    that has ``look(anatomy, learning_rate)`` is told before each choice of the model, an ``Anatomy``, and of the
-    largest learning rate that the optimiser has at that moment.
+    with ``front_mode`` ``inference`` the front runs as at inference. One that has ``look(anatomy, learning_rate)`` is
+    told before each choice of the model, an ``Anatomy``, and of the largest learning rate that the optimiser has then.
     """
 
     def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
@@ -110,8 +109,7 @@ class NEq:
     ) -> None:
         if not epsilon >= 0:
             raise ValueError(f"epsilon is {epsilon}; it must be at least 0")
-        if not 0 <= mu < 1:
-            raise ValueError(f"mu is {mu}; it must lie in [0, 1), and [0, 0.5] is the safe range")
+        check_mu(mu)
         if definition not in ("paper", "reference"):
             raise ValueError(f"definition is {definition!r}; choose 'paper' or 'reference'")
         check_scope(scope)
@@ -157,9 +155,7 @@ class NEq:
             and not bool(observations[name].delta_phi.isnan().any())  # of those nobody knows
         }
         if self.scope == "front":
-            if self._anatomy is None:
-                raise FreezingError("NEq(scope='front'): has not been told of the model; call look() before choose()")
-            whole &= self._anatomy.front(whole)
+            whole &= looked_at(self._anatomy, "NEq(scope='front')").front(whole)
         return {
             name: torch.zeros_like(neurons) if name in whole else ~neurons | (self.scope != "neuron")
             for name, neurons in still.items()
@@ -171,6 +167,19 @@ class NEq:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         highest = state.get("highest_learning_rate")
         self._highest = None if highest is None else float(highest)
+
+
+def looked_at(anatomy: Anatomy | None, policy: str) -> Anatomy:
+    """Return ``anatomy``, or raise FreezingError where the ``policy`` has not been told of a model."""
+    if anatomy is None:
+        raise FreezingError(f"{policy}: has not been told of the model; call look() before choose()")
+    return anatomy
+
+
+def check_mu(mu: float) -> None:
+    """Raise ValueError unless ``mu`` damps."""
+    if not 0 <= mu < 1:
+        raise ValueError(f"mu is {mu}; it must lie in [0, 1), and [0, 0.5] is the safe range")
 
 
 def check_scope(scope: object) -> None:

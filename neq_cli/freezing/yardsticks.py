@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neq_cli.errors import FreezingError
-from neq_cli.freezing.policies import Observation, Scope, check_scope
+from neq_cli.freezing.policies import Observation, Scope, check_mu, check_scope, looked_at
 
 if TYPE_CHECKING:
     from neq_cli.freezing.anatomy import Anatomy
@@ -129,8 +128,7 @@ class Budget:
     def __init__(self, flops: float, mu: float = 0.5) -> None:
         if not 0 < flops <= 1:
             raise ValueError(f"flops is {flops}; it must lie in (0, 1]")
-        if not 0 <= mu < 1:
-            raise ValueError(f"mu is {mu}; it must lie in [0, 1), and [0, 0.5] is the safe range")
+        check_mu(mu)
         self.flops, self.mu = flops, mu
         self._anatomy: Anatomy | None = None
 
@@ -163,13 +161,6 @@ class Budget:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
-
-
-def looked_at(anatomy: Anatomy | None, policy: str) -> Anatomy:
-    """Return ``anatomy``, or raise FreezingError where the ``policy`` has not been told of a model."""
-    if anatomy is None:
-        raise FreezingError(f"{policy}: has not been told of the model; call look() before choose()")
-    return anatomy
 
 
 def whole_layers(observations: Mapping[str, Observation], frozen: set[str] | Sequence[str]) -> dict[str, Tensor]:

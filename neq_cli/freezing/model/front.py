@@ -18,10 +18,7 @@ def front_of(trace: Trace, frozen: Collection[str]) -> frozenset[str]:
     to the front once every branch into it does.
     """
     front = {name for name in frozen if name in trace.elements}
-    after: dict[str, list[str]] = {}
-    for name, sources in trace.before.items():
-        for source in sources:
-            after.setdefault(source, []).append(name)
+    after = trace.after()
     pending = [name for name in trace.elements if name not in front]
     while pending:
         for name in after.get(pending.pop(), ()):
@@ -92,11 +89,7 @@ def _within(name: str, other: str) -> bool:
 
 
 def _folds(layers: Mapping[str, Layer], trace: Trace, front: Collection[str]) -> dict[nn.Module, nn.Module]:
-    after: dict[str, set[str]] = {}
-    for name, sources in trace.before.items():
-        for source in sources:
-            after.setdefault(source, set()).add(name)
-    found = {}
+    after, found = trace.after(), {}
     for name, before in trace.direct.items():
         norm, convolution = layers[name].module, layers[before].module
         alone = after.get(before) == {name} and before not in trace.output_layers

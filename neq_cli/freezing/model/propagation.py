@@ -61,10 +61,7 @@ def _needing_gradients(
         for name in trace.after_outside
         if not (parameters := trace.parameters_before.get(name)) or not parameters <= set(still)
     }
-    after: dict[str, list[str]] = {}
-    for name, sources in trace.before.items():
-        for source in sources:
-            after.setdefault(source, []).append(name)
+    after = trace.after()
     pending = [*needed, *(name for name, share in shares.items() if share > 0)]
     seen: set[str] = set()
     while pending:

@@ -56,6 +56,14 @@ class Trace:
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
     unused: frozenset[str] = frozenset()  # parameters that require gradients and that no output depends on
 
+    def after(self) -> dict[str, set[str]]:
+        """Return the layers that a layer's output reaches first, by its name; those without any are left out."""
+        found: dict[str, set[str]] = {}
+        for name, sources in self.before.items():
+            for source in sources:
+                found.setdefault(source, set()).add(name)
+        return found
+
 
 def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
     """Trace ``model`` on the first sample of ``inputs`` (tensors of [samples, ...]); works on the meta device too.

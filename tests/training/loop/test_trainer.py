@@ -91,6 +91,10 @@ def epochs_of(trainer: Trainer) -> list[EpochRecord]:
     return [record for record in trainer.run() if isinstance(record, EpochRecord)]
 
 
+def train_up_to(epoch: int, trainer: Trainer) -> None:
+    next(one for one in trainer.run() if isinstance(one, EpochRecord) and one.epoch == epoch)
+
+
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
 
@@ -436,9 +440,7 @@ def test_a_run_ends_once_all_has_stood_still_for_long_enough(changes: dict[str, 
 def test_what_has_stood_still_is_remembered() -> None:
     changes = {**STILL, "stop_when_frozen": 3}
     trainer = make_trainer(**changes)
-    for record in trainer.run():
-        if isinstance(record, EpochRecord) and record.epoch == 3:
-            break
+    train_up_to(3, trainer)
     resumed = make_trainer(**changes)
     resumed.load_state_dict(trainer.state_dict())
     assert [record.epoch for record in epochs_of(resumed)] == [4]
@@ -472,9 +474,7 @@ def test_every_policy_goes_on_to_the_bit(policy: dict[str, Any]) -> None:
     }
     whole = make_trainer(**changes)
     half = make_trainer(**changes)
-    for record in half.run():
-        if isinstance(record, EpochRecord) and record.epoch == 3:
-            break
+    train_up_to(3, half)
     resumed = make_trainer(**changes)
     resumed.load_state_dict(half.state_dict())
     assert rows(resumed) == rows(whole)[3:]
