@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neq_cli.errors import NeqError, RecipeValueError, one_line
-from neq_cli.freezing import Baseline, Budget, Front, NEq, Observation, Policy, Stochastic
+from neq_cli.freezing import Baseline, Budget, Front, NEq, Policy, Stochastic
 from neq_cli.freezing.anatomy import Anatomy, anatomy_of
+from neq_cli.freezing.answers import settle
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.equilibrium import Dynamics
 from neq_cli.freezing.model.neurons import everything
@@ -101,31 +101,33 @@ def mean_stochastic_flops(
         flops = anatomy.flops(trainable_shares(anatomy, p), mode)
         dense, later = (flops.paper_dense, flops.executed_dense), (flops.paper, flops.executed)
     else:
-        dense = _flops_of_sets(anatomy, everything(anatomy.neurons.layers), mode)
-        policy, unseen = Stochastic(p, scope=scope), _unseen(anatomy)
-        policy.look(anatomy, 0.0)
-        drawn = [_flops_of_sets(anatomy, policy.choose(unseen, 1), mode) for _ in range(_DRAWS)]
+        dense = _flops_after(1, Baseline(), anatomy, mode)
+        policy = Stochastic(p, scope=scope)
+        drawn = [_flops_after(1, policy, anatomy, mode) for _ in range(_DRAWS)]
         later = (dense[0] - 2 * p * _freezable(anatomy), sum(executed for _, executed in drawn) / _DRAWS)
     return tuple((first + (epochs - 1) * other) / epochs for first, other in zip(dense, later, strict=True))  # type: ignore[return-value]
 
 
 def mean_front_flops(anatomy: Anatomy, section: FrontPolicy, epochs: int, mode: BackwardMode) -> tuple[float, float]:
     """Return (paper, executed) multiply-adds per sample, averaged over the schedule's ``epochs``."""
-    policy, unseen = Front(section.start, section.level, epochs), _unseen(anatomy)
-    policy.look(anatomy, 0.0)
-    of_epochs = [_flops_of_sets(anatomy, everything(anatomy.neurons.layers), mode)]
-    of_epochs += [_flops_of_sets(anatomy, policy.choose(unseen, epoch), mode) for epoch in range(1, epochs)]
+    policy = Front(section.start, section.level, epochs)
+    of_epochs = [_flops_after(1, Baseline(), anatomy, mode)]
+    of_epochs += [_flops_after(epoch, policy, anatomy, mode) for epoch in range(1, epochs)]
     return tuple(sum(each) / epochs for each in zip(*of_epochs, strict=True))
 
 
-def _unseen(anatomy: Anatomy) -> dict[str, Observation]:
+def _flops_after(
+    epoch: int, policy: Baseline | Stochastic | Front, anatomy: Anatomy, mode: BackwardMode
+) -> tuple[float, float]:
+    """Return (paper, executed) of one sample with what ``policy`` chooses, whatever the neurons do."""
     layers = anatomy.neurons.layers
-    return observe({name: Dynamics.start(layer.neurons) for name, layer in layers.items()}, everything(layers))
-
-
-def _flops_of_sets(anatomy: Anatomy, sets: Mapping[str, Tensor], mode: BackwardMode) -> tuple[float, float]:
-    trains = {name: rows | (name in anatomy.never_frozen) for name, rows in sets.items()}
-    flops = anatomy.flops(trains, mode, still=anatomy.outside_front(trains))
+    dynamics = {name: Dynamics.start(layer.neurons) for name, layer in layers.items()}
+    scope = getattr(policy, "scope", "neuron")
+    if not isinstance(policy, Baseline):
+        policy.look(anatomy, 0.0)
+    chosen = policy.choose(observe(dynamics, everything(layers)), epoch)
+    sets = settle(chosen, type(policy).__name__, anatomy, dynamics)
+    flops = anatomy.flops(sets, mode, still=anatomy.outside_front(sets) if scope == "front" else ())
     return flops.paper, flops.executed
 
 

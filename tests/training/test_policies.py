@@ -183,3 +183,25 @@ def test_a_policy_that_fails_is_one_line(name: str, kwargs: dict[str, Any], mess
     assert problem.startswith("policy.entrypoint: ")
     assert message in problem
     assert "\n" not in problem
+
+
+class WithToken(nn.Module):
+    """A bare parameter before two layers and the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 4))
+        self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x + self.token)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("scope", "executed"), [("layer", 2 * 16 + 2 * 8), ("front", 8)])
+def test_parameters_outside_neurons_stand_still_in_a_front_alone(scope: Any, executed: int) -> None:
+    """All layers frozen: whole layers pass the error on to the token, a front ends before the output layer."""
+    anatomy = anatomy_of(WithToken(), torch.zeros(1, 4))
+    dense = 2 * (2 * 16 + 8)
+    paper, mean = mean_stochastic_flops(anatomy, 1.0, 2, scope=scope)
+    assert mean == pytest.approx((dense + executed) / 2)
+    assert paper == pytest.approx((dense + 2 * 8) / 2)
