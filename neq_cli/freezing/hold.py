@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
+from neq_cli.freezing.backward.gradients import Hand
 from neq_cli.freezing.backward.sliced import BackwardMode, SlicedBackward
 from neq_cli.freezing.changes import Places
 from neq_cli.freezing.model.front import NO_REST
@@ -46,6 +48,13 @@ class Hold:
         self.trainable: Mapping[str, Tensor] = {}
         layers = anatomy.neurons.layers
         self.keeper = RowKeeper(model, optimizer, layers, discard_momentum=discard_momentum, row_wise=row_wise)
+        # Weakly: gradient plans lie where compiled code finds them, and shall not keep model and optimiser in memory.
+        keeper, through_autograd = weakref.ref(self.keeper), anatomy.attached or compiled
+
+        def hand(name: str) -> Hand | None:
+            there = keeper()
+            return None if there is None or through_autograd else there.hand_for(name)
+
         self.slicing = SlicedBackward(
             model,
             layers,
@@ -55,6 +64,7 @@ class Hold:
             dispatch,
             compiled=compiled,
             attached=anatomy.attached,
+            hand=hand,
         )
         self.unreached = Unreached([], [])
         self._places = Places(model, ())

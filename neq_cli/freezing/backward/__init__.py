@@ -9,6 +9,10 @@ in its place, until ``detach()``, and not inside ``suspended()``:
 - Classes of modules (swapping.py): a module with frozen neurons is of a subclass of its own class, of the same name,
   and holds its plan as an attribute. With torch.compile all that can be sliced are, from the first set on, in which
   nothing is frozen. Copies and pickles are of their own class.
+- ``.grad`` of large weights with frozen rows (rows/handed_over.py): a backward pass that fills it may put a tensor of a
+  class of its own there, which acts as the whole gradient.
+- State of the optimiser (rows/stepping.py, writing.py), where it is one of torch's own: of some weights the trainable
+  rows alone, of others with something of no meaning in frozen rows. ``state_dict()``, copies and pickles have it whole.
 - Hooks on parameters, called once a gradient has been accumulated (rows/zeroed.py), where rows are frozen. In truncated
   mode, in a model that was given wrapped in DistributedDataParallel, on all others that an error may reach as well.
   They put calls off to the end of the running backward pass, and end with it.
@@ -16,10 +20,14 @@ in its place, until ``detach()``, and not inside ``suspended()``:
 From the making of the Freezer until ``detach()``, and kept in ``suspended()``:
 
 - Hooks around ``step()`` and after ``load_state_dict()`` of the optimiser and of those that it wraps (rows/keeper.py,
-  hold.py, freezer.py). The one that writes rows back comes first after a step.
+  hold.py, freezer.py). The one that writes rows back comes first after a step. One of torch's own has hooks around
+  ``state_dict()`` and a ``__getstate__`` of its instance as well.
 - Hooks after ``load_state_dict()`` on every module (rows/keeper.py). Copies of the model have none that act.
 - ``step`` of an optimiser that never called its base class's constructor, such as a wrapper (rows/optimizers.py): it
   calls hooks now. This is the one thing that ``detach()`` leaves: without a hook it does what it did before.
+
+For a part of ``optimizer.step()`` (rows/stepping.py): large weights with frozen rows are their trainable rows, and the
+optimiser has them alone. Then, for the rest of it, they have no gradient.
 
 For one forward pass of the module concerned, where gradients are on:
 

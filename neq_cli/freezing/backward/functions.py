@@ -19,6 +19,7 @@ _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 class SomeRows(torch.autograd.Function):
     """The operation, with the gradients of a plan; a bias that is not the neurons' own (``owns_bias``) gets all of its.
 
+    Where the weight is the neurons' own parameter (``own_weight``), the plan's hand may take the gradient of its rows.
     What it saves does not depend on the kernel, which the backward pass chooses.
     """
 
@@ -31,8 +32,9 @@ class SomeRows(torch.autograd.Function):
         operation: Operation,
         plan: GradientPlan,
         owns_bias: bool,
+        own_weight: bool,
     ) -> Tensor:
-        ctx.operation, ctx.plan = operation, plan
+        ctx.operation, ctx.plan, ctx.own_weight = operation, plan, own_weight
         ctx.other_bias = None if bias is None or owns_bias else bias.shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight)
@@ -41,12 +43,18 @@ class SomeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 6
+            return (None,) * 7
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
         wanted = (of_input, of_weight, of_bias and ctx.other_bias is None)
-        gradients = ctx.plan.gradients(ctx.operation, grad_output, input, weight, wanted)
-        return *gradients[:2], _whole_if_other(ctx, grad_output, gradients[2]), None, None, None
+        hand = ctx.plan.hand() if ctx.own_weight and of_weight else None
+        through, of_rows, of_biases = ctx.plan.gradients(
+            ctx.operation, grad_output, input, weight, wanted, rows_alone=hand is not None
+        )
+        if hand is not None:
+            hand(of_rows)
+            of_rows = None
+        return through, of_rows, _whole_if_other(ctx, grad_output, of_biases), None, None, None, None
 
 
 class InputOnly(torch.autograd.Function):

@@ -5,11 +5,12 @@ By hand, since PyTorch computes the gradient of a weight whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from neq_cli.freezing.backward.dispatch import BLOCK, MOST_BLOCKS, Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.functions import InputOnly, SomeRows, cast_for_autocast, is_vectorised, memory_format_of
@@ -28,6 +29,8 @@ FRIENDLY = {"cpu": 16, "cuda": 8}
 
 Operand = Literal["weight", "bias"]
 OPERANDS: frozenset[Operand] = frozenset(("weight", "bias"))
+Hand = Callable[[Tensor], None]
+"""Takes the gradient of a weight's trainable rows, [rows that train, ...], in autograd's place."""
 
 
 class GradientPlan:
@@ -37,7 +40,8 @@ class GradientPlan:
     ``attached``: the output stays part of autograd's graph where nothing of the layer trains either. ``owns``: which
     operands are rows of the neurons; another one's gradient is computed whole. ``settled``: the choices, by kind of
     call, that forward passes may go by. They change between steps only: within one, a forward pass that activation
-    checkpointing repeats must save what it saved the first time.
+    checkpointing repeats must save what it saved the first time. ``hand`` tells in a backward pass who takes the
+    gradient of the neurons' own weight, None where autograd does.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ class GradientPlan:
         attached: bool = False,
         owns: frozenset[Operand] = OPERANDS,
         settled: Mapping[str, KernelChoice] | None = None,
+        hand: Callable[[], Hand | None] = lambda: None,
     ) -> None:
+        self.hand = hand
         self.trainable = trainable
         self.truncated = truncated
         self.attached = attached
@@ -59,18 +65,28 @@ class GradientPlan:
         self.rows = int(trainable.sum())
         self.computed: int | None = None  # rows computed in the last backward; None before the first
         self.choice: KernelChoice | None = None
+        self._averaged = False
         self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
         self._chunks: dict[tuple[int, int], GradientPlan] = {}
 
     def apply(
-        self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool = True
+        self,
+        operation: Operation,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        owns_bias: bool = True,
+        own_weight: bool = False,
     ) -> Tensor:
         """Return the operation's output, recorded for the backward pass as the plan wants it.
 
         ``owns_bias``: the bias is the one that the plan ``owns``, not another that was put in its place.
+        ``own_weight``: the weight is the neurons' parameter itself.
         """
+        own_weight = own_weight and not self._is_averaged()
         input, weight, bias = cast_for_autocast(input, weight, bias)
         owns_bias = owns_bias and "bias" in self.owns
         if self.rows == len(self.trainable):
@@ -84,7 +100,12 @@ class GradientPlan:
         if choice is not None and choice.kernel == "dense" and not self.truncated:
             self._note(choice, operation, weight)
             return operation.forward(input, weight, bias)
-        return cast(Tensor, SomeRows.apply(input, weight, bias, operation, self, owns_bias))
+        return cast(Tensor, SomeRows.apply(input, weight, bias, operation, self, owns_bias, own_weight))
+
+    def _is_averaged(self) -> bool:
+        """Whether a DistributedDataParallel runs the model, or has run it, which waits for autograd's gradients."""
+        self._averaged = self._averaged or DistributedDataParallel._active_ddp_module is not None
+        return self._averaged
 
     def _apply_frozen(
         self, operation: Operation, input: Tensor, weight: Tensor, bias: Tensor | None, *, owns_bias: bool
@@ -138,14 +159,24 @@ class GradientPlan:
         self.computed = len(self.trainable if dense else self._part(choice.kernel, operation, weight).computed)
 
     def gradients(
-        self, operation: Operation, grad_output: Tensor, input: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+        self,
+        operation: Operation,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        wanted: tuple[bool, bool, bool],
+        *,
+        rows_alone: bool = False,
     ) -> Gradients:
-        """Return the gradients ``wanted`` of input, weight and bias; those of frozen rows are zero or of no meaning."""
+        """Return the gradients ``wanted`` of input, weight and bias; those of frozen rows are zero or of no meaning.
+
+        ``rows_alone``: of the weight's, return the trainable rows alone.
+        """
         if is_vectorised(grad_output):  # which can neither be timed nor be written into memory of ours
             return self._run("dense", operation, grad_output, input, weight, wanted)
 
         def run(kernel: Kernel) -> Gradients:
-            return self._run(kernel, operation, grad_output, input, weight, wanted)
+            return self._run(kernel, operation, grad_output, input, weight, wanted, rows_alone=rows_alone)
 
         kind = self._kind(operation, input, weight, of_input=wanted[0])
         choice = self.dispatch.find(kind)
@@ -216,15 +247,20 @@ class GradientPlan:
         input: Tensor,
         weight: Tensor,
         wanted: tuple[bool, bool, bool],
+        *,
+        rows_alone: bool = False,
     ) -> Gradients:
         of_input, of_weight, of_bias = wanted
+        part = self._part("sliced" if kernel == "dense" else kernel, operation, weight)
         if kernel == "dense":
             if self.truncated and of_input:
                 weight = weight * self._trains(operation, weight)
-            return operation.backward(
+            through, of_rows, of_biases = operation.backward(
                 grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
             )
-        part = self._part(kernel, operation, weight)
+            if rows_alone and of_rows is not None:
+                of_rows = of_rows.index_select(0, part.trainable)
+            return through, of_rows, of_biases
         smaller = operation.sliced(part)
         if kernel == "pointwise" and isinstance(smaller, Convolution):
             smaller = PointwiseConvolution(**vars(smaller))
@@ -244,9 +280,13 @@ class GradientPlan:
         )
         if through is not None:
             input_gradient = operation.whole_input_gradient(through, input, part)
+        if of_rows is not None and rows_alone:
+            of_rows = part.those_that_train(of_rows)
+        elif of_rows is not None:
+            of_rows = part.gradient_of_weight(of_rows, weight, operation.layout)
         return (
             input_gradient,
-            None if of_rows is None else part.gradient_of_weight(of_rows, weight, operation.layout),
+            of_rows,
             None if of_biases is None else part.gradient_of_bias(of_biases, len(self.trainable)),
         )
 

@@ -50,8 +50,7 @@ class Slice:
         """Return the whole weight's gradient, zero but for the trainable rows, from the smaller layer's."""
         if layout.kind != "leading":
             gradient = self._with_inputs_first(gradient)
-        if self.kept is not None:
-            gradient = gradient.index_select(0, self.kept)
+        gradient = self.those_that_train(gradient)
         whole = torch.zeros_like(weight)
         if layout.kind == "leading":
             return whole.index_copy_(0, self.trainable, gradient)
@@ -60,9 +59,11 @@ class Slice:
 
     def gradient_of_bias(self, gradient: Tensor, rows: int) -> Tensor:
         """Return the gradient of a bias of ``rows``, zero but for the trainable ones, from the smaller layer's."""
-        if self.kept is not None:
-            gradient = gradient.index_select(0, self.kept)
-        return gradient.new_zeros(rows).index_copy_(0, self.trainable, gradient)
+        return gradient.new_zeros(rows).index_copy_(0, self.trainable, self.those_that_train(gradient))
+
+    def those_that_train(self, gradient: Tensor) -> Tensor:
+        """Return the trainable ones of the smaller layer's rows, [rows computed, ...]."""
+        return gradient if self.kept is None else gradient.index_select(0, self.kept)
 
     def only_trainable(self, weight: Tensor, layout: RowLayout) -> Tensor:
         """Return the smaller layer's weight with zeros in the rows that are there to fill up: they pass no error."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from neq_cli.freezing.backward.compiled import Slot
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
-from neq_cli.freezing.backward.gradients import GradientPlan, Operand
+from neq_cli.freezing.backward.gradients import GradientPlan, Hand, Operand
 from neq_cli.freezing.backward.intercepting import Watched
 from neq_cli.freezing.backward.resting import swap_folded, swap_resting, swap_skipped
 from neq_cli.freezing.backward.swapping import (
@@ -53,7 +53,9 @@ class SlicedBackward:
     ``functional`` names, for each layer whose weight is passed to a function, the module in whose forward that happens.
     ``compiled``: torch.compile runs the model. Then modules stay what they are whatever is frozen, so that nothing is
     compiled again; it costs the saving of memory, of errors that nobody needs, and of functional weights.
-    ``attached``: every layer stays part of autograd's graph, whatever is frozen, for what must find it there.
+    ``attached``: every layer stays part of autograd's graph, whatever is frozen, for what must find it there. ``hand``:
+    who takes the gradient of the trainable rows of a parameter, by its name, in the running backward pass; None where
+    autograd does.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class SlicedBackward:
         *,
         compiled: bool,
         attached: bool,
+        hand: Callable[[str], Hand | None] = lambda name: None,
     ) -> None:
+        self.hand = hand
         self.model = model
         self.mode = mode
         self.layers = layers if mode != "dense" else {}
@@ -147,6 +151,7 @@ class SlicedBackward:
             attached=self.attached or self.compiled,
             owns=owned_operands(self.layers[name]),
             settled=self.settled,
+            hand=partial(self.hand, self.layers[name].weight),
         )
 
     def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:

@@ -298,8 +298,8 @@ def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_paddi
 def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
     sliced: SlicedOperands = vars(module)[_PLAN]
     bias = module.bias
-    owns_bias = bias is sliced.bias or _is_replica(module)
-    return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias)
+    owns_bias, own_weight = bias is sliced.bias or _is_replica(module), module.weight is sliced.weight
+    return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias, own_weight=own_weight)
 
 
 def _has_another_weight(module: nn.Module) -> bool:

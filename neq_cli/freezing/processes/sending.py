@@ -103,7 +103,7 @@ class Sending:
 
     def send(self, keeper: RowKeeper) -> None:
         """Send from now on what ``keeper`` does not keep frozen."""
-        self.frozen = {id(one.parameter): one for one in keeper.kept if not one.whole}
+        self.frozen = {id(one.parameter): one for one in keeper.partly}
         self.nothing = frozenset(map(id, keeper.discarding.whole))
         self.parts, self._last = {}, None
 

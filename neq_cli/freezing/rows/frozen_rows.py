@@ -18,6 +18,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: 
 # measured on a Zen 4 core; on an accelerator, estimated from a kernel's launch and the memory moved meanwhile.
 _SMALL = {"cpu": 4096}
 _SMALL_ELSEWHERE = 2**18
+# From so many elements on, with at most this share of rows that train, an optimiser does better with these alone than
+# with all rows and the frozen ones written back: measured on a Zen 4 core with SGD and AdamW, fused and not.
+_FEW = ((2**17, 0.6), (2**14, 0.25))
 # Rows of fewer bytes are not worth being addressed one by one.
 _SHORT_ROW = 64
 
@@ -45,6 +48,10 @@ class FrozenRows:
         row_bytes = parameter.numel() // len(frozen) * parameter.element_size()
         small = parameter.numel() <= _SMALL.get(parameter.device.type, _SMALL_ELSEWHERE)
         self.by_row = layout.kind == "leading" and row_bytes >= _SHORT_ROW and not small
+        columns = layout.kind == "transposed" and layout.groups == 1 and not small
+        self.dimension = 0 if self.by_row else 1 if columns else None  # along which rows are selected by their numbers
+        most = next((most for least, most in _FEW if parameter.numel() >= least), 0.0)
+        self.few_train = self.dimension is not None and int((~frozen).sum()) <= most * len(frozen)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -100,7 +107,7 @@ class Writer:
         """Write ``frozen.held[key]`` into ``tensor`` from now on."""
         held = frozen.held[key] = _laid_out_as(frozen.held[key], tensor)
         if frozen.by_row:
-            target, source = _in_wide_elements(tensor.detach(), held)
+            target, source = in_wide_elements(tensor.detach(), held)
             self.by_row.append((target, frozen.rows.to(tensor.device), source))
             return
         numbers = bits(tensor)
@@ -117,6 +124,23 @@ class Writer:
             target.index_copy_(0, rows, source)
 
 
+def take_rows(tensor: Tensor, dimension: int, rows: Tensor) -> Tensor:
+    """Return a copy of the ``rows`` (int64, [k]) along ``dimension``; each is laid out as it is in ``tensor``."""
+    if dimension or not _in_one_piece(tensor):
+        return tensor.index_select(dimension, rows)
+    taken = tensor.as_strided((len(tensor), tensor.stride(0)), (tensor.stride(0), 1)).index_select(0, rows)
+    return taken.as_strided((len(rows), *tensor.shape[1:]), tensor.stride())
+
+
+def put_rows(tensor: Tensor, dimension: int, rows: Tensor, values: Tensor) -> None:
+    """Write ``values``, as ``take_rows`` returned them, into the ``rows`` (int64, [k]) of ``tensor``."""
+    if dimension or not len(values) or values.stride() != tensor.stride():
+        tensor.index_copy_(dimension, rows, values)
+    else:
+        target, source = in_wide_elements(tensor, values)
+        target.index_copy_(0, rows, source)
+
+
 def _laid_out_as(held: Tensor, tensor: Tensor) -> Tensor:
     """Return ``held`` on the device, in the type and with the strides of ``tensor``, as far as a row is one piece."""
     strides = tensor.stride() if _in_one_piece(tensor) else held.stride()
@@ -130,7 +154,7 @@ def _in_one_piece(tensor: Tensor) -> bool:
     return tensor.stride(0) == row.numel() and torch.empty_like(row).stride() == row.stride()
 
 
-def _in_wide_elements(tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def in_wide_elements(tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Return both, laid out alike, as [rows, elements] with elements as wide as can be: each is copied by itself."""
     if not _in_one_piece(tensor):
         return tensor, held

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.model.neurons import Layer, RowLayout
-from neq_cli.freezing.rows.frozen_rows import FrozenRows, Writer
+from neq_cli.freezing.rows.frozen_rows import FrozenRows
+from neq_cli.freezing.rows.handed_over import Hand, hand_for
 from neq_cli.freezing.rows.optimizers import (
     check_optimizer,
     first_after_step,
+    keeps_no_state,
     make_hookable,
     refuse_by_name,
     row_state,
-    state_of,
+    steps_by_element,
     with_inner,
 )
+from neq_cli.freezing.rows.stepping import SteppingRows
+from neq_cli.freezing.rows.writing import WriteBack
 from neq_cli.freezing.rows.zeroed import Discarding
 
 
 class RowKeeper:
     """Keeps the frozen rows of an optimiser's parameters, and their row-shaped state, from one epoch to the next.
+
+    Where the optimiser is known to treat each element by itself, a large parameter's few trainable rows step alone,
+    from when its state is born. Of what else has frozen rows these are written back after each step.
 
     When backward ends, a parameter with some frozen rows has zeros there and one with all rows frozen has no gradient,
     so that gradient clipping and GradScaler see what trains. ``discard_momentum`` follows the authors' code: frozen
@@ -36,7 +44,7 @@ class RowKeeper:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         layers: Mapping[str, Layer],
         *,
         discard_momentum: bool,
@@ -51,27 +59,44 @@ class RowKeeper:
         self.layers = layers
         self.discard_momentum = discard_momentum
         self.discarding = Discarding([])
-        self.kept: list[FrozenRows] = []
+        self.partly: list[FrozenRows] = []  # the parameters with both kinds of rows
+        self.held: list[FrozenRows] = []  # what is held by either way
         self.unborn: list[FrozenRows] = []  # those that no step has updated yet, so that state may still come
-        self.writer = Writer()
+        self.by_element = not discard_momentum and len(self.optimizers) == 1 and steps_by_element(optimizer)
+        self.stepping = SteppingRows(optimizer)
+        self.writing = WriteBack(self.optimizers, state_later=self.by_element, discard_momentum=discard_momentum)
         self.stale = False
         self.suspended = False
         self.seconds = 0.0
         self.hooks: list[RemovableHandle] = []
         for one in self.optimizers:
             self._put_around_steps(one)
+        if self.by_element:
+            self._put_around_saves(optimizer)
         # On every module, for a part of the model may be loaded alone.
         for module in model.modules():
             self.hooks.append(module.register_load_state_dict_post_hook(_ForgetOnLoad(self)))  # type: ignore[no-untyped-call]
 
-    def _put_around_steps(self, optimizer: torch.optim.Optimizer) -> None:
+    def _put_around_steps(self, optimizer: Optimizer) -> None:
         make_hookable(optimizer)
         self.hooks += [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_pre_hook(lambda _, *call: self._before_step(*call)),
             # Before other hooks there, which may average the weights: they shall see the rows as they are held.
             first_after_step(optimizer, lambda *_: self._after_step(optimizer)),
-            optimizer.register_load_state_dict_post_hook(lambda *_: self.forget()),
+            optimizer.register_load_state_dict_post_hook(lambda *_: self._lose_state()),
         ]
+
+    def _put_around_saves(self, optimizer: Optimizer) -> None:
+        """Have ``state_dict()``, copies and pickles tell the state of all rows."""
+        self.hooks += [
+            optimizer.register_state_dict_pre_hook(lambda *_: self.writing.write_state()),
+            optimizer.register_state_dict_post_hook(self.stepping.complete),
+        ]
+        vars(optimizer)["__getstate__"] = self._state_for_copies
+
+    def _state_for_copies(self) -> dict[str, Any]:
+        self.writing.write_state()
+        return self.stepping.state_for_copies()
 
     def keep(self, trainable: Mapping[str, Tensor], still: Iterable[str] = ()) -> None:
         """Keep from now on what ``trainable`` (bool, [neurons], per layer) leaves out, as it is at this moment.
@@ -88,12 +113,20 @@ class RowKeeper:
         self.discarding.everything()
         if self.suspended:
             self.discarding.remove()
+        self._let_go()
+        self.partly = [one for one in frozen if not one.whole]
         # The optimiser skips what has no gradient: a parameter whose rows are all frozen stays as it is.
-        self.kept = [one for one in frozen if not one.whole or self.discard_momentum]
-        self.refresh()
+        self.held = frozen if self.discard_momentum else self.partly
+        self._take_hold()
         if any(group.get("train_mode") is False for one in self.optimizers for group in one.param_groups):
             # A schedule-free optimiser shows its average now; the weights that it trains come back before it steps.
             self.forget()
+
+    def hand_for(self, name: str) -> Hand | None:
+        """Return what takes the gradient of a parameter's trainable rows in the running backward pass, if anything."""
+        parameter = self.parameters[name]
+        rows = self.stepping.rows.get(id(parameter))
+        return None if rows is None or rows.dimension or self.suspended else hand_for(parameter, rows.training)
 
     def suspend(self) -> None:
         """Leave gradients alone until ``resume``; what is frozen is held around the optimiser's steps all the same."""
@@ -109,22 +142,14 @@ class RowKeeper:
         """Take what the rows and their state are at the next optimiser step as what they are held at."""
         self.stale = True
 
-    def refresh(self) -> None:
-        """Take the rows' present values and state as those to be held; needed after either was loaded."""
-        self.stale = False
-        for one in self.kept:
-            one.held = {}
-        self.unborn = [one for one in self.kept if not one.whole]
-        self._look()
-        self._write()
-
     def remove(self) -> None:
         """Take all hooks off again."""
         self.discarding.remove()
+        self._let_go()
         for hook in self.hooks:
             hook.remove()
-        self.discarding, self.writer = Discarding([]), Writer()
-        self.kept = self.unborn = []
+        vars(self.optimizers[0]).pop("__getstate__", None)
+        self.discarding, self.partly, self.held, self.unborn = Discarding([]), [], [], []
 
     def _frozen_rows(self, trainable: Mapping[str, Tensor]) -> dict[str, tuple[RowLayout, Tensor]]:
         """Return each owned parameter's layout and which rows are frozen; shared rows train if any owner does."""
@@ -139,10 +164,37 @@ class RowKeeper:
                     mask[rows.start : rows.start + rows.count] &= ~trainable[name]
         return masks
 
-    def _before_step(self) -> None:
+    def _take_hold(self) -> None:
+        """Hold what is frozen at what it is now, each in its way."""
+        self.stale = False
+        alone = [one for one in self.held if self._steps_alone(one) and self._is_born(one)]
+        written = [one for one in self.held if one not in alone]
+        self.stepping.add(alone)
+        self.writing.hold(written)
+        self.unborn = [one for one in written if not one.whole]
+
+    def _let_go(self) -> None:
+        """Make the optimiser's state what it is held at."""
+        self.writing.write_state()
+        self.writing.hold([])
+        self.stepping.remove()
+
+    def _steps_alone(self, one: FrozenRows) -> bool:
+        return self.by_element and one.few_train
+
+    def _is_born(self, one: FrozenRows) -> bool:
+        return bool(row_state(self.optimizers, one.parameter)) or keeps_no_state(self.optimizers[0], one.parameter)
+
+    def _lose_state(self) -> None:
+        self.writing.lose_state()
+        self.forget()
+
+    def _before_step(self, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
+        call = self.stepping.with_closure_called(arguments, keywords)
         started = time.perf_counter()
         if self.stale:
-            self.refresh()
+            self._let_go()
+            self._take_hold()
         # Once more: what combines gradients after backward (DDP) may have written them again. A parameter without a
         # gradient must be skipped, and state born in this step shall know none of a frozen row; else rows are written
         # back anyway, whatever their gradient was.
@@ -150,50 +202,21 @@ class RowKeeper:
             self.discarding.everything()
         else:
             self.discarding.drop_whole()
-        self.seconds += time.perf_counter() - started
+        in_the_optimizer = self.stepping.step()
+        self.seconds += time.perf_counter() - started - in_the_optimizer
+        return call
 
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         started = time.perf_counter()
-        if self.discard_momentum:
-            self._decay_second_moments(optimizer)
-        if any(one.changed(state_of(self.optimizers, one.parameter)) for one in self.kept):
-            self._look()
-        self._write()
-        self.unborn = [one for one in self.unborn if one.parameter.grad is None]
+        self.stepping.give_gradients_back()
+        self.writing.after_step(optimizer)
+        born = [one for one in self.unborn if one.parameter.grad is not None]
+        if born:
+            self.unborn = [one for one in self.unborn if one not in born]
+            alone = [one for one in born if self._steps_alone(one)]
+            self.writing.release(alone)
+            self.stepping.add(alone)
         self.seconds += time.perf_counter() - started
-
-    @torch.no_grad()
-    def _look(self) -> None:
-        """Find what is to be written: after rows were frozen or loaded, and where state was born or replaced."""
-        self.writer = Writer()
-        for one in self.kept:
-            tensors = {"": one.parameter, **row_state(self.optimizers, one.parameter)}
-            one.look(state_of(self.optimizers, one.parameter), tensors)
-            for key, tensor in tensors.items():
-                if key not in one.held:
-                    one.held[key] = one.read(tensor)
-                    if self.discard_momentum and key.split(" ")[0] in ("momentum_buffer", "exp_avg"):
-                        one.held[key].zero_()
-                self.writer.add(one, key, tensor)
-
-    @torch.no_grad()
-    def _write(self) -> None:
-        self.writer.write()
-
-    @torch.no_grad()
-    def _decay_second_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        alike = [number for number, one in enumerate(self.optimizers) if one.state is optimizer.state]
-        if self.optimizers[alike[-1]] is not optimizer:
-            return  # a wrapper, which has the very state of the one inside
-        key = f"exp_avg_sq {alike[0]}" if alike[0] else "exp_avg_sq"
-        held = {id(one.parameter): one.held[key] for one in self.kept if key in one.held}
-        # Set by GradScaler while a fused optimiser steps: where it is not zero, the step is none.
-        skipped: Tensor | None = getattr(optimizer, "found_inf", None)
-        for group in optimizer.param_groups:
-            moments = [held[id(parameter)] for parameter in group["params"] if id(parameter) in held]
-            if "betas" in group and moments:
-                decay = group["betas"][1]
-                torch._foreach_mul_(moments, decay if skipped is None else torch.where(skipped > 0, 1.0, decay))
 
 
 def _whole(parameter: nn.Parameter) -> FrozenRows:

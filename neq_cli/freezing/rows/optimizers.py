@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from neq_cli.errors import FreezingError
@@ -132,6 +132,20 @@ def refuse_by_name(optimizer: Optimizer) -> None:
 
 def _is_stock(kind: type) -> bool:
     return kind.__module__.startswith("torch.optim")
+
+
+def steps_by_element(optimizer: Optimizer) -> bool:
+    """Whether the optimiser is one of torch's own whose step is known to treat every element of plain tensors alike."""
+    kind, groups = type(optimizer), optimizer.param_groups
+    plain = all(type(one) is nn.Parameter for group in groups for one in group["params"])
+    differentiable = any(group.get("differentiable") for group in groups)
+    return _is_stock(kind) and kind.__name__ in ROW_WISE_OPTIMIZERS and plain and not differentiable
+
+
+def keeps_no_state(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether the optimiser is one of torch's own that keeps nothing beside ``parameter``: SGD without momentum."""
+    groups = [group for group in optimizer.param_groups if any(one is parameter for one in group["params"])]
+    return type(optimizer) is SGD and not any(group["momentum"] for group in groups)
 
 
 def state_of(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> Mapping[str, Any]:

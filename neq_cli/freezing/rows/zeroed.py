@@ -11,6 +11,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.rows.frozen_rows import FrozenRows, bits
+from neq_cli.freezing.rows.handed_over import rows_alone, whole_gradient
 
 Hook = Callable[[Tensor], None]
 Zero = Callable[[Tensor], Tensor]
@@ -153,8 +154,8 @@ def _zeroing(frozen: FrozenRows) -> Zero:
 
 def _apply(zero: Zero, parameter: Tensor) -> None:
     gradient = parameter.grad
-    if gradient is not None:
-        zero(gradient)
+    if gradient is not None and rows_alone(gradient) is None:
+        zero(whole_gradient(gradient))
 
 
 def _zero_now(zero: Zero) -> Hook:

@@ -13,19 +13,23 @@ from typing import Any
 import pytest
 import torch
 from rounding import apart, apart_behind_layers
+from states import whole_state
 from torch import Tensor, nn, optim
 
 from neq_cli import Freezer, Observation
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.rows import frozen_rows as holding
 
+ALL_STEP_ALONE = ((0, 1.0),)
+
 
 @pytest.fixture(autouse=True, params=["small", "large"])
 def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every parameter here is small; once they are kept as such, once as if they were large."""
+    """Every parameter here is small; once they are kept as such, once as if they were large, when rows step alone."""
     if request.param == "large":
         monkeypatch.setattr(holding, "_SMALL", {"cpu": 0})
         monkeypatch.setattr(holding, "_SHORT_ROW", 0)
+        monkeypatch.setattr(holding, "_FEW", ALL_STEP_ALONE)
 
 
 class Dense(Dispatch):
@@ -142,10 +146,10 @@ def twin_of(net: Net, optimizer: optim.Optimizer, make: Make) -> tuple[Net, opti
 
 
 def frozen_bits(net: Net, optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    found = {}
+    found, state = {}, whole_state(optimizer)
     for layer, name, parameter in parameters_of(net):
         found[f"{layer}.{name}"] = rows(layer, name, parameter.detach(), frozen=True).clone()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 found[f"{layer}.{name} {key}"] = rows(layer, name, value, frozen=True).clone()
     return found
@@ -198,6 +202,14 @@ ADAM: Make = lambda parameters: optim.Adam(parameters, lr=0.01)  # noqa: E731
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_frozen_rows_and_their_state_keep_every_bit_and_the_others_train_as_ever(variant: str) -> None:
     make = VARIANTS[variant]
+
+    def alike(ours: Tensor, theirs: Tensor) -> bool:
+        """Kernels may round otherwise at the end of a tensor, and where rows step alone the end is elsewhere."""
+        if holding._FEW != ALL_STEP_ALONE:
+            return torch.equal(ours, theirs)
+        most = apart(16, torch.float32, magnitude=float(theirs.abs().max()) if theirs.numel() else 0.0)
+        return torch.allclose(ours, theirs, rtol=0, atol=most)
+
     net, optimizer, _ = prepared(make)
     start = frozen_bits(net, optimizer)
     initial = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
@@ -215,14 +227,14 @@ def test_frozen_rows_and_their_state_keep_every_bit_and_the_others_train_as_ever
         for (layer, name, parameter), (_, _, dense) in zip(parameters_of(net), parameters_of(twin), strict=True):
             where = f"{layer}.{name}"
             ours, theirs = (rows(layer, name, tensor.detach(), frozen=False) for tensor in (parameter, dense))
-            assert torch.equal(ours, theirs), where
+            assert alike(ours, theirs), where
             if layer == "whole":
                 continue
-            for key, value in optimizer.state[parameter].items():
+            for key, value in whole_state(optimizer).get(parameter, {}).items():
                 other = twin_optimizer.state[dense][key]
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     ours, theirs = (rows(layer, name, tensor, frozen=False) for tensor in (value, other))
-                    assert torch.equal(ours, theirs), f"{where} {key}"
+                    assert alike(ours, theirs), f"{where} {key}"
                 elif isinstance(value, Tensor):
                     assert torch.equal(value, other), f"{where} {key}"
         for ours, theirs in zip(net.head.parameters(), twin.head.parameters(), strict=True):
@@ -480,7 +492,7 @@ def test_state_born_after_gradients_were_written_anew_knows_none_of_a_frozen_row
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    momentum = optimizer.state[net.conv.weight]["momentum_buffer"]
+    momentum = whole_state(optimizer)[net.conv.weight]["momentum_buffer"]
     close = partial(torch.allclose, rtol=0, atol=apart(2, torch.float32, magnitude=2))
     assert close(momentum[[1, 2]], 0.1 * weight[[1, 2]])  # the decay's part alone
     assert close(momentum[[0, 3]], 1 + 0.1 * weight[[0, 3]])
@@ -552,8 +564,8 @@ def test_state_that_appears_later_is_held_from_then_on() -> None:
 @pytest.mark.usefixtures("double")
 def test_a_thawed_neuron_goes_on_with_the_momentum_it_was_frozen_with() -> None:
     net, optimizer, freezer = prepared(SGD, FROZEN, {})
-    held = optimizer.state[net.conv.weight]["momentum_buffer"][1].clone()
-    held_whole = optimizer.state[net.whole.weight]["momentum_buffer"].clone()
+    held = whole_state(optimizer)[net.conv.weight]["momentum_buffer"][1].clone()
+    held_whole = whole_state(optimizer)[net.whole.weight]["momentum_buffer"].clone()
     assert held.any()
     for _ in range(3):
         step(net, optimizer, batch())
@@ -571,7 +583,7 @@ def test_a_thawed_neuron_goes_on_with_the_momentum_it_was_frozen_with() -> None:
 @pytest.mark.usefixtures("double")
 def test_a_thawed_neuron_goes_on_with_adams_moments_and_the_parameters_step() -> None:
     net, optimizer, freezer = prepared(ADAM, FROZEN, {})
-    state = optimizer.state[net.conv.weight]
+    state = whole_state(optimizer)[net.conv.weight]
     first, second = state["exp_avg"][2].clone(), state["exp_avg_sq"][2].clone()
     for _ in range(3):
         step(net, optimizer, batch())
@@ -592,10 +604,10 @@ def test_each_epoch_freezes_its_own_rows() -> None:
     net, optimizer, freezer = prepared(ADAM, {"conv": [0, 1]}, {"conv": [1, 2]}, {})
     for frozen in ([0, 1], [1, 2], []):
         start = net.conv.weight.detach().clone()
-        moments = optimizer.state[net.conv.weight]["exp_avg"].clone()
+        moments = whole_state(optimizer)[net.conv.weight]["exp_avg"].clone()
         for _ in range(2):
             step(net, optimizer, batch())
-        for now, before in ((net.conv.weight, start), (optimizer.state[net.conv.weight]["exp_avg"], moments)):
+        for now, before in ((net.conv.weight, start), (whole_state(optimizer)[net.conv.weight]["exp_avg"], moments)):
             same = [i for i in range(4) if torch.equal(now[i], before[i])]
             assert same == frozen
         freezer.step()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rounding import apart, apart_after_steps
+from states import whole_state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -310,7 +311,7 @@ def test_frozen_rows_through_autocast_scaling_clipping_and_a_skipped_step(name: 
 
     def watched() -> list[Tensor]:
         weight = model[0].weight
-        state = [one for one in optimizer.state[weight].values() if one.shape == weight.shape]
+        state = [one for one in whole_state(optimizer)[weight].values() if one.shape == weight.shape]
         return [weight.detach().clone(), *(one.clone() for one in state)]
 
     scaled()

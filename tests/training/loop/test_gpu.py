@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from rounding import apart, phi_apart, unit
+from states import whole_state
 from torch import Tensor, nn
 
 from neq_cli import Freezer, NEq, Stochastic
@@ -81,7 +82,10 @@ def test_frozen_rows_and_state_are_bit_identical_and_a_step_never_waits(fused: b
 
     def watched() -> list[Tensor]:
         weight = model[0].weight
-        return [weight.detach().clone(), *(optimizer.state[weight][key].clone() for key in ("exp_avg", "exp_avg_sq"))]
+        return [
+            weight.detach().clone(),
+            *(whole_state(optimizer)[weight][key].clone() for key in ("exp_avg", "exp_avg_sq")),
+        ]
 
     step()
     freezer.step()
