@@ -17,13 +17,14 @@ from neq_cli.freezing.answers import settle
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import MODES, BackwardMode, KernelUse
 from neq_cli.freezing.changes import Standing, gradients_switched_on, standing
+from neq_cli.freezing.earlier import PLACES, Earlier, Snapshot, snapshot
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
 from neq_cli.freezing.model.neurons import Layer, everything, find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
-from neq_cli.freezing.probe import device_of, first_probe_input, follow, overwrite, similarity, snapshot
+from neq_cli.freezing.probe import device_of, first_probe_input, similarity
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
 from neq_cli.freezing.rows.optimizers import unwrap_optimizer
 from neq_cli.freezing.state import State, check_state, fixed_tensors, load_policy
@@ -68,7 +69,9 @@ class Freezer:
     costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost.
 
     ``row_wise`` vouches for an optimiser that is not known, which would be tried: that what it does to a row depends on
-    that row alone. ``notes`` are lines on what a user should know of, such as this.
+    that row alone. ``probe_snapshot``: the weights that the next probe compares with are kept where the model is, or on
+    the ``cpu``, from where they come for the probe alone; of what is frozen whole none are kept. ``notes`` are lines on
+    what a user should know of, such as this.
 
     Raises FreezingError where the optimiser mixes rows, the probe yields nothing, or the model owns no neurons.
     """
@@ -88,10 +91,10 @@ class Freezer:
         probe_autocast: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
         row_wise: bool = False,
+        probe_snapshot: Snapshot = "device",
     ) -> None:
-        if backward not in MODES:
-            hint = did_you_mean(str(backward), MODES) or f"; use {', '.join(MODES)}"
-            raise FreezingError(f"backward: {backward!r} is not a backward mode{hint}")
+        _check_choice("backward", backward, MODES, "a backward mode")
+        _check_choice("probe_snapshot", probe_snapshot, PLACES, "a place for the weights before")
         self.model = unwrap(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.probe_loader = probe_loader
@@ -123,11 +126,11 @@ class Freezer:
         self._looking = self.optimizer.register_step_pre_hook(lambda *_: self._let_go())
         self._suspensions = 0
         self._computed: dict[str, int] = {}  # rows that backward computed before the state loaded was saved
-        self._previous: dict[str, Tensor | None] = {}  # None: a buffer that had no tensor
+        self._previous = Earlier(probe_snapshot)
         self._agreement.check(self._held(), "layers or settings")
         self._remember(snapshot(self.model))
         # DistributedDataParallel, made later, gives all processes the weights of process 0.
-        self._agreement.overwrite(self._previous[name] for name, _ in self.model.named_parameters())
+        self._agreement.overwrite(self._previous.tensors[name] for name, _ in self.model.named_parameters())
 
     @outside_inference_mode
     def step(self) -> dict[str, Observation]:
@@ -140,7 +143,7 @@ class Freezer:
         self._look_anew()
         phi = similarity(
             self.model,
-            self._previous,
+            self._previous.on(device_of(self.model)),
             self.layers,
             self.probe_loader,
             definition=self.definition,
@@ -207,10 +210,11 @@ class Freezer:
                 layers = find_neurons(self.model, now.optimized.values()).layers
             dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
             if self._standing.replaced(now):
-                overwrite(previous := {}, snapshot(self.model))
+                previous = Earlier(self._previous.place)
+                previous.take(snapshot(self.model))
         computed = {name: rows for name, rows in self._rows_computed().items() if name in dynamics}
         policy = self.policy.state_dict()
-        return State(self.epoch, dynamics, trainable, previous, policy, computed, self.at_rest).to_dict()
+        return State(self.epoch, dynamics, trainable, previous.tensors, policy, computed, self.at_rest).to_dict()
 
     @outside_inference_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,12 +223,12 @@ class Freezer:
         Raises FreezingError where the state is damaged or belongs to another model; then nothing has changed.
         """
         self._look_anew()
-        check_state(state, self.layers, self._previous, fixed_tensors(self.model))
+        check_state(state, self.layers, self._previous.tensors, fixed_tensors(self.model))
         found = State.of(state, self.layers)
         load_policy(self.policy, found.policy)
         self.epoch, self.at_rest, self.dynamics = found.epoch, found.at_rest, dict(found.dynamics)
         # Buffers without a tensor are lost where a state was flattened.
-        empty = {name: None for name, tensor in self._previous.items() if tensor is None}
+        empty = {name: None for name, tensor in self._previous.tensors.items() if tensor is None}
         self._remember({**empty, **found.previous}, device_of(self.model))
         self._put_in_force(dict(found.trainable))
         self._computed = {name: rows for name, rows in found.computed.items() if name in self.hold.slicing.plans}
@@ -233,6 +237,7 @@ class Freezer:
     def detach(self) -> None:
         """Put model and optimiser back as they were; frozen neurons train again."""
         self._looking.remove()
+        self._previous.keep_own()
         self.hold.remove()
         self.trainable, self.still, self._computed = everything(self.layers), frozenset(), {}
         self.at_rest = 0
@@ -256,7 +261,7 @@ class Freezer:
 
     def _remember(self, tensors: Mapping[str, Tensor | None], device: torch.device | None = None) -> None:
         parameters = {name for name, _ in self.model.named_parameters()}
-        overwrite(self._previous, self._agreement.buffers(tensors, parameters, device_of(self.model)), device)
+        self._previous.take(self._agreement.buffers(tensors, parameters, device_of(self.model)), device)
 
     def _study(self, now: Standing) -> Hold:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
@@ -292,7 +297,7 @@ class Freezer:
 
     def _look_anew(self) -> None:
         """Take in what joined the optimiser, left it, or was replaced in the model since it was last looked at."""
-        follow(self._previous, self.model)
+        self._previous.follow(self.model)
         now = self._standing.now(self.model, self.optimizer)
         if not self._standing.differs(now):
             return
@@ -334,6 +339,7 @@ class Freezer:
         self.still = self.anatomy.outside_front(trainable) if self.scope == "front" else frozenset()
         rests = self.scope == "front" and self.front_mode == "inference"
         self.hold.put_in_force(trainable, self.still, rests=rests)
+        self._previous.share(self.model, self.hold.frozen_whole)
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         if hasattr(self.policy, "look"):
@@ -351,6 +357,12 @@ class Freezer:
     def _rows_computed(self) -> dict[str, int]:
         """Return by layer how many rows the last backward pass computed, where that is known."""
         return {**self._computed, **self.hold.rows_computed()}
+
+
+def _check_choice(name: str, value: object, known: Sequence[str], what: str) -> None:
+    if value not in known:
+        hint = did_you_mean(str(value), known) or f"; use {', '.join(known)}"
+        raise FreezingError(f"{name}: {value!r} is not {what}{hint}")
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -103,6 +103,13 @@ class Hold:
         self.keeper.seconds += time.perf_counter() - started
         return names
 
+    @property
+    def frozen_whole(self) -> frozenset[str]:
+        """The names of the parameters that nothing is known to change while the sets are in force."""
+        # Other optimisers may put averages into a model's weights and take them out again.
+        whole = {id(one) for one in self.keeper.discarding.whole} if self.keeper.by_element else set()
+        return frozenset(name for name, one in self.keeper.parameters.items() if id(one) in whole)
+
     def rows_computed(self) -> dict[str, int]:
         """Return by layer how many rows the last backward pass computed, where that is known."""
         computed = {name: plan.rows_computed() for name, plan in self.slicing.plans.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.earlier import buffers_of
 from neq_cli.freezing.equilibrium import Definition, cosine
 from neq_cli.freezing.model.neurons import Layer, rows_by_neuron
 from neq_cli.freezing.model.observing import first_input, map_tensors, undisturbed, watch_calls
@@ -20,61 +21,6 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 """Output elements that are turned into float64 at a time (8 MB), so that the sums need next to no memory."""
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor | None]:
-    """Return all parameters and buffers by qualified name, detached; None for a buffer that has no tensor yet."""
-    tensors = {**dict(model.named_parameters()), **buffers_of(model)}
-    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-
-
-def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """Return all buffers by qualified name, each once, and None for those that are registered without a tensor."""
-    empty = {
-        f"{prefix}.{key}" if prefix else key: None
-        for prefix, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if buffer is None
-    }
-    return {**empty, **dict(model.named_buffers())}
-
-
-def overwrite(
-    kept: dict[str, Tensor | None], tensors: Mapping[str, Tensor | None], device: torch.device | None = None
-) -> None:
-    """Make ``kept`` copies of ``tensors``, which may be others than before.
-
-    They will be where ``tensors`` are; with ``device`` where ``kept`` are, new ones there.
-    """
-    for name in [name for name in kept if name not in tensors]:
-        del kept[name]
-    for name, tensor in tensors.items():
-        own = kept.get(name)
-        if tensor is None:
-            kept[name] = None
-            continue
-        place = tensor.device if device is None else device if own is None else own.device
-        if own is not None and (own.shape, own.dtype, own.device) == (tensor.shape, tensor.dtype, place):
-            # In place: a second copy of the weights would double the probe's memory for a moment.
-            own.copy_(tensor)
-        else:
-            kept[name] = tensor.detach().to(place, copy=True)
-
-
-def follow(kept: dict[str, Tensor | None], model: nn.Module) -> None:
-    """Bring ``kept`` to where ``model`` has gone since: another device, or another type.
-
-    A buffer alone that is of another type now was made so by its module, and stays what it was.
-    """
-    parameters = dict(model.named_parameters())
-    converted = any(
-        tensor is not None and name in parameters and tensor.dtype != parameters[name].dtype
-        for name, tensor in kept.items()
-    )
-    for name, tensor in snapshot(model).items():
-        earlier = kept.get(name)
-        if tensor is not None and earlier is not None:
-            kept[name] = earlier.to(tensor.device, tensor.dtype if converted else earlier.dtype)
 
 
 def similarity(

@@ -29,6 +29,7 @@ from neq_cli.recipe.values import (
     PositivePerChannel,
     Section,
     Share,
+    Snapshot,
     Task,
 )
 
@@ -281,6 +282,11 @@ class Recipe(Section):
     )
     checkpoint_minutes: Annotated[Positive, SURROUNDINGS] = Field(
         default=15.0, description="minutes between checkpoints within an epoch; one follows every epoch anyway"
+    )
+    probe_snapshot: Annotated[Snapshot, SURROUNDINGS] = Field(
+        default="device",
+        description="where the weights that the next probe compares with are kept; cpu: they come to the device for "
+        "the probe alone",
     )
     stop_when_frozen: Annotated[Count | None, COURSE] = Field(
         default=None,

@@ -59,6 +59,7 @@ PositivePerChannel = Annotated[list[Positive], Field(min_length=1)]
 PixelRange = Annotated[list[float], Field(min_length=2, max_length=2), Words("list of two numbers, low and high")]
 Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
 BackwardMode = Literal["exact", "truncated", "dense"]
+Snapshot = Literal["device", "cpu"]
 Scope = Literal["neuron", "layer", "front"]
 Cache = Literal["auto", "memory", "device", "none"]
 Device = Annotated[

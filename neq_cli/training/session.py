@@ -189,6 +189,7 @@ def _make_freezer(
                 compiled=recipe.compile,
                 exclude=recipe.exclude,
                 process_group=processes.group,
+                probe_snapshot=recipe.probe_snapshot,
             )
     except FreezingError as error:
         raise RecipeError([str(error)]) from error

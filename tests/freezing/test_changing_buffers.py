@@ -180,7 +180,7 @@ def in_several_processes() -> list[list[float]]:
         freezer.step()
         assert everything(net) == before
         found.append(freezer.dynamics["first"].phi.tolist())
-    found.append(freezer._previous["table"].flatten().tolist())
+    found.append(freezer._previous.tensors["table"].flatten().tolist())
     return found
 
 

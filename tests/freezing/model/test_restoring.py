@@ -228,12 +228,12 @@ def test_a_look_that_fails_leaves_nothing_half_way() -> None:
 
     net = nn.Sequential(Merging(4, 5), Fails(5, 4), nn.Linear(4, 3))
     freezer = Freezer(net, sgd(net), [torch.randn(3, 4)], Baseline())
-    before, kept = everything(net), {name: tensor.clone() for name, tensor in freezer._previous.items()}
+    before, kept = everything(net), {name: tensor.clone() for name, tensor in freezer._previous.tensors.items()}
     Fails.fail = True
     with pytest.raises(ValueError, match="broken"):
         freezer.step()
     assert everything(net) == before
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in freezer._previous.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in freezer._previous.tensors.items())
 
 
 def test_a_way_back_that_fails_still_puts_everything_back() -> None:

@@ -299,7 +299,7 @@ def statistics() -> tuple[list[float], float, float]:
     return (
         freezer.dynamics["1"].phi.tolist(),
         model[1].running_mean[0].item(),
-        float(freezer._previous["1.running_mean"][0]),
+        float(freezer._previous.tensors["1.running_mean"][0]),
     )
 
 

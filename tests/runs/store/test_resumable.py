@@ -47,7 +47,7 @@ def lines(stored: Recipe, wanted: Recipe) -> list[str]:
 
 OTHERS = {
     "description": "another", "epochs": 300, "batch_size": 50, "device": "cpu", "eval_every": 2,
-    "checkpoint_minutes": 1.0, "stop_when_frozen": 3,
+    "checkpoint_minutes": 1.0, "probe_snapshot": "cpu", "stop_when_frozen": 3,
     "compile": True, "cuda_graph": True, "channels_last": True, "deterministic": True,
     "data.root": "/elsewhere", "data.download": False, "data.workers": 0, "data.cache": "none",
 }  # fmt: skip
