@@ -239,6 +239,26 @@ def test_a_model_that_is_wrapped_once_stays_in_one_graph(workers: Any, mode: str
     compare(alone, workers(2, trained, mode, "adamw", "before", 2, options), WEIGHTS)
 
 
+def trained_as_if_large(*arguments: Any) -> dict[str, Tensor]:
+    """Train with rows that step alone, and gradients that are handed over where no wrapper waits for them."""
+    from neq_cli.freezing.rows import frozen_rows
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_SMALL", {"cpu": 0}), ("_SHORT_ROW", 0), ("_FEW", ((0, 1.0),))):
+            patch.setattr(frozen_rows, name, value)
+        return trained(*arguments)
+
+
+@pytest.mark.parametrize("views", [False, True])
+@pytest.mark.parametrize("wrap", ["replica", "before"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_rows_that_step_alone_do_so_in_many_processes(workers: Any, optimizer: str, wrap: str, views: bool) -> None:
+    alone = trained("exact", optimizer, "", 1, {})
+    compare(alone, [trained_as_if_large("exact", optimizer, "", 1, {})], WEIGHTS)
+    options = {"gradient_as_bucket_view": views}
+    compare(alone, workers(2, trained_as_if_large, "exact", optimizer, wrap, 2, options), WEIGHTS)
+
+
 class Beside(nn.Module):
     """Parameters outside neurons: before layers, inside one that computes its own way, beside layers, at the end."""
 
