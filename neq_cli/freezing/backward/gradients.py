@@ -66,6 +66,8 @@ class GradientPlan:
         self.computed: int | None = None  # rows computed in the last backward; None before the first
         self.choice: KernelChoice | None = None
         self._averaged = False
+        self._pytorch: dict[object, KernelChoice] = {}
+        self._by_pytorch = False  # in the last call of ``apply``
         self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
@@ -87,6 +89,7 @@ class GradientPlan:
         ``own_weight``: the weight is the neurons' parameter itself.
         """
         own_weight = own_weight and not self._is_averaged()
+        self._by_pytorch = False
         input, weight, bias = cast_for_autocast(input, weight, bias)
         owns_bias = owns_bias and "bias" in self.owns
         if self.rows == len(self.trainable):
@@ -99,8 +102,22 @@ class GradientPlan:
         choice = self._settled_choice(operation, input, weight)
         if choice is not None and choice.kernel == "dense" and not self.truncated:
             self._note(choice, operation, weight)
+            self._by_pytorch = True
             return operation.forward(input, weight, bias)
         return cast(Tensor, SomeRows.apply(input, weight, bias, operation, self, owns_bias, own_weight))
+
+    def is_pytorch(self, call: object) -> bool:
+        """Whether such a call of a module was left to PyTorch before, as settled; then it is that every time."""
+        choice = self._pytorch.get(call)
+        if choice is None:
+            return False
+        self.choice, self.computed = choice, len(self.trainable)
+        return True
+
+    def remember(self, call: object) -> None:
+        """Note that the last ``apply`` was such a call of a module."""
+        if self._by_pytorch and self.choice is not None:
+            self._pytorch[call] = self.choice
 
     def _is_averaged(self) -> bool:
         """Whether a DistributedDataParallel runs the model, or has run it, which waits for autograd's gradients."""

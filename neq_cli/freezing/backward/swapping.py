@@ -147,10 +147,13 @@ class _SlicedConvolution(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.Conv2d, self)
-        if stands_aside() or _has_another_weight(module):
+        call = _call_of(input)
+        if stands_aside() or _has_another_weight(module) or _is_pytorch(module, call):
             return cast(Tensor, super().forward(input))
-        padding, input = _padded(module, input)
-        return _convolve(module, input, padding, ())
+        padding, padded = _padded(module, input)
+        output = _convolve(module, padded, padding, ())
+        _remember(module, call)
+        return output
 
 
 class _SlicedTransposedConvolution(Swapped):
@@ -170,11 +173,14 @@ class _SlicedLinear(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.Linear, self)
-        if stands_aside() or _has_another_weight(module):
+        call = _call_of(input)
+        if stands_aside() or _has_another_weight(module) or _is_pytorch(module, call):
             return cast(Tensor, super().forward(input))
         if torch.compiler.is_compiling():
             return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
-        return _apply(module, LinearMap(), input)
+        output = _apply(module, LinearMap(), input)
+        _remember(module, call)
+        return output
 
 
 class _Frozen(Swapped):
@@ -300,6 +306,24 @@ def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
     bias = module.bias
     owns_bias, own_weight = bias is sliced.bias or _is_replica(module), module.weight is sliced.weight
     return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias, own_weight=own_weight)
+
+
+def _call_of(input: Tensor) -> object:
+    """Return all that decides whether a module's forward pass is left to PyTorch; None where code is compiled."""
+    if torch.compiler.is_compiling():
+        return None
+    kind = input.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (input.shape, input.stride(), input.dtype, kind, input.requires_grad, autocast)
+
+
+def _is_pytorch(module: nn.Module, call: object) -> bool:
+    return call is not None and cast(SlicedOperands, vars(module)[_PLAN]).plan.is_pytorch(call)
+
+
+def _remember(module: nn.Module, call: object) -> None:
+    if call is not None:
+        cast(SlicedOperands, vars(module)[_PLAN]).plan.remember(call)
 
 
 def _has_another_weight(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ class WriteBack:
         self.rows: list[FrozenRows] = []
         self._each_step = Writer()
         self._later = Writer()
+        self._forms_seen: list[tuple[int, int]] = []
 
     @torch.no_grad()
     def hold(self, rows: Iterable[FrozenRows]) -> None:
@@ -50,7 +51,7 @@ class WriteBack:
         """Write back what ``optimizer`` has changed."""
         if self.discard_momentum:
             self._decay_second_moments(optimizer)
-        if self._changed():
+        if self._forms() != self._forms_seen if self.state_later else self._changed():
             self._look()
         self._each_step.write()
 
@@ -65,6 +66,11 @@ class WriteBack:
         """Forget what was put off: another state was loaded. ``hold`` must come next."""
         self.rows, self._later = [], Writer()
 
+    def _forms(self) -> list[tuple[int, int]]:
+        """Return for each parameter where its weights lie and how much state it has: quicker than ``_changed``."""
+        state = self.optimizers[0].state
+        return [(one.parameter.data_ptr(), len(state.get(one.parameter, ()))) for one in self.rows]
+
     def _changed(self) -> bool:
         return any(one.changed(state_of(self.optimizers, one.parameter)) for one in self.rows)
 
@@ -72,6 +78,7 @@ class WriteBack:
     def _look(self) -> None:
         """Find what is to be written: after rows were frozen or loaded, and where state was born or replaced."""
         self._each_step, self._later = Writer(), Writer()
+        self._forms_seen = self._forms()
         for one in self.rows:
             tensors = {"": one.parameter, **row_state(self.optimizers, one.parameter)}
             one.look(state_of(self.optimizers, one.parameter), tensors)

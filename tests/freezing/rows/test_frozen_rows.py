@@ -296,7 +296,9 @@ def test_a_captured_step_holds_rows_as_an_eager_one_does(
         found = []
         for layer in (net[0], net[3], net[4]):
             for parameter in (layer.weight, layer.bias):
-                state = [one for one in whole_state(optimizer).get(parameter, {}).values() if one.shape == parameter.shape]
+                state = [
+                    one for one in whole_state(optimizer).get(parameter, {}).values() if one.shape == parameter.shape
+                ]
                 found += [parameter.detach().clone(), *(one.clone() for one in state)]
         return found
 
