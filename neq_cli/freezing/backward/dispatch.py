@@ -17,9 +17,10 @@ import torch
 
 from neq_cli.errors import FreezingError
 
-Kernel = Literal["dense", "sliced", "rounded", "pointwise"]
+Kernel = Literal["dense", "sliced", "rounded", "rounded64", "pointwise", "indexed"]
 """``dense``: PyTorch's own, all rows. ``sliced``: the trainable rows. ``rounded``: frozen ones added up to a multiple
-that the hardware likes. ``pointwise``: the trainable rows of a 1x1 convolution as one matrix product."""
+that the hardware likes; ``rounded64``: to one of 64. ``pointwise``: the trainable rows of a 1x1 convolution as one
+matrix product. ``indexed``: a matrix product that loads the trainable rows by their number."""
 
 BLOCK, MOST_BLOCKS = 8, 8
 """Rows are counted in blocks for a choice, at least so large and at most so many: libraries compute whole blocks of

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from neq_cli.freezing.backward import kernels
 from neq_cli.freezing.backward.dispatch import BLOCK, MOST_BLOCKS, Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.functions import InputOnly, SomeRows, cast_for_autocast, is_vectorised, memory_format_of
+from neq_cli.freezing.backward.kernels import Call
 from neq_cli.freezing.backward.operations import (
     Convolution,
     Gradients,
     Operation,
-    PointwiseConvolution,
     Slice,
     slice_rows,
 )
 
 FRIENDLY = {"cpu": 16, "cuda": 8}
 """Channels that libraries compute at a time: a vector register's floats, a tensor core's side."""
+_WIDE = {"cuda": 64}
+"""Where whole tiles of a matrix product may do better still, their rows."""
 
 
 Operand = Literal["weight", "bias"]
@@ -198,8 +201,8 @@ class GradientPlan:
         kind = self._kind(operation, input, weight, of_input=wanted[0])
         choice = self.dispatch.find(kind)
         if choice is None:
-            kernels, by_rule = self._candidates(operation, weight), self._by_rule(operation, weight)
-            choice = self.dispatch.choose(kind, kernels, run, by_rule, input.device)
+            candidates, by_rule = self._candidates(operation, input, weight), self._by_rule(operation, weight)
+            choice = self.dispatch.choose(kind, candidates, run, by_rule, input.device)
         self._note(choice, operation, weight)
         return run(choice.kernel)
 
@@ -226,14 +229,19 @@ class GradientPlan:
             of_biases = operation.gradient_of_bias(grad_output, torch.Size([len(self.trainable)]))
         return through, of_rows, of_biases
 
-    def _candidates(self, operation: Operation, weight: Tensor) -> list[Kernel]:
-        kernels: list[Kernel] = ["dense", "sliced"]
-        sliced, rounded = (len(self._part(kernel, operation, weight).computed) for kernel in ("sliced", "rounded"))
-        if rounded > sliced:
-            kernels.append("rounded")
+    def _candidates(self, operation: Operation, input: Tensor, weight: Tensor) -> list[Kernel]:
+        found: list[Kernel] = ["dense", "sliced"]
+        rows = len(self._part("sliced", operation, weight).computed)
+        more: tuple[Kernel, ...] = ("rounded", "rounded64") if weight.device.type in _WIDE else ("rounded",)
+        for kernel in more:
+            before, rows = rows, len(self._part(kernel, operation, weight).computed)
+            if rows > before:
+                found.append(kernel)
         if _is_pointwise(operation, weight):
-            kernels.append("pointwise")
-        return kernels
+            found.append("pointwise")
+        if kernels.can_go_by_index(operation, input, weight):
+            found.append("indexed")
+        return found
 
     def _by_rule(self, operation: Operation, weight: Tensor) -> Kernel:
         # Measured on a Zen 4 core over ResNet-18's layers: up to three quarters of the rows are cheaper than all.
@@ -244,7 +252,8 @@ class GradientPlan:
         )
 
     def _part(self, kernel: Kernel, operation: Operation, weight: Tensor) -> Slice:
-        multiple = FRIENDLY.get(weight.device.type, 8) if kernel == "rounded" else 1
+        kind = weight.device.type
+        multiple = {"rounded": FRIENDLY.get(kind, 8), "rounded64": _WIDE.get(kind, 1)}.get(kernel, 1)
         key = (operation.groups, multiple, weight.device)
         if key not in self._parts:
             self._parts[key] = slice_rows(
@@ -267,45 +276,16 @@ class GradientPlan:
         *,
         rows_alone: bool = False,
     ) -> Gradients:
-        of_input, of_weight, of_bias = wanted
-        part = self._part("sliced" if kernel == "dense" else kernel, operation, weight)
+        call = Call(
+            operation, grad_output, input, weight, *wanted, self.truncated, len(self.trainable), rows_alone=rows_alone
+        )
         if kernel == "dense":
-            if self.truncated and of_input:
-                weight = weight * self._trains(operation, weight)
-            through, of_rows, of_biases = operation.backward(
-                grad_output, input, weight, of_input=of_input, of_weight=of_weight, of_bias=of_bias
-            )
-            if rows_alone and of_rows is not None:
-                of_rows = of_rows.index_select(0, part.trainable)
-            return through, of_rows, of_biases
-        smaller = operation.sliced(part)
-        if kernel == "pointwise" and isinstance(smaller, Convolution):
-            smaller = PointwiseConvolution(**vars(smaller))
-        errors, seen = operation.outputs(grad_output, part), operation.inputs(input, part)
-        input_gradient = None
-        if of_input and not self.truncated:
-            input_gradient = operation.backward(
-                grad_output, input, weight, of_input=True, of_weight=False, of_bias=False
-            )[0]
-        partly = of_input and self.truncated
-        if partly:
-            rows = part.only_trainable(part.rows_of_weight(weight, operation.layout), operation.layout)
-        else:
-            rows = part.in_place_of_weight(weight, operation.layout)
-        through, of_rows, of_biases = smaller.backward(
-            errors, seen, rows, of_input=partly, of_weight=of_weight, of_bias=of_bias
-        )
-        if through is not None:
-            input_gradient = operation.whole_input_gradient(through, input, part)
-        if of_rows is not None and rows_alone:
-            of_rows = part.those_that_train(of_rows)
-        elif of_rows is not None:
-            of_rows = part.gradient_of_weight(of_rows, weight, operation.layout)
-        return (
-            input_gradient,
-            of_rows,
-            None if of_biases is None else part.gradient_of_bias(of_biases, len(self.trainable)),
-        )
+            masked = weight * self._trains(operation, weight) if self.truncated and call.of_input else weight
+            return kernels.dense(call, masked, self._part("sliced", operation, weight) if rows_alone else None)
+        part = self._part(kernel, operation, weight)
+        if kernel == "indexed":
+            return kernels.by_index(call, part)
+        return kernels.sliced(call, part, pointwise=kernel == "pointwise")
 
     def _trains(self, operation: Operation, weight: Tensor) -> Tensor:
         """Return ones in the trainable rows of ``weight`` and zeros in the others, to be multiplied with it."""

@@ -50,7 +50,10 @@ class Slice:
         """Return the whole weight's gradient, zero but for the trainable rows, from the smaller layer's."""
         if layout.kind != "leading":
             gradient = self._with_inputs_first(gradient)
-        gradient = self.those_that_train(gradient)
+        return self.whole_from_trainable(self.those_that_train(gradient), weight, layout)
+
+    def whole_from_trainable(self, gradient: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
+        """Return the whole weight's gradient, zero but for the trainable rows, from these."""
         whole = torch.zeros_like(weight)
         if layout.kind == "leading":
             return whole.index_copy_(0, self.trainable, gradient)
@@ -136,6 +139,12 @@ class Operation(Protocol):
     def whole_input_gradient(self, gradient: Tensor, input: Tensor, part: Slice) -> Tensor:
         """Return the gradient of the whole input from the smaller layer's."""
 
+    def as_matrix(self, tensor: Tensor) -> Tensor | None:
+        """Return an input or output as a view [positions, channels], if the map is a matrix product with it."""
+
+    def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Return what ``as_matrix`` made [positions, channels] of, in the shape and format of ``like``."""
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -184,6 +193,14 @@ class Convolution:
         if part.inputs is None:
             return gradient
         return torch.zeros_like(input).index_copy_(1, part.inputs, gradient)
+
+    def as_matrix(self, tensor: Tensor) -> Tensor | None:
+        one_to_one = self.groups == 1 and not self.transposed and not any(self.padding) and set(self.stride) == {1}
+        last = tensor.movedim(1, -1)
+        return last.flatten(0, -2) if one_to_one and last.is_contiguous() else None
+
+    def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.view(like.movedim(1, -1).shape).movedim(-1, 1)
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
@@ -257,6 +274,12 @@ class LinearMap:
 
     def whole_input_gradient(self, gradient: Tensor, input: Tensor, part: Slice) -> Tensor:
         return gradient.view(input.shape)
+
+    def as_matrix(self, tensor: Tensor) -> Tensor | None:
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
+        return matrix.view(like.shape)
 
 
 def select_channels(tensor: Tensor, channels: Tensor) -> Tensor:

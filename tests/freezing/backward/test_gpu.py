@@ -18,7 +18,7 @@ from neq_cli.freezing.backward.sliced import BackwardMode
 
 pytestmark = pytest.mark.gpu
 
-KERNELS: tuple[Kernel, ...] = ("dense", "sliced", "rounded", "pointwise")
+KERNELS: tuple[Kernel, ...] = ("dense", "sliced", "rounded", "rounded64", "pointwise", "indexed")
 # Of a tensor's largest element: sums in another order, in float32 without TF32; three significant digits of bfloat16.
 TOLERANCE = {"fp32": 2e-4, "bf16": 0.03}
 
@@ -115,7 +115,7 @@ def test_layers(name: str, kernel: Kernel, channels_last: bool, precision: str) 
             if channels_last:
                 model, inputs = (one.to(memory_format=torch.channels_last) for one in (model, inputs))
             reference = copy.deepcopy(model[0])
-            freezer = freeze(model, inputs, {"0": trainable}, mode, Forced(kernel))
+            freezer = freeze(model, inputs, {"0": trainable}, mode, dispatch=Forced(kernel))
             mine, other = (inputs.clone().requires_grad_() for _ in range(2))
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
                 output, expected = model[0](mine), reference(other)
@@ -205,7 +205,7 @@ def test_models_in_exact_mode(name: str, share: float, precision: str) -> None:
     if name == "convolutions":
         model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
     reference = copy.deepcopy(model)
-    freezer = freeze(model, inputs, share, "exact", Forced("sliced"))
+    freezer = freeze(model, inputs, share, "exact", dispatch=Forced("sliced"))
     found, dense = backward(model, inputs, precision), backward(reference, inputs, precision)
     for key, expected in dense.items():
         layer = layer_of(freezer, key)
@@ -228,7 +228,7 @@ def test_truncated_mode_agrees_with_the_cpu(name: str) -> None:
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         model, inputs = make().to(device), torch.randn(shape).to(device)
-        freeze(model, inputs, 0.5, "truncated", Forced("sliced"))
+        freeze(model, inputs, 0.5, "truncated", dispatch=Forced("sliced"))
         results.append(backward(model, inputs, "fp32"))
     for key, expected in results[0].items():
         if expected is None:
@@ -244,7 +244,7 @@ def test_truncated_mode_agrees_with_the_cpu(name: str) -> None:
 def test_kernels_are_timed_once_and_by_the_device(mode: BackwardMode) -> None:
     model, inputs = ConvNet().cuda(), torch.randn(8, 3, 20, 20, device="cuda")
     dispatch = Dispatch()
-    freezer = freeze(model, inputs, 0.5, mode, dispatch)
+    freezer = freeze(model, inputs, 0.5, mode, dispatch=dispatch)
     backward(model, inputs, "fp32")
     assert len(dispatch.choices) == 5  # stem, grouped, depthwise, pointwise, up
     assert all(torch.cuda.get_device_name() in kind for kind in dispatch.choices)
@@ -256,7 +256,7 @@ def test_kernels_are_timed_once_and_by_the_device(mode: BackwardMode) -> None:
     table = Dispatch()
     table.load_state_dict(dispatch.state_dict())
     freezer.detach()
-    freezer = freeze(model, inputs, 0.5, mode, table)
+    freezer = freeze(model, inputs, 0.5, mode, dispatch=table)
     backward(model, inputs, "fp32")
     assert table.seconds == 0
     told = {use.kernel for layer, use in freezer.kernels().items() if freezer.layers[layer].cost != "norm"}
@@ -279,7 +279,7 @@ def test_a_step_whose_kernels_are_known_never_waits(name: str, kernel: Kernel, m
     make, shape = MODELS[name]
     model, inputs = make().cuda(), torch.randn(shape, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    freezer = freeze(model, inputs, 0.5, mode, Forced(kernel), optimizer)
+    freezer = freeze(model, inputs, 0.5, mode, dispatch=Forced(kernel), optimizer=optimizer)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -304,7 +304,7 @@ def test_a_wholly_frozen_network_keeps_and_propagates_nothing() -> None:
         kept.append(tensor.numel())
         return tensor.detach()  # the very tensor would hold itself where a node saves its output
 
-    freeze(model, inputs, 1.0, "exact", Forced("sliced"))
+    freeze(model, inputs, 1.0, "exact", dispatch=Forced("sliced"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(inputs)
     assert sum(kept) == 8 * 24  # the head's input

@@ -269,15 +269,15 @@ def test_whole_frozen_parameters_cost_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("way", ["by element", "by row", "alone"])
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_a_captured_step_holds_rows_as_an_eager_one_does(
-    name: str, small: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_captured_step_holds_rows_as_an_eager_one_does(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole step in a CUDA graph: what is kept around it must neither wait nor use memory that moves."""
-    if not small:
+    if way != "by element":
         monkeypatch.setattr(holding, "_SMALL_ELSEWHERE", 0)
         monkeypatch.setattr(holding, "_SHORT_ROW", 0)
+    if way == "alone":
+        monkeypatch.setattr(holding, "_FEW", ((0, 1.0),))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 32), nn.LayerNorm(32))
     net = net.append(nn.Linear(32, 4)).cuda()
