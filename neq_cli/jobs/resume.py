@@ -13,7 +13,7 @@ from neq_cli.jobs.earlier_kernels import Earlier
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.load import LoadedRecipe
 from neq_cli.runs.store.paths import check_resumable
-from neq_cli.runs.store.resumable import ANEW, differences, merged, newest_unfinished, stored_recipe
+from neq_cli.runs.store.resumable import ANEW, differences, ended_at_rest, merged, newest_unfinished, stored_recipe
 from neq_cli.runs.store.run import read_run
 from neq_cli.runs.store.untrusted import damaged, read_json
 from neq_cli.runs.store.writer import RunWriter
@@ -88,7 +88,11 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     state, messages, bad = read_checkpoint(writer)
     status = read_json(writer.files.status) if writer.files.status.exists() else {}
     # A run that was extended has more than its first command line asks for, and is as finished.
-    finished = status.get("state") == "finished" and state is not None and state["epoch"] >= recipe.epochs
+    finished = (
+        status.get("state") == "finished"
+        and state is not None
+        and (state["epoch"] >= recipe.epochs or ended_at_rest(stored, recipe, state["epoch"]))
+    )
     if state is not None:
         if not finished:
             problems += _epochs_problems(stored, recipe, state)
@@ -171,7 +175,11 @@ def finished_already(writer: RunWriter, start: Start) -> str:
     reached = f"{counted(epoch, 'epoch')}, {printable(run.metric)} {format_metric(last, run.metric)}"
     if epoch > start.recipe.epochs:
         reached += f", the {start.recipe.epochs} asked for among them"
-    return f"finished already: {writer.path}: {reached}; more epochs=... would extend it"
+    more = "more epochs=..."
+    if epoch < start.recipe.epochs:
+        reached += f" of {start.recipe.epochs}, ended by stop_when_frozen={start.recipe.stop_when_frozen}"
+        more = "stop_when_frozen=null"
+    return f"finished already: {writer.path}: {reached}; {more} would extend it"
 
 
 def _check(path: Path, state: object) -> None:

@@ -14,7 +14,7 @@ from neq_cli.recipe import Check, Problem
 from neq_cli.recipe.keys import warnings
 from neq_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
 from neq_cli.runs.store.paths import RunFiles, check_resumable
-from neq_cli.runs.store.resumable import differences, stored_recipe
+from neq_cli.runs.store.resumable import differences, ended_at_rest, stored_recipe
 from neq_cli.runs.store.sweep_folder import SweepFiles, check_sweep, default_sweep_directory
 from neq_cli.runs.views.live.sweep_state import FINISHED, SweptRun, is_finished
 
@@ -147,7 +147,7 @@ def _take_stock(planned: PlannedRun) -> list[str]:
     if run.epochs_done > run.epochs and not finished:
         said = f"{run.epochs}, but epoch {run.epochs_done} of {run.path} is trained, on the way to {stored.epochs}"
         problems.append(Problem("epochs", f"{said}; give at least {run.epochs_done}, {_ANEW}"))
-    if finished and run.epochs_done >= run.epochs:
+    if finished and (run.epochs_done >= run.epochs or ended_at_rest(stored, loaded.recipe, run.epochs_done)):
         run.epochs = run.epochs_done  # an earlier call may have asked for more
         run.state = FINISHED
     return [loaded.problem(problem.key, problem.message) for problem in problems]

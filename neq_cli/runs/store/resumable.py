@@ -125,6 +125,12 @@ def merged(stored: Recipe, wanted: Recipe) -> Recipe:
     return wanted.model_copy(update=changes)
 
 
+def ended_at_rest(stored: Recipe, wanted: Recipe, epoch: int) -> bool:
+    """Whether ``stop_when_frozen`` ended a run that finished after ``epoch``, and ``wanted`` asks no more of it."""
+    same_rest = stored.stop_when_frozen is not None and wanted.stop_when_frozen == stored.stop_when_frozen
+    return same_rest and epoch < stored.epochs and wanted.epochs <= stored.epochs
+
+
 def _name_of_matched(policy: StochasticPolicy) -> str | float:
     return policy.p if isinstance(policy.p, float) else PurePath(matched_run(policy.p) or "").name
 

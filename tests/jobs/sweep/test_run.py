@@ -222,6 +222,26 @@ def test_a_run_that_train_holds_fails_alone(sweep: Start, neq: Start, folder: Pa
     other.wait(20)
 
 
+def test_a_run_that_ended_at_rest_is_finished_until_it_is_asked_for_more(
+    sweep: Start, neq: Start, folder: Path
+) -> None:
+    """With an epsilon that all is below, everything is frozen after two epochs, and the third is the first at rest."""
+    at_rest = ("policy.epsilon=1000", "epochs=6", "stop_when_frozen=1")
+    done(sweep("seed=1", *at_rest, "-o", "here"))
+    run = folder / "here" / "runs" / "seed=1"
+    ended = len((run / "metrics.csv").read_text().splitlines()) - 1
+    assert ended < 6
+    assert status(run)[0] == "finished"
+    assert "1 finished already" in done(sweep("seed=1", *at_rest, "-o", "here"))[0]
+    process = neq("train", "small.yaml", "seed=1", *at_rest, "-o", run, "--resume")
+    assert process.wait(60) == 0
+    assert f"{ended} epochs, test_top1 " in process.text
+    assert " of 6, ended by stop_when_frozen=1; stop_when_frozen=null would extend it" in process.text
+    process = neq("train", "small.yaml", "seed=1", *at_rest[:2], "stop_when_frozen=null", "-o", run, "--resume")
+    assert process.wait(60) == 0
+    assert len((run / "metrics.csv").read_text().splitlines()) == 7
+
+
 def test_other_values_of_what_all_share_are_another_sweep_and_in_one_folder_refused(sweep: Start, folder: Path) -> None:
     here = folder / "here"
     done(sweep("seed=1", "epochs=1", "-o", "here"))
