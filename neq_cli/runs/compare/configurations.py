@@ -124,9 +124,13 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     for name, flat in zip(found, flats, strict=True):
         twins = [other for other_name, other in zip(found, flats, strict=True) if other_name == name]
         policy = [key for key in differing_keys(twins) if key not in shared]
-        extra = [f"{printable(key)}={written(flat.get(key, UNSET))}" for key in (*policy, *shared)]
+        extra = [_key_label(key, flat) for key in (*policy, *shared)]
         result.append(", ".join([name, *extra]))
     return result
+
+
+def _key_label(key: str, flat: Settings) -> str:
+    return f"{printable(key)}={written(flat[key])}" if key in flat else f"no {printable(key)}"
 
 
 def differing_keys(flats: Iterable[Settings]) -> list[str]:
