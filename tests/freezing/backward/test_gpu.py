@@ -312,3 +312,32 @@ def test_a_wholly_frozen_network_keeps_and_propagates_nothing() -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == {
         "head.weight", "head.bias"
     }  # fmt: skip
+
+
+def test_nine_tenths_frozen_from_the_front_leave_a_third_of_a_steps_memory() -> None:
+    from torchvision.models import resnet50
+
+    model, inputs = resnet50().cuda(), torch.randn(32, 3, 224, 224, device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def most() -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(inputs).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.cuda.max_memory_allocated() - before
+
+    most()
+    plain = most()
+    freezer = Freezer(model, optimizer, [inputs[:2]])
+    total, so_far, sets = sum(layer.neurons for layer in freezer.layers.values()), 0, {}
+    for name, layer in freezer.layers.items():
+        so_far += layer.neurons
+        sets[name] = torch.full((layer.neurons,), so_far > 0.9 * total)
+    freezer.detach()
+    freeze(model, inputs[:2], sets, optimizer=optimizer)
+    most()
+    assert most() <= 0.35 * plain
