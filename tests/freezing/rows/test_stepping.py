@@ -484,3 +484,21 @@ def test_under_autocast_rows_are_handed_over_in_the_type_of_the_weight() -> None
     assert gradient.handed is not None
     assert gradient.handed.dtype == torch.float32
     training.optimizer.step()
+
+
+def test_a_step_that_is_compiled_steps_with_these_rows_too() -> None:
+    found = []
+    for compiled in (False, True):
+        training = Training().train(1)
+        step = training.optimizer.step
+        if compiled:
+            step = torch.compile(step, backend="eager")
+        start = training.frozen_bits()
+        for seed in range(2):
+            training.optimizer.zero_grad()
+            loss_of(training.net, seed).backward()
+            step()
+        for name, bits in training.frozen_bits().items():
+            assert torch.equal(bits, start[name]), name
+        found.append(training.tensors())
+    assert_alike(found[1], found[0], 2)
