@@ -333,6 +333,30 @@ def test_a_run_is_inspected_compared_and_exported(
     assert "nolayer" in complaint(capsys, "inspect", run, "--layer", "nolayer")
 
 
+def test_coverage_of_a_run_is_that_of_its_recipe(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, trained: tuple[Path, str, str]
+) -> None:
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    assert call("inspect", "run", "--coverage") == 0
+    printed = capsys.readouterr().out
+    assert "never frozen: output layer" in printed
+    assert call("validate", "digits", *SHORT, "--coverage") == 0
+    assert capsys.readouterr().out == printed
+    assert call("inspect", "run", "--coverage", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["outside"] == []
+    notes = (trained[0] / "dispatch.json").read_text()
+    assert "coverage: 100 % of " in notes
+    assert "leave out --plot" in complaint(capsys, "inspect", "run", "--coverage", "--plot")
+    environment = json.loads((run / "environment.json").read_text())
+    for broken in ({"parameters": -1}, [], {**environment["coverage"], "outside": [{"reason": 3}]}):
+        (run / "environment.json").write_text(json.dumps({**environment, "coverage": broken}))
+        line = complaint(capsys, "inspect", "run", "--coverage")
+        assert line == "run/environment.json: coverage: is not what a run records"
+    del environment["coverage"]
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert "by an earlier version" in complaint(capsys, "inspect", "run", "--coverage")
+
+
 @pytest.mark.parametrize("verb", ["compare", "inspect"])
 def test_a_narrow_window_loses_no_column_of_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: tuple[Path, str, str], verb: str
@@ -356,6 +380,7 @@ def test_no_table_off_a_terminal_is_filled_up_with_blanks(
     for command in (
         ("inspect", run),
         ("inspect", run, "--plot"),
+        ("inspect", run, "--coverage"),
         ("compare", run),
         ("flops", "digits"),
         ("bench", *small, "--fractions", "0.5", "--orders", "random", "--modes", "exact", "--rounds", "1"),

@@ -15,6 +15,9 @@ def inspect(
     epoch: Annotated[int | None, typer.Option(help="the state after this epoch; default the last")] = None,
     layer: Annotated[str | None, typer.Option(metavar="GLOB", help="only layers whose name matches")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="draw frozen share, FLOPs and accuracy by epoch")] = False,
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="list what of the model are neurons, and what is not and why")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List a run's frozen neurons by layer, and what it saved."""
@@ -22,6 +25,14 @@ def inspect(
     from neq_cli.runs.store.run import read_run
     from neq_cli.runs.views.tables.inspection import render
 
+    if coverage:
+        if plot or epoch is not None or layer is not None:
+            raise NeqError("neq inspect: --coverage is of the whole model; leave out --plot, --epoch and --layer")
+        from neq_cli.runs.views.tables.coverage import recorded_coverage, render_coverage
+
+        found = recorded_coverage(read_run(run_directory))
+        show_json(found) if as_json else show(render_coverage(found))
+        return
     if plot:
         if as_json or epoch is not None or layer is not None:
             raise NeqError("neq inspect: --plot draws the whole run; leave out --json, --epoch and --layer")

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from neq_cli.commands.shared import Overrides, RecipeArgument, load
+from typing import Annotated
+
+import typer
+
+from neq_cli.commands.shared import Overrides, RecipeArgument, load, show
 
 
-def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="build the model, and list what of it are neurons and what is not")
+    ] = False,
+) -> None:
     """Check a recipe without opening its data, and print it with every default written out."""
-    print(load(recipe, overrides).resolved_yaml(), end="")
+    loaded = load(recipe, overrides)
+    if not coverage:
+        print(loaded.resolved_yaml(), end="")
+        return
+    from neq_cli.jobs.prepare import estimated_coverage
+    from neq_cli.runs.views.tables.coverage import render_coverage
+
+    show(render_coverage(estimated_coverage(loaded)))

@@ -17,6 +17,7 @@ from neq_cli.freezing.answers import settle
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import MODES, BackwardMode, KernelUse
 from neq_cli.freezing.changes import Standing, gradients_switched_on, standing
+from neq_cli.freezing.coverage import Coverage, coverage_of
 from neq_cli.freezing.earlier import PLACES, Earlier, Snapshot, snapshot
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
@@ -194,6 +195,10 @@ class Freezer:
             compiled=self.compiled,
             still=self.still,
         )
+
+    def coverage(self) -> Coverage:
+        """Return what share of the model its neurons are, and why the rest is none of them."""
+        return coverage_of(self.anatomy, dict(self.model.named_parameters()))
 
     def kernels(self) -> dict[str, KernelUse]:
         """Return for every layer with frozen neurons how its gradients are computed, and why."""

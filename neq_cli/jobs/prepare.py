@@ -53,6 +53,14 @@ def prepared(
         )
 
 
+def estimated_coverage(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Return what share of the model of ``loaded`` are neurons, in the plain values of ``Coverage``."""
+    from neq_cli.training.estimate import estimate_coverage
+
+    with _located(loaded):
+        return estimate_coverage(loaded.recipe).to_dict()
+
+
 def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
     """Return the fields of ``FlopsEstimate`` for ``loaded``; notes only where there are any."""
     from neq_cli.training.estimate import estimate_flops

@@ -45,7 +45,11 @@ def environment_of(session: Session) -> dict[str, Any]:
     from neq_cli.training.machine.device import environment
 
     trainer = session.trainer
-    about = {"data": dict(session.data_content), "processes": trainer.processes.count}
+    about = {
+        "data": dict(session.data_content),
+        "processes": trainer.processes.count,
+        "coverage": trainer.freezer.coverage().to_dict(),
+    }
     matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
     return {**environment(trainer.device), **about, **matched}
 

@@ -112,7 +112,14 @@ def prepare(
         steps_per_epoch=len(loaders.train),
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
-        notes=(*notes, *layout_notes, *match_notes, *freezer.notes, *freezing_notes(freezer.anatomy, recipe.backward)),
+        notes=(
+            *notes,
+            *layout_notes,
+            *match_notes,
+            *freezer.notes,
+            f"coverage: {freezer.coverage()}",
+            *freezing_notes(freezer.anatomy, recipe.backward),
+        ),
         epsilon=recipe.policy.epsilon if isinstance(recipe.policy, NEqPolicy) else None,
     )
     return Session(recipe, trainer, started, _content(data), matched_flops)

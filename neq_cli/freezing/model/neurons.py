@@ -246,7 +246,7 @@ def _why_outside(model: nn.Module, name: str) -> str:
         return "its gradients are sparse"
     if isinstance(owner, (*STOCK_LAYERS, ParametrizationList)):
         return "belongs to a parametrised weight"
-    return f"parameter of {type(owner).__name__}, outside neurons"
+    return f"parameter of {type(owner).__name__}"
 
 
 def _ties(model: nn.Module, layers: dict[str, Layer]) -> tuple[tuple[frozenset[str], ...], dict[str, str]]:
