@@ -344,10 +344,9 @@ def test_coverage_of_a_run_is_that_of_its_recipe(
     assert capsys.readouterr().out == printed
     assert call("inspect", "run", "--coverage", "--json") == 0
     assert json.loads(capsys.readouterr().out)["outside"] == []
-    notes = (trained[0] / "dispatch.json").read_text()
-    assert "coverage: 100 % of " in notes
-    assert "leave out --plot" in complaint(capsys, "inspect", "run", "--coverage", "--plot")
     environment = json.loads((run / "environment.json").read_text())
+    assert any(note.startswith("coverage: 100 % of ") for note in environment["notes"])
+    assert "leave out --plot" in complaint(capsys, "inspect", "run", "--coverage", "--plot")
     for broken in ({"parameters": -1}, [], {**environment["coverage"], "outside": [{"reason": 3}]}):
         (run / "environment.json").write_text(json.dumps({**environment, "coverage": broken}))
         line = complaint(capsys, "inspect", "run", "--coverage")
