@@ -350,7 +350,7 @@ def test_coverage_of_a_run_is_that_of_its_recipe(
     for broken in ({"parameters": -1}, [], {**environment["coverage"], "outside": [{"reason": 3}]}):
         (run / "environment.json").write_text(json.dumps({**environment, "coverage": broken}))
         line = complaint(capsys, "inspect", "run", "--coverage")
-        assert line == "run/environment.json: coverage: is not what a run records"
+        assert line.startswith("run/environment.json: coverage: is not what a run records; ")
     del environment["coverage"]
     (run / "environment.json").write_text(json.dumps(environment))
     assert "by an earlier version" in complaint(capsys, "inspect", "run", "--coverage")
