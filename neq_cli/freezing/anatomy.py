@@ -149,6 +149,7 @@ def anatomy_of(
     freeze. ``attached``: something outside the model needs every layer in autograd's graph, as reentrant activation
     checkpoints inside do. Raises FreezingError where no layer has neurons that train or a glob matches none.
     """
+    optimized = None if optimized is None else list(optimized)
     neurons = find_neurons(model, optimized)
     if not neurons.layers:
         raise FreezingError(
@@ -156,6 +157,9 @@ def anatomy_of(
             "whose parameters require gradients and are in the optimiser"
         )
     trace = trace_model(model, neurons, inputs)
+    if none := _no_layers(neurons, trace):
+        neurons = find_neurons(model, optimized, without=none)
+        trace = trace_model(model, neurons, inputs)
     neurons = with_found_axes(neurons, trace.order, trace.axes)
     never_frozen = {
         **neurons.always_trainable,
@@ -163,6 +167,16 @@ def anatomy_of(
         **{name: why for name, layer in neurons.layers.items() if (why := _why_never(layer, trace, definition))},
     }
     return Anatomy(neurons, trace, never_frozen, attached or trace.reentrant)
+
+
+def _no_layers(neurons: Neurons, trace: Trace) -> frozenset[str]:
+    """Return the names of what looked like layers, and in a trial, or without one, showed no neuron."""
+    layers = {**neurons.layers, **neurons.fixed}
+    return frozenset(
+        name
+        for name, layer in layers.items()
+        if layer.tried and (name not in trace.reached or trace.axes.get(name, layer.axis) is None)
+    )
 
 
 def _excluded(neurons: Neurons, exclude: Sequence[str]) -> dict[str, str]:

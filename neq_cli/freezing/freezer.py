@@ -212,7 +212,8 @@ class Freezer:
         dynamics, trainable, previous = self.dynamics, self.trainable, self._previous
         if self._standing.differs(now):
             with gradients_switched_on(now.optimized):
-                layers = find_neurons(self.model, now.optimized.values()).layers
+                without = self.anatomy.neurons.without
+                layers = find_neurons(self.model, now.optimized.values(), without=without).layers
             dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
             if self._standing.replaced(now):
                 previous = Earlier(self._previous.place)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """Of input, weight and bias; None where not asked for."""

@@ -223,10 +223,10 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
         return "its weight or its bias trains, but not as a parameter of this optimiser"
     if functional:
         return None
-    module, kind = layer.module, getattr(nn, layer.kind)
+    module, kind = layer.module, getattr(nn, layer.kind, None)
     if layer.functional:
         return "its weight is used by several modules, or by none that was seen"
-    own_way = type(module).forward is not kind.forward or "forward" in vars(module)
+    own_way = kind is None or type(module).forward is not kind.forward or "forward" in vars(module)
     if own_way or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):
         return f"{type(module).__name__} computes its output its own way"
     return None

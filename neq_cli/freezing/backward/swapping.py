@@ -19,7 +19,8 @@ from neq_cli.freezing.backward.functions import Scaled, in_transform
 from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.intercepting import Watched, intercepted
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
-from neq_cli.freezing.model.neurons import BATCH_NORMS, Cost
+from neq_cli.freezing.model.layouts import Cost
+from neq_cli.freezing.model.neurons import BATCH_NORMS
 
 OURS = "_neq_"
 """What the names of all that we put into a module begin with."""

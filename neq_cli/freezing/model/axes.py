@@ -17,8 +17,10 @@ inside the layer may be flat on one side, or all around where the neuron is."""
 
 def computes_its_own_way(layer: Layer) -> bool:
     """Return whether the layer's class computes its output its own way, as torchvision's LayerNorm2d does."""
-    stock = next(kind for kind in STOCK_LAYERS if kind.__name__ == layer.kind) if not layer.functional else None
-    return stock is not None and type(layer.module).forward is not stock.forward
+    if layer.tried or layer.functional:
+        return layer.tried
+    stock = next(kind for kind in STOCK_LAYERS if kind.__name__ == layer.kind)
+    return type(layer.module).forward is not stock.forward
 
 
 def find_axis(layer: Layer, parameters: Mapping[str, Tensor], inputs: Tensor) -> int | None:
@@ -40,6 +42,8 @@ def find_axis(layer: Layer, parameters: Mapping[str, Tensor], inputs: Tensor) ->
         for neuron, changed in changes:
             found = [axis for axis in _axes(layer, changed) if _only(changed, axis, layer, neuron)]
             fitting = found if fitting is None else [axis for axis in fitting if axis in found]
+    if fitting is None and layer.tried:
+        return None  # nothing is known of it
     if fitting is None or layer.axis in fitting:
         return layer.axis
     return fitting[0] if len(fitting) == 1 else None

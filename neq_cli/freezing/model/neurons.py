@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from neq_cli.errors import FreezingError
+from neq_cli.freezing.families import family_of
+from neq_cli.freezing.model.layouts import Cost, RowLayout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -27,45 +28,6 @@ STOCK_LAYERS: tuple[type[nn.Module], ...] = (
     *LAST_DIMENSION_NORMS,
     nn.Embedding,
 )
-
-Cost = Literal["convolution", "transposed", "linear", "norm", "lookup"]
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """How the elements of a parameter (and of its row-shaped optimiser state) fall into rows.
-
-    ``leading``: dimension 0. ``flat``: every element is a row (LayerNorm over several dimensions).
-    ``transposed``: dimension 1, group by group, as transposed convolutions store their output channels, and embeddings
-    their features.
-    """
-
-    kind: Literal["leading", "flat", "transposed"] = "leading"
-    groups: int = 1
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """Return a view whose first dimension counts the rows (first two where ``groups`` > 1, all where ``flat``)."""
-        if self.kind != "transposed":
-            return tensor
-        if self.groups == 1:
-            return tensor.transpose(0, 1)
-        return tensor.view(self.groups, -1, *tensor.shape[1:]).transpose(1, 2)
-
-    def count(self, tensor: Tensor) -> int:
-        """Return the number of rows of ``tensor``."""
-        if self.kind == "flat":
-            return tensor.numel()
-        view = self.view(tensor)
-        return view.shape[0] * view.shape[1] if self.groups > 1 else view.shape[0]
-
-    def index(self, tensor: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return what indexes ``rows`` (int64, [k]) of ``tensor`` in its view."""
-        if self.kind == "flat" and tensor.dim() > 1:
-            return torch.unravel_index(rows, tensor.shape)
-        if self.groups == 1:
-            return (rows,)
-        per_group = self.view(tensor).shape[1]
-        return (rows // per_group, rows % per_group)
 
 
 @dataclass(frozen=True)
@@ -97,6 +59,7 @@ class Layer:
     axis: int
     axis_dimensions: int = 1
     functional: bool = False  # no module of its own is called
+    tried: bool = False  # whether its axis is one is known from a trial only
 
 
 @dataclass(frozen=True)
@@ -108,6 +71,7 @@ class Neurons:
     outside: dict[str, str]  # trainable parameters outside neurons -> why they always train
     ties: tuple[frozenset[str], ...]  # layers that share rows: a row trains if any of them says so
     always_trainable: dict[str, str]  # layers that share a parameter with something that always trains -> why
+    without: frozenset[str] = frozenset()  # names of what looks like a layer, but was found to be none
 
     def tied(self, trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return these sets with every row that several layers share trained where one of them trains it."""
@@ -123,11 +87,13 @@ def everything(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     return {name: torch.ones(layer.neurons, dtype=torch.bool, device="cpu") for name, layer in layers.items()}
 
 
-def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) -> Neurons:
+def find_neurons(
+    model: nn.Module, optimized: Iterable[Tensor] | None = None, *, without: Collection[str] = ()
+) -> Neurons:
     """Find the layers of ``model`` and who owns which parameter.
 
     ``optimized`` are the parameters that the optimiser updates (default: all that require gradients); a parameter
-    outside it belongs to no neuron.
+    outside it belongs to no neuron. ``without``: names of what looks like a layer, but is none.
     """
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in model.parameters()):
         raise FreezingError("model: has lazy layers without shapes yet; run one batch through it first")
@@ -143,6 +109,7 @@ def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) ->
         layer
         for prefix, module in model.named_modules()
         for layer in _layers_of_module(prefix, module, lambda p: names[id(p)], lambda p: id(p) in chosen)
+        if layer.name not in without
     ]
     layers = {layer.name: layer for layer in candidates if layer.rows}
     fixed = {layer.name: layer for layer in candidates if not layer.rows}
@@ -150,7 +117,7 @@ def find_neurons(model: nn.Module, optimized: Iterable[Tensor] | None = None) ->
     owned = {rows.parameter for layer in layers.values() for rows in layer.rows}
     outside = {name: _why_outside(model, name) for name in parameters if name not in owned}
     ties, always_trainable = _ties(model, layers)
-    return Neurons(layers, fixed, outside, ties, always_trainable)
+    return Neurons(layers, fixed, outside, ties, always_trainable, frozenset(without))
 
 
 def _layers_of_module(
@@ -166,15 +133,39 @@ def _layers_of_module(
         yield from _attention_projections(prefix, module, name_of, rows_of)
         return
     stock = next((kind for kind in STOCK_LAYERS if isinstance(module, kind)), None)
+    if stock is None:
+        yield from _layer_of_family(prefix, module, name_of, rows_of)
+        return
     weight = module._parameters.get("weight")
     # A parametrised weight is computed from other parameters: it has no rows of its own.
-    if stock is None or weight is None or _is_sparse(module):
+    if weight is None or _is_sparse(module):
         return
     cost, layout, axis, axis_dimensions = _geometry(module)
     neurons = layout.count(weight)
     if neurons:
         rows = rows_of("weight", layout) + rows_of("bias", RowLayout("flat"))
         yield Layer(prefix, stock.__name__, cost, module, neurons, name_of(weight), rows, axis, axis_dimensions)
+
+
+def _layer_of_family(
+    prefix: str, module: nn.Module, name_of: Callable[[Tensor], str], rows_of: Callable[..., tuple[Rows, ...]]
+) -> Iterable[Layer]:
+    family = family_of(module)
+    if family is None:
+        return
+    first, layout = next(iter(family.parameters.items()))
+    weight = module._parameters.get(first)
+    if weight is None:
+        return
+    rows = tuple(row for key, one in family.parameters.items() for row in rows_of(key, one))
+    kind, neurons = type(module).__name__, layout.count(weight)
+    if any(row.count != neurons for row in rows):
+        raise FreezingError(
+            f"families: {kind} {prefix!r} has {neurons} rows in {first!r}, but {[row.count for row in rows]} in its "
+            "parameters; a neuron has a row in each"
+        )
+    if neurons:
+        yield Layer(prefix, kind, family.cost, module, neurons, name_of(weight), rows, family.axis, tried=True)
 
 
 def _is_sparse(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice, read_choice
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 from neq_cli.freezing.processes.agreement import from_first
 from neq_cli.freezing.rows.frozen_rows import FrozenRows
 from neq_cli.freezing.rows.keeper import RowKeeper

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 
 # Numbers are multiplied and added as the integers that their bits spell: exact, whatever they are, NaN included.
 # No integer is as wide as complex128, which stays what it is: exact where finite.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from neq_cli.freezing.model.neurons import Layer, RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
+from neq_cli.freezing.model.neurons import Layer
 from neq_cli.freezing.rows.frozen_rows import FrozenRows
 from neq_cli.freezing.rows.handed_over import Hand, hand_for
 from neq_cli.freezing.rows.optimizers import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 
 # Enough for what begins after some steps: RAdam's rectification (6), Lookahead's slow weights (6), SOAP's bases (10).
 _STEPS = 12

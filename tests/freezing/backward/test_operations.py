@@ -20,7 +20,7 @@ from neq_cli.freezing.backward.operations import (
     select_channels,
     slice_rows,
 )
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 
 
 def convolution(kind: type[Convolution] = Convolution, **changes: object) -> Convolution:

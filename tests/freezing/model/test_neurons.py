@@ -13,7 +13,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from neq_cli import Freezer, Observation
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.model.neurons import RowLayout, find_neurons
+from neq_cli.freezing.model.layouts import RowLayout
+from neq_cli.freezing.model.neurons import find_neurons
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:

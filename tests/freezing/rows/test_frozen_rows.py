@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neq_cli import Freezer, Observation
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 from neq_cli.freezing.rows import frozen_rows as holding
 from neq_cli.freezing.rows.frozen_rows import FrozenRows, Writer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neq_cli.freezing.model.neurons import RowLayout
+from neq_cli.freezing.model.layouts import RowLayout
 from neq_cli.freezing.rows.frozen_rows import FrozenRows
 from neq_cli.freezing.rows.zeroed import Discarding
 
