@@ -15,6 +15,7 @@ from neq_cli.freezing.backward.sliced import BackwardMode, why_dense
 from neq_cli.freezing.equilibrium import Definition
 from neq_cli.freezing.flops import Execution, Flops, count_flops, forward_cost
 from neq_cli.freezing.model.axes import with_found_axes
+from neq_cli.freezing.model.calling import Call
 from neq_cli.freezing.model.front import Rest, front_of, outside_of, rest_of
 from neq_cli.freezing.model.neurons import (
     BATCH_NORMS,
@@ -142,12 +143,14 @@ def anatomy_of(
     exclude: Sequence[str] = (),
     definition: Definition = "paper",
     attached: bool = False,
+    call: Call | None = None,
 ) -> Anatomy:
     """Look at ``model`` with one sample of ``inputs`` ([samples, ...]); it may be on the meta device.
 
     ``optimized`` are the parameters the optimiser updates (default: all), ``exclude`` globs of layers that never
     freeze. ``attached``: something outside the model needs every layer in autograd's graph, as reentrant activation
-    checkpoints inside do. Raises FreezingError where no layer has neurons that train or a glob matches none.
+    checkpoints inside do. ``call``: how the model is called with ``inputs``, if not with them alone.
+    Raises FreezingError where no layer has neurons that train, a glob matches none, or the model does not take them.
     """
     optimized = None if optimized is None else list(optimized)
     neurons = find_neurons(model, optimized)
@@ -156,10 +159,10 @@ def anatomy_of(
             "model: no layer has neurons that train; it needs a convolution, linear, normalisation or embedding layer "
             "whose parameters require gradients and are in the optimiser"
         )
-    trace = trace_model(model, neurons, inputs)
+    trace = trace_model(model, neurons, inputs, call)
     if none := _no_layers(neurons, trace):
         neurons = find_neurons(model, optimized, without=none)
-        trace = trace_model(model, neurons, inputs)
+        trace = trace_model(model, neurons, inputs, call)
     neurons = with_found_axes(neurons, trace.order, trace.axes)
     never_frozen = {
         **neurons.always_trainable,

@@ -22,6 +22,7 @@ from neq_cli.freezing.earlier import PLACES, Earlier, Snapshot, snapshot
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
+from neq_cli.freezing.model.calling import Call
 from neq_cli.freezing.model.neurons import Layer, everything, find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
@@ -43,8 +44,9 @@ class Freezer:
     model is looked at when the Freezer is made: phi of epoch 1 compares with that moment.
 
     ``probe_loader`` yields held-out inputs, or (inputs, targets...); it is iterated once per epoch and should yield the
-    same inputs in the same order each time. ``exclude`` are globs of layer names that are never frozen, beyond the
-    output layer, which never is. ``probe_autocast``: run the probe under autocast with this dtype.
+    same inputs in the same order each time. A mapping is passed as keywords, those that the model's forward takes; what
+    is called in another way is by ``call(model, item)``. ``exclude`` are globs of layer names that are never frozen,
+    beyond the output layer, which never is. ``probe_autocast``: run the probe under autocast with this dtype.
 
     ``backward``: ``exact`` computes the weight gradients of the trainable neurons only and the same errors as ever, so
     that training is what it would be without the saving, up to rounding. ``truncated`` is an approximation: frozen
@@ -93,6 +95,7 @@ class Freezer:
         process_group: ProcessGroup | None = None,
         row_wise: bool = False,
         probe_snapshot: Snapshot = "device",
+        call: Call | None = None,
     ) -> None:
         _check_choice("backward", backward, MODES, "a backward mode")
         _check_choice("probe_snapshot", probe_snapshot, PLACES, "a place for the weights before")
@@ -108,6 +111,7 @@ class Freezer:
         self.at_rest = 0  # epochs up to now in which all that may freeze was frozen, and it still is
         self.probe_autocast = probe_autocast
         self.process_group = process_group
+        self.call = call
         self._agreement = Agreement(process_group)
         self.epoch = 0
         self.notes: list[str] = []
@@ -150,6 +154,7 @@ class Freezer:
             definition=self.definition,
             autocast=self.probe_autocast,
             process_group=self.process_group,
+            call=self.call,
         )
         phi = self._agreement.rounded_alike(phi)
         dynamics = {name: self.dynamics[name].next(phi[name], self.mu, self.definition) for name in self.layers}
@@ -273,11 +278,12 @@ class Freezer:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
         anatomy = anatomy_of(
             self.model,
-            first_probe_input(self.model, self.probe_loader, self._agreement.sample),
+            first_probe_input(self.model, self.probe_loader, self._agreement.sample, self.call),
             optimized=now.optimized.values(),
             exclude=self._exclude,
             definition=self.definition,
             attached=self._wrapped,
+            call=self.call,
         )
         if self.front_mode == "inference" and self.compiled:
             raise FreezingError(

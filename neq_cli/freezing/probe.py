@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.earlier import buffers_of
 from neq_cli.freezing.equilibrium import Definition, cosine
+from neq_cli.freezing.model.calling import Call, call_model, inputs_of
 from neq_cli.freezing.model.neurons import Layer, rows_by_neuron
-from neq_cli.freezing.model.observing import first_input, map_tensors, undisturbed, watch_calls
+from neq_cli.freezing.model.observing import map_tensors, undisturbed, watch_calls
 from neq_cli.freezing.model.restoring import changing, found_again, install
 from neq_cli.freezing.processes.agreement import add_up, named_from_first
 
@@ -32,12 +33,14 @@ def similarity(
     definition: Definition = "paper",
     autocast: torch.dtype | None = None,
     process_group: ProcessGroup | None = None,
+    call: Call | None = None,
 ) -> dict[str, Tensor]:
     """Return phi of every layer between ``model`` and its ``previous`` parameters and buffers: float64, [neurons], CPU.
 
-    ``batches`` yield inputs, or (inputs, targets...). Memory beyond ``previous``: one batch of activations, and copies
-    of the buffers and of the parameters that modules may change on their way to eval mode. Each batch finds the buffers
-    as they are between epochs: what a forward pass makes of them is taken back.
+    ``batches`` yield inputs, or (inputs, targets...), or what ``call`` calls the model with. Memory beyond
+    ``previous``: one batch of activations, and copies of the buffers and of the parameters that modules may change on
+    their way to eval mode. Each batch finds the buffers as they are between epochs: what a forward pass makes of them
+    is taken back.
     ``paper``: one cosine over all outputs of a neuron. ``reference``: the mean over samples of one cosine per sample
     (dimension 0 of a layer's output).
     A layer that the batches do not reach, or whose calls differ between the two networks, has phi NaN.
@@ -55,14 +58,14 @@ def similarity(
             buffers = named_from_first(buffers, device, process_group)
         for batch in batches:
             seen += 1
-            inputs = first_input(batch)
+            inputs = inputs_of(batch, call)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 for tensors, on_call in ((previous, comparison.keep), (buffers, comparison.compare)):
                     with found_again(model):
                         install(model, _own(tensors, model))
                         model.eval()
                         with watch_calls(layers.values(), dict(model.named_parameters()), on_call):
-                            model(copied(inputs, device))
+                            call_model(model, copied(inputs, device), call)
             comparison.end_batch()
     if process_group is not None:
         seen = comparison.add_up(layers, seen, device, process_group)
@@ -80,7 +83,9 @@ def _own(tensors: Mapping[str, Tensor | None], model: nn.Module) -> dict[str, Te
     }
 
 
-def first_probe_input(model: nn.Module, loader: Iterable[Any], agreed: Callable[[Any], Any]) -> Any:
+def first_probe_input(
+    model: nn.Module, loader: Iterable[Any], agreed: Callable[[Any], Any], call: Call | None = None
+) -> Any:
     """Return the inputs of the probe's first batch, where the model is; ``agreed`` makes all processes' the same.
 
     Raises FreezingError where the probe yields nothing, or can be read only once.
@@ -89,10 +94,10 @@ def first_probe_input(model: nn.Module, loader: Iterable[Any], agreed: Callable[
         raise FreezingError("probe_loader: can be read only once; give a list or a DataLoader, which starts anew")
     with undisturbed(model):
         batch = next(iter(loader), None)
-    batch = agreed(batch)
-    if batch is None:
+    inputs = agreed(None if batch is None else inputs_of(batch, call))
+    if inputs is None:
         raise FreezingError("probe_loader: yields no batch; give it at least one input")
-    return copied(first_input(batch), device_of(model))
+    return copied(inputs, device_of(model))
 
 
 def copied(inputs: Any, device: torch.device) -> Any:

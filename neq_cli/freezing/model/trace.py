@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
 from neq_cli.freezing.model.axes import computes_its_own_way, find_axis
+from neq_cli.freezing.model.calling import Call, call_model, call_with_parameters, refused
 from neq_cli.freezing.model.neurons import Layer, Neurons
 from neq_cli.freezing.model.observing import map_tensors, tensors_in, undisturbed, watch_calls
 from neq_cli.freezing.model.restoring import found_again
@@ -65,14 +65,15 @@ class Trace:
         return found
 
 
-def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
+def trace_model(model: nn.Module, neurons: Neurons, inputs: Any, call: Call | None = None) -> Trace:
     """Trace ``model`` on the first sample of ``inputs`` (tensors of [samples, ...]); works on the meta device too.
 
+    Where it takes none of one, as a list of images, on all of them. ``call``: how it is called, if not with ``inputs``.
     Auxiliary heads that only train are seen as well: the modules are in training mode, but for normalisation and
     dropout, which would need more than one sample or draw random numbers. A model whose training mode wants other
     inputs is traced in eval mode.
     """
-    sample = map_tensors(lambda tensor: tensor[:1], inputs)
+    sample = map_tensors(lambda tensor: tensor[:1] if tensor.dim() else tensor, inputs)
     layers = {**neurons.layers, **neurons.fixed}
     with undisturbed(model):
         reached: set[str] = set()
@@ -84,21 +85,37 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any) -> Trace:
             if layer.name not in axes and computes_its_own_way(layer) and output.device.type != "meta":
                 axes[layer.name] = find_axis(layer, parameters, inputs)
 
-        with found_again(model), torch.no_grad():
-            model.eval()
-            with watch_calls(layers.values(), parameters, on_call):
-                model(map_tensors(torch.clone, sample))
+        def look(at: Any) -> None:
+            with found_again(model), torch.no_grad():
+                model.eval()
+                with watch_calls(layers.values(), parameters, on_call):
+                    call_model(model, map_tensors(torch.clone, at), call)
+
+        try:
+            look(sample)
+        except Exception as error:
+            sample = inputs
+            try:
+                look(sample)
+            except Exception:
+                # What is wrong inside of a model is its own to tell.
+                another_kind = call is not None or not isinstance(inputs, Tensor)
+                if another_kind or isinstance(error, (TypeError, AttributeError)):
+                    raise refused(model, inputs, call, error) from error
+                raise
         try:
             with found_again(model):
-                trace = _trace_gradients(model, layers, sample, training=True)
+                trace = _trace_gradients(model, layers, sample, call, training=True)
         except Exception:
             # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
-            trace = _trace_gradients(model, layers, sample, training=False)
+            trace = _trace_gradients(model, layers, sample, call, training=False)
     trace.reached, trace.axes = frozenset(reached), axes
     return trace
 
 
-def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any, *, training: bool) -> Trace:
+def _trace_gradients(
+    model: nn.Module, layers: Mapping[str, Layer], sample: Any, call: Call | None, *, training: bool
+) -> Trace:
     trace = Trace()
     producers: dict[Node, str] = {}
     sources: dict[str, set[str]] = {}
@@ -157,7 +174,7 @@ def _trace_gradients(model: nn.Module, layers: Mapping[str, Layer], sample: Any,
         products,
         watch_calls(layers.values(), parameters, on_call),
     ):
-        outputs = list(tensors_in(functional_call(model, parameters, (map_tensors(torch.clone, sample),))))
+        outputs = list(tensors_in(call_with_parameters(model, parameters, map_tensors(torch.clone, sample), call)))
     trace.reentrant = bool(seen_through)
     trace.products = {name: count for name, count in products.backward.items() if count > 0}
     trace.before = {name: frozenset(found) for name, found in sources.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.model.neurons import Layer
-from neq_cli.freezing.model.observing import first_input, map_tensors
+from neq_cli.freezing.model.observing import map_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,9 +35,9 @@ class Agreement:
         if self.group is not None:
             check_agreement(contents, self.group, what)
 
-    def sample(self, batch: Any) -> Any:
-        """Return the batch to look at the model with, since what a model does may depend on its input."""
-        return batch if self.group is None else first_sample(batch, self.group)
+    def sample(self, inputs: Any) -> Any:
+        """Return the inputs to look at the model with, since what a model does may depend on them."""
+        return inputs if self.group is None else first_sample(inputs, self.group)
 
     def rounded_alike(self, phi: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return process 0's ``phi``: sums may differ in their last bits where the network adds them up."""
@@ -123,13 +123,13 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     yield from waiting.values()
 
 
-def first_sample(batch: Any, group: ProcessGroup) -> Any:
-    """Return the first sample of the inputs in process 0's ``batch``, on the CPU; None where that is None."""
+def first_sample(inputs: Any, group: ProcessGroup) -> Any:
+    """Return the first sample of process 0's ``inputs``, on the CPU; None where they are None."""
     told = [None]
-    if group.rank() == 0 and batch is not None:
-        told = [map_tensors(lambda tensor: (tensor[:1] if tensor.dim() else tensor).cpu().clone(), first_input(batch))]
+    if group.rank() == 0 and inputs is not None:
+        told = [map_tensors(lambda tensor: (tensor[:1] if tensor.dim() else tensor).cpu().clone(), inputs)]
     distributed.broadcast_object_list(told, distributed.get_global_rank(group, 0), group=group)
-    return None if told[0] is None else (told[0],)
+    return told[0]
 
 
 def chosen_by_first(
