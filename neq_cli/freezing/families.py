@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.model.layouts import Cost, RowLayout
@@ -65,3 +69,15 @@ def _scale(module: nn.Module) -> Family | None:
     if not alone or len(shape := next(iter(sizes))) != 1 or shape[0] < 2:
         return None
     return Family(dict.fromkeys(parameters, RowLayout("flat")))
+
+
+def normed_weight(module: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return direction and length of a weight under ``weight_norm``, old or new, if each row has its own; else none."""
+    made = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    if len(made) == 1 and (made[0].name, made[0].dim) == ("weight", 0):
+        return module.get_parameter("weight_v"), module.get_parameter("weight_g")
+    if is_parametrized(module, "weight"):
+        found: Any = module.get_submodule("parametrizations.weight")
+        if len(found) == 1 and isinstance(found[0], _WeightNorm) and found[0].dim == 0:
+            return found.original1, found.original0
+    return ()

@@ -11,6 +11,7 @@ from frozen import freeze
 from rounding import apart_behind_layers
 from states import whole_state
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from neq_cli import Freezer
 from neq_cli.errors import FreezingError
@@ -178,6 +179,54 @@ def test_frozen_neurons_keep_every_bit_and_the_others_train_as_ever(
         for what, value in state[key].items():
             if isinstance(value, Tensor) and value.shape == one.shape:
                 assert torch.equal(by_neuron(name, now[what])[FROZEN], by_neuron(name, value)[FROZEN]), what
+
+
+NORMED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: parametrizations.weight_norm(nn.Linear(4, 6)), IMAGES),
+    "convolution": (lambda: parametrizations.weight_norm(nn.Conv1d(6, 6, 3, bias=False)), IMAGES),
+    "old": (lambda: nn.utils.weight_norm(nn.Linear(4, 6)), IMAGES),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", NORMED)
+def test_weight_norm_leaves_every_neuron_its_own_direction_and_length(name: str, whole: bool) -> None:
+    make, shape = NORMED[name]
+    net, inputs = Net(make(), shape), torch.randn(shape)
+    names = [key for key, _ in net.layer.named_parameters()]
+    plain = {key: one.detach().clone() for key, one in net.layer.named_parameters()}
+    frozen = torch.ones(6, dtype=torch.bool) if whole else FROZEN
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    net(inputs).square().sum().backward()
+    dense = {key: one.grad.clone() for key, one in net.layer.named_parameters() if one.grad is not None}
+    optimizer.zero_grad()
+    freezer = freeze(net, inputs, {"layer": ~frozen}, optimizer=optimizer)
+    assert freezer.coverage().outside == ()
+    assert len(freezer.layers["layer"].rows) == len(names)
+    net(inputs).square().sum().backward()
+    for key, one in net.layer.named_parameters():
+        if whole:
+            assert one.grad is None
+            continue
+        assert one.grad is not None
+        assert not one.grad[frozen].any()
+        assert torch.allclose(one.grad[~frozen], dense[key][~frozen], rtol=0, atol=apart_behind_layers(1000)), key
+    before = net.layer(inputs).detach()
+    optimizer.step()
+    after = net.layer(inputs).detach()
+    axis = 1 if name == "convolution" else -1
+    still = (before == after).movedim(axis, 0).flatten(1).all(1)
+    assert torch.equal(still, frozen), "a frozen neuron's output stands still, whatever becomes of the others"
+    for key, one in net.layer.named_parameters():
+        assert torch.equal(one.detach()[frozen], plain[key][frozen]), key
+
+
+def test_a_norm_over_what_neurons_share_leaves_a_weight_outside() -> None:
+    net = Net(parametrizations.weight_norm(nn.Linear(4, 6), dim=1), IMAGES)
+    freezer = Freezer(net, torch.optim.SGD(net.parameters(), lr=0.1), [torch.randn(IMAGES)])
+    assert "layer" not in freezer.layers
+    assert freezer.coverage().outside[0].reason == "belongs to a parametrised weight"
 
 
 def test_a_scale_that_is_frozen_whole_has_no_gradient() -> None:

@@ -226,6 +226,8 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
     module, kind = layer.module, getattr(nn, layer.kind, None)
     if layer.functional:
         return "its weight is used by several modules, or by none that was seen"
+    if not layer.tried and "weight" not in module._parameters:
+        return "its weight is computed from other parameters"
     own_way = kind is None or type(module).forward is not kind.forward or "forward" in vars(module)
     if own_way or getattr(type(module), "_conv_forward", None) is not getattr(kind, "_conv_forward", None):
         return f"{type(module).__name__} computes its output its own way"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.families import family_of
+from neq_cli.freezing.families import family_of, normed_weight
 from neq_cli.freezing.model.layouts import Cost, RowLayout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -136,14 +136,18 @@ def _layers_of_module(
     if stock is None:
         yield from _layer_of_family(prefix, module, name_of, rows_of)
         return
-    weight = module._parameters.get("weight")
-    # A parametrised weight is computed from other parameters: it has no rows of its own.
+    cost, layout, axis, axis_dimensions = _geometry(module)
+    weight, rows = module._parameters.get("weight"), rows_of("weight", layout)
+    if weight is None and layout == RowLayout():
+        # A parametrised weight is computed from other parameters, and has rows only where these have the same.
+        originals = normed_weight(module)
+        weight = originals[0] if originals else None
+        rows = tuple(Rows(name_of(one), layout, 0, layout.count(one)) for one in originals if trains(one))
     if weight is None or _is_sparse(module):
         return
-    cost, layout, axis, axis_dimensions = _geometry(module)
     neurons = layout.count(weight)
     if neurons:
-        rows = rows_of("weight", layout) + rows_of("bias", RowLayout("flat"))
+        rows += rows_of("bias", RowLayout("flat"))
         yield Layer(prefix, stock.__name__, cost, module, neurons, name_of(weight), rows, axis, axis_dimensions)
 
 

@@ -130,11 +130,12 @@ def test_parameters_outside_neurons_are_listed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_parametrised_weights_lie_outside() -> None:
+def test_parametrised_weights_lie_outside_but_for_those_that_are_normed_row_by_row() -> None:
     net = nn.ModuleDict(
         {
-            "old": torch.nn.utils.weight_norm(nn.Linear(3, 4)),
-            "new": parametrizations.weight_norm(nn.Conv2d(3, 4, 1)),
+            "old": torch.nn.utils.weight_norm(nn.Linear(3, 4), dim=None),
+            "new": parametrizations.weight_norm(nn.Conv2d(3, 4, 1), dim=1),
+            "row by row": parametrizations.weight_norm(nn.Conv2d(3, 4, 1, bias=False)),
             "spectral": parametrizations.spectral_norm(nn.Linear(3, 4, bias=False)),
             "pruned": prune.l1_unstructured(nn.Linear(3, 4, bias=False), "weight", 0.5),
             "attention": parametrizations.spectral_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"),
@@ -142,8 +143,9 @@ def test_parametrised_weights_lie_outside() -> None:
         }
     )
     neurons = find_neurons(net)
-    assert set(neurons.layers) == {"attention.out_proj", "plain"}
+    assert set(neurons.layers) == {"attention.out_proj", "plain", "row by row"}
     owned = {"attention.out_proj.weight", "attention.out_proj.bias", "plain.weight", "plain.bias"}
+    owned |= {f"row by row.parametrizations.weight.original{number}" for number in (0, 1)}
     assert set(neurons.outside) == {name for name, _ in net.named_parameters()} - owned
     assert neurons.outside["new.parametrizations.weight.original0"] == "belongs to a parametrised weight"
     assert neurons.outside["old.weight_g"] == "belongs to a parametrised weight"
