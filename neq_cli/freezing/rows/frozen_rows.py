@@ -134,7 +134,7 @@ def take_rows(tensor: Tensor, dimension: int, rows: Tensor) -> Tensor:
 
 def put_rows(tensor: Tensor, dimension: int, rows: Tensor, values: Tensor) -> None:
     """Write ``values``, as ``take_rows`` returned them, into the ``rows`` (int64, [k]) of ``tensor``."""
-    if dimension or not len(values) or values.stride() != tensor.stride():
+    if dimension or not len(values) or values.stride() != tensor.stride() or torch.compiler.is_compiling():
         tensor.index_copy_(dimension, rows, values)
     else:
         target, source = in_wide_elements(tensor, values)

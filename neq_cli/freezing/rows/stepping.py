@@ -64,7 +64,8 @@ class TrainableRows:
 
     def put(self, whole: Tensor, values: Tensor) -> None:
         """Write ``values`` into the trainable rows of ``whole``, the parameter."""
-        if self.dimension or not (whole.is_contiguous() and values.is_contiguous()):
+        traced = torch.compiler.is_compiling()  # where nothing has a place in memory
+        if traced or self.dimension or not (whole.is_contiguous() and values.is_contiguous()):
             put_rows(whole, self.dimension, self.training, values)
             return
         if self._target is None or self._target[0] != whole.data_ptr():
