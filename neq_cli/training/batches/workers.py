@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -188,10 +188,18 @@ def _prepare_worker(_: int) -> None:
     What users' own code prints goes to stderr, as in the main process, also where workers are not forked from it.
     """
     sys.stdout = sys.stderr
+    sys.excepthook = _say_unless_left
     for number in _LEFT_TO_MAIN:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_MAIN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _say_unless_left(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Show an exception, but for those of the thread that hands batches over: the main process may have hung up on it,
+    since another worker died."""
+    if threading.current_thread() is threading.main_thread() or not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with_parent() -> None:

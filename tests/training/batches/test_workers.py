@@ -230,3 +230,29 @@ def test_more_workers_than_cpus_are_the_recipes_decision(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     batches = in_batches(torch.arange(6), 2, 3, 1, collate_fn=torch.stack)  # type: ignore[arg-type]
     assert torch.cat(list(batches)).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("error", "in_thread", "shown"),
+    [
+        (ConnectionResetError("hung up"), True, False),
+        (EOFError(), True, False),
+        (ConnectionResetError("hung up"), False, True),
+        (ValueError("a mistake"), True, True),
+    ],
+)
+def test_a_worker_says_nothing_of_a_main_process_that_hung_up(
+    error: Exception, in_thread: bool, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it hands a batch over, in the thread that does, because another worker has died."""
+
+    def say() -> None:
+        module._say_unless_left(type(error), error, None)
+
+    if in_thread:
+        thread = threading.Thread(target=say)
+        thread.start()
+        thread.join()
+    else:
+        say()
+    assert (type(error).__name__ in capsys.readouterr().err) is shown
