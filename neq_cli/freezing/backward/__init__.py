@@ -6,9 +6,9 @@ when, and what undoes it. What is changed for one call is undone where an except
 For as long as a frozen set is in force, that is until ``step()`` or ``load_state_dict()`` of the Freezer puts another
 in its place, until ``detach()``, and not inside ``suspended()``:
 
-- Classes of modules (swapping.py): a module with frozen neurons is of a subclass of its own class, of the same name,
-  and holds its plan as an attribute. With torch.compile all that can be sliced are, from the first set on, in which
-  nothing is frozen. Copies and pickles are of their own class.
+- Classes of modules (swapping.py, sliced_layers.py): a module with frozen neurons is of a subclass of its own class, of
+  the same name, and holds its plan as an attribute. With torch.compile all that can be sliced are, from the first set
+  on, in which nothing is frozen. Copies and pickles are of their own class.
 - ``.grad`` of large weights with frozen rows (rows/handed_over.py): a backward pass that fills it may put a tensor of a
   class of its own there, which acts as the whole gradient.
 - State of the optimiser (rows/stepping.py, writing.py), where it is one of torch's own: of some weights the trainable
@@ -55,7 +55,7 @@ Of the process, from the import on:
 
 - The operators ``neq::apply`` and ``neq::gradients`` (compiled.py), which graphs of torch.compile call with a number.
   The table of plans by number loses an entry when its slot, which a Freezer has, is collected.
-- The subclasses that swapping.py and resting.py make, one for each class and purpose: they are kept and used again.
+- The subclasses of modules' own classes, one for each class and purpose (swapping.py): they are kept and used again.
 
 Of a wrapper, never of the model: the communication hook of a ``Replica`` (processes/replica.py). The mark for
 parameters that DistributedDataParallel shall ignore is on the model while the wrapper is made, and off again.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copyreg
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, cast
 
@@ -14,45 +13,24 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.backward.compiled import apply_compiled
 from neq_cli.freezing.backward.functions import Scaled, in_transform
-from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.intercepting import Watched, intercepted
-from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
-from neq_cli.freezing.model.layouts import Cost
 from neq_cli.freezing.model.neurons import BATCH_NORMS
 
 OURS = "_neq_"
 """What the names of all that we put into a module begin with."""
-_OWN, _PLAN, _NUMBER, _STILL = "_neq_own", "_neq_plan", "_neq_number", "_neq_still"
-
-
-@dataclass(frozen=True)
-class SlicedOperands:
-    """The plan of a module's weight, and the weight and bias that it is for.
-
-    Another weight that ``functional_call`` puts in its place for a call is no neuron's, nor is another bias.
-    """
-
-    plan: GradientPlan
-    weight: Tensor
-    bias: Tensor | None
-
-
-def swap_sliced(module: nn.Module, cost: Cost, sliced: SlicedOperands, number: int) -> None:
-    """Have ``module``, a convolution or linear layer, compute its gradients by a plan; ``number`` is of its slot."""
-    vars(module)[_NUMBER] = number
-    _swap(module, _SLICED[cost], sliced)
+PLAN, NUMBER = "_neq_plan", "_neq_number"
+_OWN, _STILL = "_neq_own", "_neq_still"
 
 
 def swap_frozen(module: nn.Module, owned: Sequence[Tensor]) -> None:
     """Have ``module`` compute no gradient of the parameters ``owned``."""
-    _swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, frozenset(map(id, owned)))
+    swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, frozenset(map(id, owned)))
 
 
 def swap_intercepting(module: nn.Module, plans: Mapping[int, Watched]) -> None:
     """Have ``module`` pass weights to ``torch.nn.functional.linear`` by ``plans``, by the weight's identity."""
-    _swap(module, _Intercepting, plans)
+    swap(module, _Intercepting, plans)
 
 
 def swap_still(module: nn.Module, parameters: frozenset[int]) -> None:
@@ -77,8 +55,9 @@ def restore(module: nn.Module) -> None:
         module.__class__ = _own_class(type(module))
 
 
-def _swap(module: nn.Module, swapped: type[Swapped], plan: object) -> None:
-    vars(module)[_PLAN] = plan
+def swap(module: nn.Module, swapped: type[Swapped], plan: object) -> None:
+    """Have ``module`` be of a subclass of its own class that does what ``swapped`` does, by its ``plan``."""
+    vars(module)[PLAN] = plan
     if not isinstance(module, Swapped):
         module.__class__ = subclass(cast(Any, swapped), cast(Any, type(module)))
 
@@ -143,47 +122,6 @@ def stands_aside() -> bool:
     return not torch.is_grad_enabled() or in_transform() or torch._C._is_tracing() or forward_ad._current_level >= 0
 
 
-class _SlicedConvolution(Swapped):
-    """A convolution with frozen neurons."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        module = cast(nn.Conv2d, self)
-        call = _call_of(input)
-        if stands_aside() or _has_another_weight(module) or _is_pytorch(module, call):
-            return cast(Tensor, super().forward(input))
-        padding, padded = _padded(module, input)
-        output = _convolve(module, padded, padding, ())
-        _remember(module, call)
-        return output
-
-
-class _SlicedTransposedConvolution(Swapped):
-    """A transposed convolution with frozen neurons."""
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        module = cast(nn.ConvTranspose2d, self)
-        if stands_aside() or _has_another_weight(module):
-            return cast(Tensor, super().forward(input, output_size))
-        padding = cast("tuple[int, ...]", module.padding)
-        sizes: Any = (module.stride, padding, module.kernel_size, len(module.kernel_size), module.dilation)
-        return _convolve(module, input, padding, tuple(module._output_padding(input, output_size, *sizes)))
-
-
-class _SlicedLinear(Swapped):
-    """A linear layer with frozen neurons."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        module = cast(nn.Linear, self)
-        call = _call_of(input)
-        if stands_aside() or _has_another_weight(module) or _is_pytorch(module, call):
-            return cast(Tensor, super().forward(input))
-        if torch.compiler.is_compiling():
-            return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
-        output = _apply(module, LinearMap(), input)
-        _remember(module, call)
-        return output
-
-
 class _Frozen(Swapped):
     """Any other layer with no trainable neuron: its parameters take no part in the backward pass."""
 
@@ -194,7 +132,7 @@ class _Frozen(Swapped):
             return super().forward(*arguments, **keywords)
         own, state = self._parameters, vars(self)
         state["_parameters"] = {
-            name: parameter.detach() if parameter is not None and id(parameter) in state[_PLAN] else parameter
+            name: parameter.detach() if parameter is not None and id(parameter) in state[PLAN] else parameter
             for name, parameter in own.items()
         }
         try:
@@ -208,7 +146,7 @@ class _FrozenBatchNorm(_Frozen):
 
     def forward(self, input: Tensor) -> Tensor:
         module = cast(nn.BatchNorm2d, self)
-        others = any(p is not None and id(p) not in vars(self)[_PLAN] for p in self._parameters.values())
+        others = any(p is not None and id(p) not in vars(self)[PLAN] for p in self._parameters.values())
         if others or module.training or module.running_var is None or stands_aside() or not input.requires_grad:
             return cast(Tensor, super().forward(input))
         scale = torch.rsqrt(module.running_var + module.eps)
@@ -225,7 +163,7 @@ class _Intercepting(Swapped):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if stands_aside():
             return super().forward(*arguments, **keywords)
-        with intercepted(vars(self)[_PLAN]):
+        with intercepted(vars(self)[PLAN]):
             return super().forward(*arguments, **keywords)
 
 
@@ -262,77 +200,3 @@ class _Still(Swapped):
             return value
         running = _forward.depth > 0 or torch._C._current_graph_task_id() != -1
         return value.detach() if running else value
-
-
-_SLICED: Mapping[Cost, type[Swapped]] = {
-    "convolution": _SlicedConvolution,
-    "transposed": _SlicedTransposedConvolution,
-    "linear": _SlicedLinear,
-}
-
-
-def _padded(module: nn.Conv2d, input: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """Return the padding left to the convolution, and the input with the rest of it done."""
-    dimensions = len(module.kernel_size)
-    if module.padding_mode != "zeros":
-        padded = nn.functional.pad(input, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        return (0,) * dimensions, padded
-    if module.padding == "valid":
-        return (0,) * dimensions, input
-    if module.padding != "same":
-        return cast("tuple[int, ...]", module.padding), input
-    totals = [step * (size - 1) for step, size in zip(module.dilation, module.kernel_size, strict=True)]
-    # An odd total puts one more at the end, as PyTorch does.
-    uneven = [side for total in reversed(totals) for side in (0, total % 2)]
-    return tuple(total // 2 for total in totals), nn.functional.pad(input, uneven) if any(uneven) else input
-
-
-def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
-    """Return a convolution's output; a transposed one's where ``output_padding`` is given."""
-    dimensions = len(module.kernel_size)
-    if input.dim() == dimensions + 1:  # one sample, without a batch dimension
-        return _convolve(module, input.unsqueeze(0), padding, output_padding).squeeze(0)
-    if torch.compiler.is_compiling():
-        sizes = [module.stride, padding, module.dilation, output_padding, [module.groups]]
-        return apply_compiled(module._neq_number, input, module.weight, module.bias, [list(size) for size in sizes])
-    transposed = bool(output_padding)
-    operation = Convolution(
-        module.stride, padding, module.dilation, transposed, output_padding or (0,) * dimensions, module.groups
-    )
-    return _apply(module, operation, input)
-
-
-def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
-    sliced: SlicedOperands = vars(module)[_PLAN]
-    bias = module.bias
-    owns_bias, own_weight = bias is sliced.bias or _is_replica(module), module.weight is sliced.weight
-    return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias, own_weight=own_weight)
-
-
-def _call_of(input: Tensor) -> object:
-    """Return all that decides whether a module's forward pass is left to PyTorch; None where code is compiled."""
-    if torch.compiler.is_compiling():
-        return None
-    kind = input.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (input.shape, input.stride(), input.dtype, kind, input.requires_grad, autocast)
-
-
-def _is_pytorch(module: nn.Module, call: object) -> bool:
-    return call is not None and cast(SlicedOperands, vars(module)[_PLAN]).plan.is_pytorch(call)
-
-
-def _remember(module: nn.Module, call: object) -> None:
-    if call is not None:
-        cast(SlicedOperands, vars(module)[_PLAN]).plan.remember(call)
-
-
-def _has_another_weight(module: nn.Module) -> bool:
-    if torch.compiler.is_compiling():  # there the plan is not looked at, so that one graph serves all
-        return False
-    return module.weight is not vars(module)[_PLAN].weight and not _is_replica(module)
-
-
-def _is_replica(module: nn.Module) -> bool:
-    """Whether DataParallel made ``module``, whose parameters' gradients become those of the original's."""
-    return "_is_replica" in vars(module)
