@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
-from neq_cli.freezing.backward.gradients import Hand
 from neq_cli.freezing.backward.sliced import BackwardMode, SlicedBackward
 from neq_cli.freezing.changes import Places
 from neq_cli.freezing.model.front import NO_REST
+from neq_cli.freezing.rows.handed_over import Hand
 from neq_cli.freezing.rows.keeper import RowKeeper
 from neq_cli.freezing.rows.zeroed import Unreached
 

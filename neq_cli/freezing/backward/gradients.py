@@ -6,6 +6,7 @@ By hand, since PyTorch computes the gradient of a weight whole or not at all.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from neq_cli.freezing.backward import kernels
 from neq_cli.freezing.backward.dispatch import BLOCK, MOST_BLOCKS, Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.functions import InputOnly, SomeRows, cast_for_autocast, is_vectorised, memory_format_of
-from neq_cli.freezing.backward.kernels import Call
+from neq_cli.freezing.backward.kernels import BackwardCall
 from neq_cli.freezing.backward.operations import (
     Convolution,
     Gradients,
@@ -23,6 +24,7 @@ from neq_cli.freezing.backward.operations import (
     Slice,
     slice_rows,
 )
+from neq_cli.freezing.rows.handed_over import Hand
 
 FRIENDLY = {"cpu": 16, "cuda": 8}
 """Channels that libraries compute at a time: a vector register's floats, a tensor core's side."""
@@ -32,8 +34,6 @@ _WIDE = {"cuda": 64}
 
 Operand = Literal["weight", "bias"]
 OPERANDS: frozenset[Operand] = frozenset(("weight", "bias"))
-Hand = Callable[[Tensor], None]
-"""Takes the gradient of a weight's trainable rows, [rows that train, ...], in autograd's place."""
 
 
 class GradientPlan:
@@ -70,7 +70,6 @@ class GradientPlan:
         self.choice: KernelChoice | None = None
         self._averaged = False
         self._pytorch: dict[object, KernelChoice] = {}
-        self._by_pytorch = False  # in the last call of ``apply``
         self._kinds: dict[object, str] = {}
         self._parts: dict[tuple[object, ...], Slice] = {}
         self._ones: dict[tuple[object, ...], Tensor] = {}
@@ -85,14 +84,14 @@ class GradientPlan:
         *,
         owns_bias: bool = True,
         own_weight: bool = False,
+        call: object = None,
     ) -> Tensor:
         """Return the operation's output, recorded for the backward pass as the plan wants it.
 
         ``owns_bias``: the bias is the one that the plan ``owns``, not another that was put in its place.
-        ``own_weight``: the weight is the neurons' parameter itself.
+        ``own_weight``: the weight is the neurons' parameter itself. ``call``: what ``is_pytorch`` will be asked by.
         """
         own_weight = own_weight and not self._is_averaged()
-        self._by_pytorch = False
         input, weight, bias = cast_for_autocast(input, weight, bias)
         owns_bias = owns_bias and "bias" in self.owns
         if self.rows == len(self.trainable):
@@ -105,7 +104,8 @@ class GradientPlan:
         choice = self._settled_choice(operation, input, weight)
         if choice is not None and choice.kernel == "dense" and not self.truncated:
             self._note(choice, operation, weight)
-            self._by_pytorch = True
+            if call is not None:
+                self._pytorch[call] = choice
             return operation.forward(input, weight, bias)
         return cast(Tensor, SomeRows.apply(input, weight, bias, operation, self, owns_bias, own_weight))
 
@@ -116,11 +116,6 @@ class GradientPlan:
             return False
         self.choice, self.computed = choice, len(self.trainable)
         return True
-
-    def remember(self, call: object) -> None:
-        """Note that the last ``apply`` was such a call of a module."""
-        if self._by_pytorch and self.choice is not None:
-            self._pytorch[call] = self.choice
 
     def _is_averaged(self) -> bool:
         """Whether a DistributedDataParallel runs the model, or has run it, which waits for autograd's gradients."""
@@ -192,12 +187,20 @@ class GradientPlan:
 
         ``rows_alone``: of the weight's, return the trainable rows alone.
         """
-        if is_vectorised(grad_output):  # which can neither be timed nor be written into memory of ours
-            return self._run("dense", operation, grad_output, input, weight, wanted)
-
-        def run(kernel: Kernel) -> Gradients:
-            return self._run(kernel, operation, grad_output, input, weight, wanted, rows_alone=rows_alone)
-
+        vectorised = is_vectorised(grad_output)
+        call = BackwardCall(
+            operation,
+            grad_output,
+            input,
+            weight,
+            *wanted,
+            truncated=self.truncated,
+            rows=len(self.trainable),
+            rows_alone=rows_alone and not vectorised,
+        )
+        if vectorised:  # which can neither be timed nor be written into memory of ours
+            return self._run("dense", call)
+        run = partial(self._run, call=call)
         kind = self._kind(operation, input, weight, of_input=wanted[0])
         choice = self.dispatch.find(kind)
         if choice is None:
@@ -265,23 +268,11 @@ class GradientPlan:
             )
         return self._parts[key]
 
-    def _run(
-        self,
-        kernel: Kernel,
-        operation: Operation,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        wanted: tuple[bool, bool, bool],
-        *,
-        rows_alone: bool = False,
-    ) -> Gradients:
-        call = Call(
-            operation, grad_output, input, weight, *wanted, self.truncated, len(self.trainable), rows_alone=rows_alone
-        )
+    def _run(self, kernel: Kernel, call: BackwardCall) -> Gradients:
+        operation, weight = call.operation, call.weight
         if kernel == "dense":
             masked = weight * self._trains(operation, weight) if self.truncated and call.of_input else weight
-            return kernels.dense(call, masked, self._part("sliced", operation, weight) if rows_alone else None)
+            return kernels.dense(call, masked, self._part("sliced", operation, weight) if call.rows_alone else None)
         part = self._part(kernel, operation, weight)
         if kernel == "indexed":
             return kernels.by_index(call, part)

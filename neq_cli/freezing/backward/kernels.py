@@ -11,7 +11,7 @@ from neq_cli.freezing.backward.operations import Convolution, Gradients, Operati
 
 
 @dataclass(frozen=True)
-class Call:
+class BackwardCall:
     """What one use of a weight has in its backward pass, and what is asked for.
 
     ``truncated``: frozen rows pass no error to the input. ``rows``: of the whole weight. ``rows_alone``: of its
@@ -37,7 +37,7 @@ class Call:
         return gradient
 
 
-def dense(call: Call, weight: Tensor, part: Slice | None) -> Gradients:
+def dense(call: BackwardCall, weight: Tensor, part: Slice | None) -> Gradients:
     """Compute all rows. ``weight``: without what passes no error. ``part``: has the rows that are wanted alone."""
     through, of_rows, of_biases = call.operation.backward(
         call.grad_output, call.input, weight, of_input=call.of_input, of_weight=call.of_weight, of_bias=call.of_bias
@@ -47,7 +47,7 @@ def dense(call: Call, weight: Tensor, part: Slice | None) -> Gradients:
     return through, of_rows, of_biases
 
 
-def sliced(call: Call, part: Slice, *, pointwise: bool = False) -> Gradients:
+def sliced(call: BackwardCall, part: Slice, *, pointwise: bool = False) -> Gradients:
     """Compute the rows of ``part``, as a smaller layer; as one matrix product if ``pointwise``."""
     operation, layout = call.operation, call.operation.layout
     smaller = operation.sliced(part)
@@ -72,8 +72,8 @@ def sliced(call: Call, part: Slice, *, pointwise: bool = False) -> Gradients:
     return through, of_rows, None if of_biases is None else part.gradient_of_bias(of_biases, call.rows)
 
 
-def by_index(call: Call, part: Slice) -> Gradients:
-    """Compute the rows of ``part`` by products that load them by their number."""
+def by_index(call: BackwardCall, part: Slice) -> Gradients:
+    """Compute the rows of ``part``, of which all train, by products that load them by their number."""
     operation = call.operation
     errors, values = operation.as_matrix(call.grad_output), operation.as_matrix(call.input)
     if errors is None or values is None:  # an error in another memory format than what it is the error of
@@ -86,10 +86,9 @@ def by_index(call: Call, part: Slice) -> Gradients:
         through = call.of_whole_input()
     if call.of_weight:
         of_rows = indexed.weight_gradient(errors, part.trainable, values).view(-1, *call.weight.shape[1:])
-        of_rows = of_rows if call.rows_alone else part.whole_from_trainable(of_rows, call.weight, operation.layout)
+        of_rows = of_rows if call.rows_alone else part.gradient_of_weight(of_rows, call.weight, operation.layout)
     if call.of_bias:
-        of_biases = errors.sum(0).index_select(0, part.trainable)
-        of_biases = of_biases.new_zeros(call.rows).index_copy_(0, part.trainable, of_biases)
+        of_biases = part.gradient_of_bias(errors.sum(0).index_select(0, part.trainable), call.rows)
     return through, of_rows, of_biases
 
 

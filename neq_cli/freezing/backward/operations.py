@@ -50,10 +50,7 @@ class Slice:
         """Return the whole weight's gradient, zero but for the trainable rows, from the smaller layer's."""
         if layout.kind != "leading":
             gradient = self._with_inputs_first(gradient)
-        return self.whole_from_trainable(self.those_that_train(gradient), weight, layout)
-
-    def whole_from_trainable(self, gradient: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
-        """Return the whole weight's gradient, zero but for the trainable rows, from these."""
+        gradient = self.those_that_train(gradient)
         whole = torch.zeros_like(weight)
         if layout.kind == "leading":
             return whole.index_copy_(0, self.trainable, gradient)

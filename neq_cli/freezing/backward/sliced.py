@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from neq_cli.freezing.backward.compiled import Slot
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
-from neq_cli.freezing.backward.gradients import GradientPlan, Hand, Operand
+from neq_cli.freezing.backward.gradients import GradientPlan, Operand
 from neq_cli.freezing.backward.intercepting import Watched
 from neq_cli.freezing.backward.resting import swap_folded, swap_resting, swap_skipped
 from neq_cli.freezing.backward.sliced_layers import SlicedOperands, swap_sliced
 from neq_cli.freezing.backward.swapping import restore, swap_frozen, swap_intercepting, swap_root, swap_still
 from neq_cli.freezing.model.front import NO_REST, Rest
 from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.rows.handed_over import Hand
 
 BackwardMode = Literal["exact", "truncated", "dense"]
 """Named for recipes in recipe/values.py once more, since neither room may import the other; a test compares them."""

@@ -42,10 +42,8 @@ class _SlicedConvolution(Swapped):
         call = _call_of(input)
         if stands_aside() or _has_another_weight(module) or _is_pytorch(module, call):
             return cast(Tensor, super().forward(input))
-        padding, padded = _padded(module, input)
-        output = _convolve(module, padded, padding, ())
-        _remember(module, call)
-        return output
+        padding, input = _padded(module, input)
+        return _convolve(module, input, padding, (), call)
 
 
 class _SlicedTransposedConvolution(Swapped):
@@ -70,9 +68,7 @@ class _SlicedLinear(Swapped):
             return cast(Tensor, super().forward(input))
         if torch.compiler.is_compiling():
             return apply_compiled(cast(int, module._neq_number), input, module.weight, module.bias, [[]] * 5)
-        output = _apply(module, LinearMap(), input)
-        _remember(module, call)
-        return output
+        return _apply(module, LinearMap(), input, call)
 
 
 _SLICED: Mapping[Cost, type[Swapped]] = {
@@ -98,11 +94,13 @@ def _padded(module: nn.Conv2d, input: Tensor) -> tuple[tuple[int, ...], Tensor]:
     return tuple(total // 2 for total in totals), nn.functional.pad(input, uneven) if any(uneven) else input
 
 
-def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
+def _convolve(
+    module: Any, input: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...], call: object = None
+) -> Tensor:
     """Return a convolution's output; a transposed one's where ``output_padding`` is given."""
     dimensions = len(module.kernel_size)
     if input.dim() == dimensions + 1:  # one sample, without a batch dimension
-        return _convolve(module, input.unsqueeze(0), padding, output_padding).squeeze(0)
+        return _convolve(module, input.unsqueeze(0), padding, output_padding, call).squeeze(0)
     if torch.compiler.is_compiling():
         sizes = [module.stride, padding, module.dilation, output_padding, [module.groups]]
         return apply_compiled(module._neq_number, input, module.weight, module.bias, [list(size) for size in sizes])
@@ -110,14 +108,16 @@ def _convolve(module: Any, input: Tensor, padding: tuple[int, ...], output_paddi
     operation = Convolution(
         module.stride, padding, module.dilation, transposed, output_padding or (0,) * dimensions, module.groups
     )
-    return _apply(module, operation, input)
+    return _apply(module, operation, input, call)
 
 
-def _apply(module: Any, operation: Operation, input: Tensor) -> Tensor:
+def _apply(module: Any, operation: Operation, input: Tensor, call: object) -> Tensor:
     sliced: SlicedOperands = vars(module)[PLAN]
     bias = module.bias
     owns_bias, own_weight = bias is sliced.bias or _is_replica(module), module.weight is sliced.weight
-    return sliced.plan.apply(operation, input, module.weight, bias, owns_bias=owns_bias, own_weight=own_weight)
+    return sliced.plan.apply(
+        operation, input, module.weight, bias, owns_bias=owns_bias, own_weight=own_weight, call=call
+    )
 
 
 def _call_of(input: Tensor) -> object:
@@ -131,11 +131,6 @@ def _call_of(input: Tensor) -> object:
 
 def _is_pytorch(module: nn.Module, call: object) -> bool:
     return call is not None and cast(SlicedOperands, vars(module)[PLAN]).plan.is_pytorch(call)
-
-
-def _remember(module: nn.Module, call: object) -> None:
-    if call is not None:
-        cast(SlicedOperands, vars(module)[PLAN]).plan.remember(call)
 
 
 def _has_another_weight(module: nn.Module) -> bool:

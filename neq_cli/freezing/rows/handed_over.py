@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 Hand = Callable[[Tensor], None]
-"""Takes the gradient of the trainable rows: [rows that train, ...]."""
+"""Takes the gradient of a weight's trainable rows, [rows that train, ...], in autograd's place."""
 
 
 class RowsGradient(Tensor):
