@@ -28,7 +28,8 @@ def inspect(
     if coverage:
         if plot or epoch is not None or layer is not None:
             raise NeqError("neq inspect: --coverage is of the whole model; leave out --plot, --epoch and --layer")
-        from neq_cli.runs.views.tables.coverage import recorded_coverage, render_coverage
+        from neq_cli.runs.store.coverage import recorded_coverage
+        from neq_cli.runs.views.tables.coverage import render_coverage
 
         found = recorded_coverage(read_run(run_directory))
         show_json(found) if as_json else show(render_coverage(found))
