@@ -70,32 +70,30 @@ def coverage_of(anatomy: Anatomy, parameters: Mapping[str, Tensor]) -> Coverage:
     """Return what of a model's ``parameters``, by name, are neurons. They may be on the meta device."""
     neurons, trace = anatomy.neurons, anatomy.trace
     fixed = {layer.weight: forward_cost(layer, trace) for layer in neurons.fixed.values()}
+    owned = _owned(neurons.layers.values(), parameters)
     outside = _Reasons()
     for name, parameter in parameters.items():
-        rest = parameter.numel() - _elements(neurons.layers.values(), name, parameter)
-        if rest:
+        if rest := parameter.numel() - owned.get(name, 0):
             outside.add(neurons.outside.get(name, FIXED), name, rest, fixed.get(name, 0))
     if trace.products:
         outside.add(PRODUCTS, "", 0, sum(trace.products.values()) / 2)
     never = _Reasons()
     for name, reason in anatomy.never_frozen.items():
-        layer = neurons.layers[name]
-        size = sum(_elements([layer], rows.parameter, parameters[rows.parameter]) for rows in layer.rows)
-        never.add(reason, name, size, anatomy.costs[name])
+        own = _owned([neurons.layers[name]], parameters)
+        never.add(reason, name, sum(own.values()), anatomy.costs[name])
     whole = anatomy.flops(dict.fromkeys(neurons.layers, 1.0)).forward
     return Coverage(sum(one.numel() for one in parameters.values()), whole, outside.parts(), never.parts())
 
 
-def _elements(layers: Iterable[Layer], name: str, parameter: Tensor) -> int:
-    """Return how many elements of a parameter are the layers'; what several share is counted once."""
-    owned: Tensor | None = None
-    for layer in layers:
-        for rows in layer.rows:
-            if rows.parameter == name:
-                if owned is None:
-                    owned = torch.zeros(rows.layout.count(parameter), dtype=torch.bool, device="cpu")
-                owned[rows.start : rows.start + rows.count] = True
-    return 0 if owned is None else parameter.numel() // len(owned) * int(owned.sum())
+def _owned(layers: Iterable[Layer], parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many elements of each parameter are the layers'; what several share is counted once."""
+    masks: dict[str, Tensor] = {}
+    for rows in (rows for layer in layers for rows in layer.rows):
+        if rows.parameter not in masks:
+            count = rows.layout.count(parameters[rows.parameter])
+            masks[rows.parameter] = torch.zeros(count, dtype=torch.bool, device="cpu")
+        masks[rows.parameter][rows.start : rows.start + rows.count] = True
+    return {name: parameters[name].numel() // len(mask) * int(mask.sum()) for name, mask in masks.items()}
 
 
 class _Reasons:

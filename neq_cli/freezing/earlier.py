@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from neq_cli.freezing.only_here import OnlyHere
+from neq_cli.freezing.rows.frozen_rows import bits
 
 Snapshot = Literal["device", "cpu"]
 """Named for recipes in recipe/values.py once more, since neither room may import the other; a test compares them."""
@@ -69,7 +73,7 @@ class Earlier:
             else:
                 self._copy(name)
         self._hooks = [
-            module.register_load_state_dict_pre_hook(_CopyBeforeLoad(self, tuple(mine)))  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(OnlyHere(partial(self.copy_shared, tuple(mine))))  # type: ignore[no-untyped-call]
             for module, mine in owners.items()
         ]
 
@@ -101,7 +105,7 @@ class Earlier:
             return self.tensors
         return {name: None if one is None else one.to(device, non_blocking=True) for name, one in self.tensors.items()}
 
-    def copy_shared(self, names: tuple[str, ...]) -> None:
+    def copy_shared(self, names: tuple[str, ...], *_: Any) -> None:
         """Have copies of ``names``, which are about to be changed."""
         for name in names:
             self._copy(name)
@@ -117,21 +121,6 @@ class Earlier:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-
-class _CopyBeforeLoad:
-    """A hook on a module that copies and pickles of the module do not share: there it does nothing."""
-
-    def __init__(self, earlier: Earlier | None = None, names: tuple[str, ...] = ()) -> None:
-        self.earlier = earlier
-        self.names = names
-
-    def __call__(self, *_: Any) -> None:
-        if self.earlier is not None:
-            self.earlier.copy_shared(self.names)
-
-    def __reduce__(self) -> tuple[type[_CopyBeforeLoad], tuple[()]]:
-        return (_CopyBeforeLoad, ())
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor | None]:
@@ -152,7 +141,4 @@ def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    a = a.to(b.device)
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(bits(a.to(b.device)), bits(b))

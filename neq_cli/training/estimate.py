@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from neq_cli.errors import RecipeValueError
-from neq_cli.freezing.anatomy import anatomy_of
+from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.coverage import Coverage, coverage_of
 from neq_cli.recipe import FrontPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
@@ -37,8 +37,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     A stochastic policy and a front by schedule are averaged over the epochs; the sets of any other policy are known
     only to training, so it counts as dense. Raises RecipeError where the data does not tell the size of its images.
     """
-    model, shape = _outline(recipe)
-    anatomy = anatomy_of(model, torch.zeros((1, *shape), device="meta"), exclude=recipe.exclude)
+    model, shape, anatomy = _outline(recipe)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe, notes = match(recipe, model, (1, *shape), matched_flops)
     paper, executed = dense.paper, dense.executed
@@ -61,15 +60,14 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
 
 def estimate_coverage(recipe: Recipe) -> Coverage:
     """Return what share of the recipe's model are neurons, built as ``estimate_flops`` does."""
-    model, shape = _outline(recipe)
-    anatomy = anatomy_of(model, torch.zeros((1, *shape), device="meta"), exclude=recipe.exclude)
+    model, _, anatomy = _outline(recipe)
     return coverage_of(anatomy, dict(model.named_parameters()))
 
 
-def _outline(recipe: Recipe) -> tuple[nn.Module, tuple[int, ...]]:
-    """Return the recipe's model on the meta device, and the shape of an image."""
+def _outline(recipe: Recipe) -> tuple[nn.Module, tuple[int, ...], Anatomy]:
+    """Return the recipe's model on the meta device, the shape of an image, and what a look at the model tells."""
     model = build_on_meta(recipe.model, class_count(recipe.data))
     shape = images_shape(recipe.data, model)
     if shape is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    return model, shape
+    return model, shape, anatomy_of(model, torch.zeros((1, *shape), device="meta"), exclude=recipe.exclude)

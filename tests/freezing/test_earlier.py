@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from frozen import Sets
 from torch import Tensor, nn
 
-from neq_cli import Freezer, Observation
+from neq_cli import Freezer
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.earlier import PLACES, Earlier, Snapshot
 from neq_cli.recipe import values
@@ -20,18 +21,12 @@ SETS: tuple[tuple[str, ...], ...] = (("0",), ("0", "2"), ("2",), (), ("0",))
 """The layers that are frozen whole after each epoch."""
 
 
-class Layers:
+class Layers(Sets):
     """A policy that freezes layers whole, others in every epoch."""
 
-    def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
+    def choose(self, observations: Mapping[str, Any], epoch: int) -> Mapping[str, Tensor]:
         frozen = SETS[epoch - 1]
         return {name: torch.full_like(seen.trainable, name not in frozen) for name, seen in observations.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class Training:
@@ -39,7 +34,7 @@ class Training:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
-        self.freezer = Freezer(self.net, self.optimizer, [torch.randn(5, 6)], Layers(), probe_snapshot=place)
+        self.freezer = Freezer(self.net, self.optimizer, [torch.randn(5, 6)], Layers({}), probe_snapshot=place)
         self.inputs = torch.randn(16, 6)
 
     def epoch(self, between: Callable[[], object] = lambda: None) -> dict[str, Tensor]:

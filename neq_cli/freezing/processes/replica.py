@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.freezer import Freezer
 from neq_cli.freezing.model.observing import is_wrapped
+from neq_cli.freezing.only_here import OnlyHere
 from neq_cli.freezing.processes.agreement import overwrite_from_first
 from neq_cli.freezing.processes.sending import Sending, average
 
@@ -118,7 +119,14 @@ class Replica:
             self._put_back(own)
         # In a function of its own: annotations that are not evaluated are refused.
         wrapper.register_comm_hook(self._sending, lambda state, bucket: average(state, bucket))
-        wrapper.register_forward_pre_hook(_Check(self))
+        me = weakref.ref(self)  # the hook shall keep no Replica alive
+
+        def check(module: nn.Module, arguments: Any) -> None:
+            replica = me()
+            if replica is not None and module.training:
+                replica.check(module)
+
+        wrapper.register_forward_pre_hook(OnlyHere(check))
         return wrapper
 
     def _put_back(self, own: Any) -> None:
@@ -139,21 +147,6 @@ class Replica:
             self._look()
         if wrapper is not self._wrapper:
             raise FreezingError("replica: this wrapper is out of date; train with the one that current() returns")
-
-
-class _Check:
-    """A hook before the wrapper's forward pass that keeps no Replica alive; copies and pickles of it do nothing."""
-
-    def __init__(self, replica: Replica | None = None) -> None:
-        self.replica = None if replica is None else weakref.ref(replica)
-
-    def __call__(self, module: nn.Module, arguments: Any) -> None:
-        replica = None if self.replica is None else self.replica()
-        if replica is not None and module.training:
-            replica.check(module)
-
-    def __reduce__(self) -> tuple[type[_Check], tuple[()]]:
-        return (_Check, ())
 
 
 def _default_group() -> ProcessGroup:

@@ -107,7 +107,7 @@ class Writer:
         """Write ``frozen.held[key]`` into ``tensor`` from now on."""
         held = frozen.held[key] = _laid_out_as(frozen.held[key], tensor)
         if frozen.by_row:
-            target, source = in_wide_elements(tensor.detach(), held)
+            target, source = _in_wide_elements(tensor.detach(), held)
             self.by_row.append((target, frozen.rows.to(tensor.device), source))
             return
         numbers = bits(tensor)
@@ -126,7 +126,8 @@ class Writer:
 
 def take_rows(tensor: Tensor, dimension: int, rows: Tensor) -> Tensor:
     """Return a copy of the ``rows`` (int64, [k]) along ``dimension``; each is laid out as it is in ``tensor``."""
-    if dimension or not _in_one_piece(tensor):
+    rows = rows.to(tensor.device)
+    if dimension or tensor.is_contiguous() or not _in_one_piece(tensor):
         return tensor.index_select(dimension, rows)
     taken = tensor.as_strided((len(tensor), tensor.stride(0)), (tensor.stride(0), 1)).index_select(0, rows)
     return taken.as_strided((len(rows), *tensor.shape[1:]), tensor.stride())
@@ -134,10 +135,12 @@ def take_rows(tensor: Tensor, dimension: int, rows: Tensor) -> Tensor:
 
 def put_rows(tensor: Tensor, dimension: int, rows: Tensor, values: Tensor) -> None:
     """Write ``values``, as ``take_rows`` returned them, into the ``rows`` (int64, [k]) of ``tensor``."""
+    rows = rows.to(tensor.device)
+    # Where code is traced nothing has a place in memory.
     if dimension or not len(values) or values.stride() != tensor.stride() or torch.compiler.is_compiling():
         tensor.index_copy_(dimension, rows, values)
     else:
-        target, source = in_wide_elements(tensor, values)
+        target, source = _in_wide_elements(tensor, values)
         target.index_copy_(0, rows, source)
 
 
@@ -150,11 +153,13 @@ def _laid_out_as(held: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _in_one_piece(tensor: Tensor) -> bool:
+    if tensor.is_contiguous() and tensor.stride(0) * len(tensor) == tensor.numel():
+        return True
     row = tensor.detach()[0]
     return tensor.stride(0) == row.numel() and torch.empty_like(row).stride() == row.stride()
 
 
-def in_wide_elements(tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def _in_wide_elements(tensor: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
     """Return both, laid out alike, as [rows, elements] with elements as wide as can be: each is copied by itself."""
     if not _in_one_piece(tensor):
         return tensor, held

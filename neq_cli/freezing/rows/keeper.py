@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.model.layouts import RowLayout
 from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.only_here import OnlyHere
 from neq_cli.freezing.rows.frozen_rows import FrozenRows
 from neq_cli.freezing.rows.handed_over import Hand, hand_for
 from neq_cli.freezing.rows.optimizers import (
@@ -60,7 +61,6 @@ class RowKeeper:
         self.layers = layers
         self.discard_momentum = discard_momentum
         self.discarding = Discarding([])
-        self.partly: list[FrozenRows] = []  # the parameters with both kinds of rows
         self.held: list[FrozenRows] = []  # what is held by either way
         self.unborn: list[FrozenRows] = []  # those that no step has updated yet, so that state may still come
         self.by_element = not discard_momentum and len(self.optimizers) == 1 and steps_by_element(optimizer)
@@ -76,7 +76,8 @@ class RowKeeper:
             self._put_around_saves(optimizer)
         # On every module, for a part of the model may be loaded alone.
         for module in model.modules():
-            self.hooks.append(module.register_load_state_dict_post_hook(_ForgetOnLoad(self)))  # type: ignore[no-untyped-call]
+            forgetting = OnlyHere(lambda *_: self.forget())
+            self.hooks.append(module.register_load_state_dict_post_hook(forgetting))  # type: ignore[no-untyped-call]
 
     def _put_around_steps(self, optimizer: Optimizer) -> None:
         make_hookable(optimizer)
@@ -115,13 +116,17 @@ class RowKeeper:
         if self.suspended:
             self.discarding.remove()
         self._let_go()
-        self.partly = [one for one in frozen if not one.whole]
         # The optimiser skips what has no gradient: a parameter whose rows are all frozen stays as it is.
-        self.held = frozen if self.discard_momentum else self.partly
+        self.held = [one for one in frozen if self.discard_momentum or not one.whole]
         self._take_hold()
         if any(group.get("train_mode") is False for one in self.optimizers for group in one.param_groups):
             # A schedule-free optimiser shows its average now; the weights that it trains come back before it steps.
             self.forget()
+
+    @property
+    def partly(self) -> list[FrozenRows]:
+        """The parameters with both kinds of rows."""
+        return [one for one in self.held if not one.whole]
 
     def hand_for(self, name: str) -> Hand | None:
         """Return what takes the gradient of a parameter's trainable rows in the running backward pass, if anything."""
@@ -150,7 +155,7 @@ class RowKeeper:
         for hook in self.hooks:
             hook.remove()
         vars(self.optimizers[0]).pop("__getstate__", None)
-        self.discarding, self.partly, self.held, self.unborn = Discarding([]), [], [], []
+        self.discarding, self.held, self.unborn = Discarding([]), [], []
 
     def _frozen_rows(self, trainable: Mapping[str, Tensor]) -> dict[str, tuple[RowLayout, Tensor]]:
         """Return each owned parameter's layout and which rows are frozen; shared rows train if any owner does."""
@@ -222,17 +227,3 @@ class RowKeeper:
 
 def _whole(parameter: nn.Parameter) -> FrozenRows:
     return FrozenRows(parameter, RowLayout("flat"), torch.ones(parameter.numel(), dtype=torch.bool, device="cpu"))
-
-
-class _ForgetOnLoad:
-    """A hook on the model that copies and pickles of the model do not share: there it does nothing."""
-
-    def __init__(self, keeper: RowKeeper | None = None) -> None:
-        self.keeper = keeper
-
-    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if self.keeper is not None:
-            self.keeper.forget()
-
-    def __reduce__(self) -> tuple[type[_ForgetOnLoad], tuple[()]]:
-        return (_ForgetOnLoad, ())

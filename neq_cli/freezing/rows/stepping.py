@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neq_cli.freezing.rows.frozen_rows import FrozenRows, in_wide_elements, put_rows, take_rows
+from neq_cli.freezing.rows.frozen_rows import FrozenRows, put_rows, take_rows
 from neq_cli.freezing.rows.handed_over import rows_alone, whole_gradient
 
 # So many bytes of weights are stepped with at a time: enough for the calls not to count, and on a CPU few enough for
@@ -32,21 +33,16 @@ class TrainableRows:
         self.dimension = frozen.dimension
         self.resting: dict[str, Tensor] = {}  # the frozen rows' state, by key
         self._frozen = frozen
-        self._training: Tensor | None = None
-        self._target: tuple[int, Tensor] | None = None  # where the weight lies, and it there in wide elements
-        self.count = int((~frozen.frozen).sum())
-        self.shape = torch.Size([*self.parameter.shape])
+        self.shape, count = self.parameter.shape, int((~frozen.frozen).sum())
         self.own_shape = torch.Size(
-            self.count if number == self.dimension else size for number, size in enumerate(self.shape)
+            count if number == self.dimension else size for number, size in enumerate(self.shape)
         )
         self.bytes = self.own_shape.numel() * self.parameter.element_size()
 
-    @property
+    @cached_property
     def training(self) -> Tensor:
         """The trainable rows' numbers: int64, on the parameter's device."""
-        if self._training is None or self._training.device != self.parameter.device:
-            self._training = (~self._frozen.frozen).nonzero().squeeze(1).to(self.parameter.device)
-        return self._training
+        return (~self._frozen.frozen).nonzero().squeeze(1).to(self.parameter.device)
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """Return the trainable rows of a gradient, laid out in memory as ``take`` lays out those of the parameter."""
@@ -58,27 +54,18 @@ class TrainableRows:
 
     def take(self, tensor: Tensor) -> Tensor:
         """Return a copy of the trainable rows of ``tensor``, of the parameter's shape."""
-        if tensor.is_contiguous():
-            return tensor.index_select(self.dimension, self.training)
         return take_rows(tensor, self.dimension, self.training)
 
     def put(self, whole: Tensor, values: Tensor) -> None:
-        """Write ``values`` into the trainable rows of ``whole``, the parameter."""
-        traced = torch.compiler.is_compiling()  # where nothing has a place in memory
-        if traced or self.dimension or not (whole.is_contiguous() and values.is_contiguous()):
-            put_rows(whole, self.dimension, self.training, values)
-            return
-        if self._target is None or self._target[0] != whole.data_ptr():
-            self._target = whole.data_ptr(), in_wide_elements(whole, values)[0]
-        target = self._target[1]
-        target.index_copy_(0, self.training, values.view(len(values), -1).view(target.dtype))
+        """Write ``values`` into the trainable rows of ``whole``, of the parameter's shape."""
+        put_rows(whole, self.dimension, self.training, values)
 
     def split(self, state: MutableMapping[str, Any]) -> None:
         """Leave the trainable rows alone in ``state``."""
         for key, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.shape == self.shape:
                 self.resting[key] = take_rows(tensor, self.dimension, self._frozen.rows)
-                state[key] = take_rows(tensor, self.dimension, self.training)
+                state[key] = self.take(tensor)
 
     def joined(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return copies of what is split of ``state``, whole. What was born without frozen rows is zero there."""
@@ -91,10 +78,9 @@ class TrainableRows:
     def _whole(self, key: str, training: Tensor) -> Tensor:
         like = self.parameter.detach()
         whole = torch.zeros_like(like, dtype=training.dtype, device=training.device)
-        put_rows(whole, self.dimension, self.training.to(whole.device), training)
+        self.put(whole, training)
         if key in self.resting:
-            resting = self.resting[key].to(whole.device)
-            put_rows(whole, self.dimension, self._frozen.rows.to(whole.device), resting)
+            put_rows(whole, self.dimension, self._frozen.rows, self.resting[key].to(whole.device))
         return whole
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import Sets
 from rounding import apart, apart_behind_layers
 from states import whole_state
 from torch import Tensor, nn, optim
 
-from neq_cli import Freezer, Observation
+from neq_cli import Freezer
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.rows import frozen_rows as holding
 
@@ -39,25 +40,20 @@ class Dense(Dispatch):
         return KernelChoice("dense", {})
 
 
-class Fixed:
+class Fixed(Sets):
     """A policy that freezes the given neurons of each layer, from epoch to epoch as told."""
 
     def __init__(self, *epochs: Mapping[str, Iterable[int]], definition: str = "paper") -> None:
+        super().__init__({})
         self.epochs = epochs
         self.definition = definition
 
-    def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
+    def choose(self, observations: Mapping[str, Any], epoch: int) -> Mapping[str, Tensor]:
         chosen = {}
         for name, frozen in self.epochs[min(epoch, len(self.epochs)) - 1].items():
             chosen[name] = torch.ones(len(observations[name].trainable), dtype=torch.bool)
             chosen[name][list(frozen)] = False
         return chosen
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class Net(nn.Module):

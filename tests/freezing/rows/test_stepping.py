@@ -11,22 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from frozen import Sets
 from rounding import apart, apart_after_steps
 from states import whole_state
 from torch import Tensor, nn, optim
 
-from neq_cli import Freezer, Observation
+from neq_cli import Freezer
 from neq_cli.freezing.rows import keeper
 from neq_cli.freezing.rows.handed_over import RowsGradient
 
 
-class Some:
+class Some(Sets):
     """A policy that has the given share of every layer's neurons train, others in every epoch."""
 
     def __init__(self, share: float = 0.25) -> None:
+        super().__init__({})
         self.share = share
 
-    def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
+    def choose(self, observations: Mapping[str, Any], epoch: int) -> Mapping[str, Tensor]:
         generator = torch.Generator().manual_seed(epoch)
         chosen = {}
         for name, seen in observations.items():
@@ -35,12 +37,6 @@ class Some:
             chosen[name] = torch.zeros(count, dtype=torch.bool)
             chosen[name][order[: max(1, int(self.share * count))]] = True
         return chosen
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class Net(nn.Module):
