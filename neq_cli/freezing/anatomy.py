@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.freezing.backward.sliced import BackwardMode, why_dense
 from neq_cli.freezing.equilibrium import Definition
+from neq_cli.freezing.families import is_registered, shares_among_rows
 from neq_cli.freezing.flops import Execution, Flops, count_flops, forward_cost
 from neq_cli.freezing.model.axes import with_found_axes
-from neq_cli.freezing.model.calling import Call
+from neq_cli.freezing.model.calling import Call, give_shapes, has_no_shapes
 from neq_cli.freezing.model.front import Rest, front_of, outside_of, rest_of
-from neq_cli.freezing.model.neurons import (
+from neq_cli.freezing.model.layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
+    NOTHING_FOUND,
     TRANSPOSED_CONVOLUTIONS,
     Layer,
-    Neurons,
-    find_neurons,
 )
+from neq_cli.freezing.model.neurons import Neurons, find_neurons
 from neq_cli.freezing.model.propagation import parameters_reached, propagate
 from neq_cli.freezing.model.trace import Trace, trace_model
 
@@ -57,6 +58,16 @@ class Anatomy:
         """
         execution = self._execution(mode, compiled, rows_computed or {}, still)
         return count_flops(self.neurons, self.trace, trainable, execution)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of layers of which one neuron's freeze cannot isolate its output, a line for each kind."""
+        of: dict[str, list[str]] = {}
+        for name in self.may_freeze:
+            shared = shares_among_rows(self.neurons.layers[name].module)
+            if shared is not None:
+                of.setdefault(shared, []).append(name)
+        return [f"{', '.join(names)}: {why}, so that outputs of frozen neurons still move" for why, names in of.items()]
 
     @cached_property
     def may_freeze(self) -> tuple[str, ...]:
@@ -119,12 +130,11 @@ class Anatomy:
     @property
     def functional(self) -> dict[str, str]:
         """The name of the module that passes a layer's weight to a function, by layer, where one alone does."""
+        users = {name: self.trace.users.get(name, frozenset()) for name in self.neurons.layers}
         return {
-            name: next(iter(users))
-            for name, users in self.trace.users.items()
-            if name in self.neurons.layers
-            and len(users) == 1
-            and (self.neurons.layers[name].functional or users != {name})
+            name: next(iter(users[name]))
+            for name, layer in self.neurons.layers.items()
+            if layer.by_linear and len(users[name]) == 1 and (layer.functional or users[name] != {name})
         }
 
     @cached_property
@@ -153,6 +163,8 @@ def anatomy_of(
     Raises FreezingError where no layer has neurons that train, a glob matches none, or the model does not take them.
     """
     optimized = None if optimized is None else list(optimized)
+    if has_no_shapes(model):
+        give_shapes(model, inputs, call)
     neurons = find_neurons(model, optimized)
     if not neurons.layers:
         raise FreezingError(
@@ -160,26 +172,39 @@ def anatomy_of(
             "whose parameters require gradients and are in the optimiser"
         )
     trace = trace_model(model, neurons, inputs, call)
-    if none := _no_layers(neurons, trace):
-        neurons = find_neurons(model, optimized, without=none)
+    if trace.found != NOTHING_FOUND:
+        neurons = find_neurons(model, optimized, trace.found)
         trace = trace_model(model, neurons, inputs, call)
+    _check_families(neurons, trace)
     neurons = with_found_axes(neurons, trace.order, trace.axes)
     never_frozen = {
         **neurons.always_trainable,
         **_excluded(neurons, exclude),
         **{name: why for name, layer in neurons.layers.items() if (why := _why_never(layer, trace, definition))},
+        **_last_before_fixed(neurons, trace),
     }
     return Anatomy(neurons, trace, never_frozen, attached or trace.reentrant)
 
 
-def _no_layers(neurons: Neurons, trace: Trace) -> frozenset[str]:
-    """Return the names of what looked like layers, and in a trial, or without one, showed no neuron."""
-    layers = {**neurons.layers, **neurons.fixed}
-    return frozenset(
-        name
-        for name, layer in layers.items()
-        if layer.tried and (name not in trace.reached or trace.axes.get(name, layer.axis) is None)
-    )
+def _check_families(neurons: Neurons, trace: Trace) -> None:
+    for name, layer in neurons.layers.items():
+        if is_registered(layer.module) and name in trace.reached and trace.axes.get(name, layer.axis) is None:
+            raise FreezingError(
+                f"families: {layer.kind} {name!r} does not answer on the probe: no one axis of its output moves with "
+                f"the rows of {layer.weight!r} that its family names; mend what families.register was given for it"
+            )
+
+
+def _last_before_fixed(neurons: Neurons, trace: Trace) -> dict[str, str]:
+    """Return the layer that takes the output layer's place where that is fixed, with the reason why it never freezes.
+
+    A loss that depends on nothing that trains cannot be differentiated.
+    """
+    if any(name in neurons.layers for name in trace.output_layers):
+        return {}
+    reached = propagate(trace, dict.fromkeys(neurons.layers, 1.0)).reached
+    last = next((name for name in reversed(trace.order) if name in neurons.layers and name in reached), None)
+    return {} if last is None else {last: "the last layer that trains"}
 
 
 def _excluded(neurons: Neurons, exclude: Sequence[str]) -> dict[str, str]:

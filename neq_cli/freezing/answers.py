@@ -10,7 +10,7 @@ from torch import Tensor
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.equilibrium import Dynamics
-from neq_cli.freezing.model.neurons import Layer, everything
+from neq_cli.freezing.model.layers import Layer, everything
 
 
 def settle(

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.equilibrium import Dynamics
-from neq_cli.freezing.model.neurons import Layer, everything
+from neq_cli.freezing.model.layers import Layer, everything
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.flops import forward_cost
-from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.model.layers import Layer
 
 PRODUCTS = "products outside layers, such as attention's"
 FIXED = "does not train"

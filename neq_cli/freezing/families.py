@@ -1,4 +1,4 @@
-"""Families of layers beyond torch's own: found by their class, or by what they look like and, then, by what they do."""
+"""Families of layers beyond torch's own, by their class: how modules of one kind hold neurons."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from neq_cli.errors import FreezingError
@@ -47,37 +48,56 @@ def register(kind: type[nn.Module], family: Family) -> None:
     _registered[kind] = family
 
 
+def is_registered(module: nn.Module) -> bool:
+    """Return whether a user said how modules of its class hold neurons."""
+    return any(kind in _registered for kind in type(module).__mro__)
+
+
 def family_of(module: nn.Module) -> Family | None:
-    """Return the family of a module that is none of torch's own layers; None where it has none."""
+    """Return the family of a module that is none of torch's own layers; None where its class has none."""
     for kind in type(module).__mro__:
         if kind in _registered:
             return _registered[kind]
         if found := _BY_NAME.get((kind.__module__, kind.__name__)):
             return found
-    return _scale(module)
+    return None
 
 
-def _scale(module: nn.Module) -> Family | None:
-    """Return the family of what looks like a scale of one axis: a norm of its own, a layer scale, a PReLU.
+def originals_of(module: nn.Module, layout: RowLayout) -> tuple[nn.Parameter, ...]:
+    """Return the parameters that a parametrised ``weight`` is computed from row by row, its own shape's first.
 
-    It holds nothing but one or two vectors of one length; whether each element of them belongs to one place of an axis
-    of the output is tried on the probe.
+    Those of ``weight_norm`` and ``spectral_norm``, old and new; none where it is computed in another way. A length that
+    is not each row's own, and spectral norm's one largest singular value, are shared by all rows.
     """
-    parameters = {key: one for key, one in module._parameters.items() if one is not None}
-    sizes = {one.shape for one in parameters.values()}
-    alone = not module._modules and 1 <= len(parameters) <= 2 and len(sizes) == 1
-    if not alone or len(shape := next(iter(sizes))) != 1 or shape[0] < 2:
-        return None
-    return Family(dict.fromkeys(parameters, RowLayout("flat")))
-
-
-def normed_weight(module: nn.Module) -> tuple[nn.Parameter, ...]:
-    """Return direction and length of a weight under ``weight_norm``, old or new, if each row has its own; else none."""
-    made = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
-    if len(made) == 1 and (made[0].name, made[0].dim) == ("weight", 0):
-        return module.get_parameter("weight_v"), module.get_parameter("weight_g")
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight":
+            if isinstance(hook, SpectralNorm):
+                return (module.get_parameter("weight_orig"),)
+            return _direction_and_length(module, "weight_v", "weight_g", hook.dim, layout)
     if is_parametrized(module, "weight"):
         found: Any = module.get_submodule("parametrizations.weight")
-        if len(found) == 1 and isinstance(found[0], _WeightNorm) and found[0].dim == 0:
-            return found.original1, found.original0
+        if len(found) == 1 and isinstance(found[0], _SpectralNorm):
+            return (found.original,)
+        if len(found) == 1 and isinstance(found[0], _WeightNorm):
+            return _direction_and_length(found, "original1", "original0", found[0].dim, layout)
     return ()
+
+
+def shares_among_rows(module: nn.Module) -> str | None:
+    """Return what all rows of a parametrised weight have in common, in words; None where each stands alone."""
+    made: list[Any] = list(module._forward_pre_hooks.values())
+    if is_parametrized(module, "weight"):
+        made += module.get_submodule("parametrizations.weight").children()
+    if any(isinstance(one, (SpectralNorm, _SpectralNorm)) for one in made):
+        return "spectral norm divides all rows by one largest singular value"
+    own = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    if any(isinstance(one, (WeightNorm, _WeightNorm)) and one.dim != own for one in made):
+        return "weight norm takes its lengths across rows"
+    return None
+
+
+def _direction_and_length(
+    module: nn.Module, direction: str, length: str, dimension: int, layout: RowLayout
+) -> tuple[nn.Parameter, ...]:
+    own = layout in (RowLayout("leading"), RowLayout("transposed")) and dimension == int(layout.kind == "transposed")
+    return tuple(module.get_parameter(key) for key in (direction, length)[: 1 + own])

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from neq_cli.freezing.backward.sliced import BackwardMode
-from neq_cli.freezing.model.neurons import Layer, Neurons
+from neq_cli.freezing.model.layers import Layer
+from neq_cli.freezing.model.neurons import Neurons
 from neq_cli.freezing.model.propagation import Propagation, propagate
 from neq_cli.freezing.model.trace import Trace
 

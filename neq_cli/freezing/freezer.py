@@ -22,8 +22,9 @@ from neq_cli.freezing.earlier import PLACES, Earlier, Snapshot, snapshot
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
-from neq_cli.freezing.model.calling import Call
-from neq_cli.freezing.model.neurons import Layer, everything, find_neurons
+from neq_cli.freezing.model.calling import Call, give_shapes, has_no_shapes
+from neq_cli.freezing.model.layers import Layer, everything
+from neq_cli.freezing.model.neurons import find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
 from neq_cli.freezing.probe import device_of, first_probe_input, similarity
@@ -123,8 +124,11 @@ class Freezer:
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
         self._exclude, self._row_wise, self._wrapped = exclude, row_wise, is_wrapped(model)
+        if has_no_shapes(self.model):
+            give_shapes(self.model, self._first_input(), call)
         self._standing = standing(self.model, self.optimizer)
         self.hold = self._study(self._standing)
+        self.notes += self.anatomy.notes
         self.dynamics = {name: Dynamics.start(layer.neurons) for name, layer in self.layers.items()}
         self.trainable: dict[str, Tensor] = everything(self.layers)
         self.hold.slicing.put_in_force(self.trainable)
@@ -217,8 +221,7 @@ class Freezer:
         dynamics, trainable, previous = self.dynamics, self.trainable, self._previous
         if self._standing.differs(now):
             with gradients_switched_on(now.optimized):
-                without = self.anatomy.neurons.without
-                layers = find_neurons(self.model, now.optimized.values(), without=without).layers
+                layers = find_neurons(self.model, now.optimized.values(), self.anatomy.neurons.found).layers
             dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
             if self._standing.replaced(now):
                 previous = Earlier(self._previous.place)
@@ -278,7 +281,7 @@ class Freezer:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
         anatomy = anatomy_of(
             self.model,
-            first_probe_input(self.model, self.probe_loader, self._agreement.sample, self.call),
+            self._first_input(),
             optimized=now.optimized.values(),
             exclude=self._exclude,
             definition=self.definition,
@@ -306,6 +309,9 @@ class Freezer:
             discard_momentum=self.definition == "reference",
             row_wise=self._row_wise,
         )
+
+    def _first_input(self) -> Any:
+        return first_probe_input(self.model, self.probe_loader, self._agreement.sample, self.call)
 
     def _look_anew(self) -> None:
         """Take in what joined the optimiser, left it, or was replaced in the model since it was last looked at."""

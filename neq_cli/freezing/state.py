@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.equilibrium import Dynamics
-from neq_cli.freezing.model.neurons import STOCK_LAYERS, Layer
+from neq_cli.freezing.model.layers import STOCK_LAYERS, Layer
 from neq_cli.freezing.policies import Policy
 
 STATE_VERSION = 1

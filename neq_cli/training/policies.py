@@ -14,7 +14,7 @@ from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.answers import settle
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.equilibrium import Dynamics
-from neq_cli.freezing.model.neurons import everything
+from neq_cli.freezing.model.layers import everything
 from neq_cli.freezing.policies import Scope, observe
 from neq_cli.freezing.yardsticks import frozen_count
 from neq_cli.recipe import (

@@ -80,10 +80,59 @@ class Mixing(nn.Module):
 
 
 class Gated(Mixing):
-    """A scale that takes two inputs, which a trial does not know."""
+    """A scale that takes two inputs."""
 
     def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
         return hidden * gate * self.weight
+
+
+class Bags(nn.EmbeddingBag):
+    """Bags of words, which are told by numbers."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        words = (100 * hidden).long().remainder(7)
+        return super().forward(words.flatten(0, 1)).view(len(hidden), -1, 6)
+
+
+class Squares(nn.Bilinear):
+    """Products of inputs with each other."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden, hidden)
+
+
+class Gained(nn.Linear):
+    """Standardises its weight row by row, and gives each row a gain, as timm's ScaledStdConv2d does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.gain = nn.Parameter(torch.randn(outputs, 1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(1, keepdim=True)
+        return nn.functional.linear(hidden, self.gain * weight / weight.norm(dim=1, keepdim=True), self.bias)
+
+
+class Stored(nn.Module):
+    """A linear map by a function that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.offset = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.einsum("...i,io->...o", hidden, self.kernel) + self.offset
+
+
+class Affine(nn.Module):
+    """As ResMLP's."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.alpha, self.beta = nn.Parameter(torch.randn(1, 1, size)), nn.Parameter(torch.randn(1, 1, size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.addcmul(self.beta, self.alpha, hidden)
 
 
 TOKENS, IMAGES = (3, 5, 6), (3, 6, 4)
@@ -94,6 +143,11 @@ SIX: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "OwnNorm": (lambda: OwnNorm(6), IMAGES, -2),
     "PReLU": (lambda: nn.PReLU(6), IMAGES, -2),
     "Conv1D": (lambda: Conv1D(6, 4), IMAGES, -1),
+    "EmbeddingBag": (lambda: Bags(7, 6), IMAGES, -1),
+    "Bilinear": (lambda: Squares(4, 4, 6), IMAGES, -1),
+    "own gain": (lambda: Gained(4, 6), IMAGES, -1),
+    "stored by inputs": (Stored, IMAGES, -1),
+    "three dimensions": (lambda: Affine(6), TOKENS, -1),
 }
 FROZEN = torch.tensor([True, False, False, True, True, False])
 
@@ -114,8 +168,12 @@ def net_of(name: str) -> tuple[Net, Tensor, int]:
     return Net(make(), shape), torch.randn(shape), axis
 
 
+# Where a parameter has its neurons, if not in the first dimension, or in its only one.
+DIMENSION = {"Conv1D": 1, "EmbeddingBag": 1, "stored by inputs": 1, "three dimensions": 2}
+
+
 def by_neuron(name: str, tensor: Tensor) -> Tensor:
-    return tensor.t() if name == "Conv1D" and tensor.dim() == 2 else tensor
+    return tensor.movedim(DIMENSION.get(name, 0), 0) if tensor.dim() > 1 else tensor
 
 
 @pytest.mark.parametrize("name", SIX)
@@ -222,11 +280,35 @@ def test_weight_norm_leaves_every_neuron_its_own_direction_and_length(name: str,
         assert torch.equal(one.detach()[frozen], plain[key][frozen]), key
 
 
-def test_a_norm_over_what_neurons_share_leaves_a_weight_outside() -> None:
-    net = Net(parametrizations.weight_norm(nn.Linear(4, 6), dim=1), IMAGES)
-    freezer = Freezer(net, torch.optim.SGD(net.parameters(), lr=0.1), [torch.randn(IMAGES)])
-    assert "layer" not in freezer.layers
-    assert freezer.coverage().outside[0].reason == "belongs to a parametrised weight"
+SHARED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "spectral": (lambda: parametrizations.spectral_norm(nn.Linear(4, 6)), "largest singular value"),
+    "old spectral": (lambda: nn.utils.spectral_norm(nn.Linear(4, 6)), "largest singular value"),
+    "lengths across rows": (lambda: parametrizations.weight_norm(nn.Linear(4, 6), dim=1), "lengths across rows"),
+    "one length": (lambda: nn.utils.weight_norm(nn.Linear(4, 6), dim=None), "lengths across rows"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", SHARED)
+def test_what_all_rows_of_a_weight_share_is_said_and_rows_stand_still_all_the_same(name: str) -> None:
+    make, said = SHARED[name]
+    net, inputs = Net(make(), IMAGES), torch.randn(IMAGES)
+    twin = copy.deepcopy(net)
+    freezer = freeze(net, inputs, {"layer": ~FROZEN}, optimizer=torch.optim.SGD(net.parameters(), lr=0.1))
+    assert len(freezer.notes) == 1
+    assert freezer.notes[0].startswith("layer: ")
+    assert said in freezer.notes[0]
+    rows = freezer.layers["layer"].rows[0].parameter
+    for model in (net, twin):
+        model(inputs).square().sum().backward()
+    found, dense = net.get_parameter(rows).grad, twin.get_parameter(rows).grad
+    assert found is not None
+    assert dense is not None
+    assert not found[FROZEN].any()
+    assert torch.allclose(found[~FROZEN], dense[~FROZEN], rtol=0, atol=apart_behind_layers(1000))
+    before = net.get_parameter(rows).detach().clone()
+    freezer.optimizer.step()
+    assert torch.equal((net.get_parameter(rows) == before).all(1), FROZEN)
 
 
 def test_a_scale_that_is_frozen_whole_has_no_gradient() -> None:
@@ -242,21 +324,27 @@ def test_multiply_adds_of_a_map_that_is_stored_by_its_inputs() -> None:
     assert flops.layers["layer"].paper_dense == 2 * 6 * 6 * 4  # six positions of a sample, 4 inputs to 6 outputs
 
 
-@pytest.mark.parametrize("layer", [Mixing(6), Gated(6)])
-def test_what_only_looks_like_a_scale_stays_outside(layer: nn.Module) -> None:
+def test_a_scale_that_takes_two_inputs() -> None:
     class Both(Net):
         def forward(self, inputs: Tensor) -> Tensor:
-            hidden = self.layer(inputs, inputs) if isinstance(self.layer, Gated) else self.layer(inputs)
-            return self.head(hidden.flatten(1))
+            return self.head(self.layer(inputs, gate=inputs).flatten(1))
 
-    net = Both.__new__(Both)
-    nn.Module.__init__(net)
-    net.layer, net.head = layer.double(), nn.Linear(30, 2)
-    inputs = torch.randn(TOKENS)
+    net = Both(RMSNorm(6), TOKENS)
+    net.layer = Gated(6)
+    freezer = Freezer(net, torch.optim.SGD(net.parameters(), lr=0.1), [torch.randn(TOKENS)])
+    assert (freezer.layers["layer"].neurons, freezer.layers["layer"].axis) == (6, -1)
+    assert freezer.coverage().outside == ()
+
+
+def test_what_only_looks_like_a_scale_stays_outside() -> None:
+    net, inputs = Net(Mixing(6), TOKENS), torch.randn(TOKENS)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     freezer = Freezer(net, optimizer, [inputs])
     assert list(freezer.layers) == ["head"]
-    assert freezer.coverage().outside[0].reason == f"parameter of {type(layer).__name__}"
+    assert (
+        freezer.coverage().outside[0].reason
+        == "parameter of Mixing, tried in vain: families.register takes what you know of it"
+    )
     net(inputs).sum().backward()
     optimizer.step()
     freezer.step()
@@ -264,15 +352,6 @@ def test_what_only_looks_like_a_scale_stays_outside(layer: nn.Module) -> None:
 
 
 # What a user knows better.
-
-
-class Stored(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel, self.offset = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.kernel + self.offset
 
 
 @pytest.fixture
@@ -284,7 +363,9 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_family_that_is_registered() -> None:
     net, inputs = Net(Stored(), IMAGES), torch.randn(IMAGES)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    assert list(Freezer(net, optimizer, [inputs]).layers) == ["head"]
+    before = Freezer(net, optimizer, [inputs])
+    assert before.layers["layer"].kind == "Stored", "its user knows no better: it is found by a trial"
+    before.detach()
     family = Family({"kernel": RowLayout("transposed"), "offset": RowLayout("flat")}, cost="transposed")
     register(Stored, family)
     register(Stored, family)  # once more, the same
@@ -305,5 +386,44 @@ def test_mistakes_in_families_are_one_line() -> None:
     families._registered.clear()
     register(Stored, Family({"kernel": RowLayout(), "offset": RowLayout("flat")}))
     net = Net(Stored(), IMAGES)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(FreezingError, match=r"families: Stored 'layer' has 4 rows in 'kernel', but \[4, 6\] in its"):
+        Freezer(net, optimizer, [torch.randn(IMAGES)])
+    families._registered.clear()
+    register(Stored, Family({"kernal": RowLayout()}))
+    with pytest.raises(FreezingError, match="Stored 'layer' has no parameter 'kernal'; did you mean 'kernel'"):
+        Freezer(net, optimizer, [torch.randn(IMAGES)])
+    families._registered.clear()
+    register(Stored, Family({"head.weight": RowLayout()}))
+    with pytest.raises(FreezingError, match=r"no parameter 'head.weight'; name its own, not those of modules inside"):
+        Freezer(net, optimizer, [torch.randn(IMAGES)])
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_family_that_does_not_answer_on_the_probe() -> None:
+    register(Stored, Family({"kernel": RowLayout()}))  # by inputs: a row of it moves every output
+    net = Net(Stored(), IMAGES)
+    with pytest.raises(
+        FreezingError, match=r"^families: Stored 'layer' does not answer on the probe: .* 'layer.kernel'"
+    ):
         Freezer(net, torch.optim.SGD(net.parameters(), lr=0.1), [torch.randn(IMAGES)])
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_family_that_divides_what_another_layer_has_already() -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__(Stored(), IMAGES)
+            self.before = nn.Linear(6, 4, bias=False)
+            self.layer.kernel = self.before.weight
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(self.before(self.layer(inputs)))
+
+    net = Tied()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    register(Stored, Family({"kernel": RowLayout("transposed"), "offset": RowLayout("flat")}))
+    with pytest.raises(
+        FreezingError, match=r"^families: Stored 'layer' and Linear 'before' hold rows of 'layer.kernel'"
+    ):
+        Freezer(net, optimizer, [torch.randn(IMAGES)])

@@ -229,7 +229,8 @@ def test_training_agrees_with_an_independent_oracle(net_name: str, definition: D
     # The comparison says nothing where nothing moved or nothing ever froze.
     assert min(float(seen.phi.min()) for seen in observations.values()) < 1 - 1e-5
     assert (froze > 0) == (definition == "paper" or net_name != "attention")  # the reference: convolutions, batch norms
-    extra = {"block.attn.cpb_mlp.0", "block.attn.cpb_mlp.2"} if net_name == "swin_v2" else set()
+    others = ("cpb_mlp.0", "cpb_mlp.2", "logit_scale")
+    extra = {f"block.attn.{one}" for one in others} if net_name == "swin_v2" else set()
     assert set(observations) == {*NETS[net_name][2], *extra}
 
 

@@ -194,13 +194,13 @@ class Residual(nn.Module):
         self.checkpointed = checkpointed
         self.embed = nn.Linear(6, 8)
         self.token, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
-        self.scale = nn.Parameter(torch.randn(8))
+        self.shift = nn.Parameter(torch.randn(8))
         self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
         self.head = nn.Linear(8, 3)
 
     def block(self, x: Tensor, number: int) -> Tensor:
-        return x + self.scale * self.blocks[number](self.norms[number](x)).tanh()
+        return x + (self.shift + self.blocks[number](self.norms[number](x)).tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(len(x), 1, 8), self.embed(x)], 1) + self.places
@@ -210,7 +210,7 @@ class Residual(nn.Module):
 
 
 FRONT = ("embed", "norms.0", "blocks.0", "norms.1", "blocks.1")
-OUTSIDE = {"token", "places", "scale"}
+OUTSIDE = {"token", "places", "shift"}
 
 
 def in_front(freezer: Freezer, names: tuple[str, ...] = FRONT) -> dict[str, Tensor]:

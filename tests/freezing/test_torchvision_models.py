@@ -104,6 +104,8 @@ def layers_by_hand(model: nn.Module) -> dict[str, list[str]]:
             layers[name] = own
         elif isinstance(module, nn.MultiheadAttention):
             layers[f"{name}.in_proj"] = own
+        # Scales of channels, and of attention heads, by hand.
+        layers |= {one: [one] for one in own if one.endswith((".layer_scale", ".logit_scale"))}
     return layers
 
 

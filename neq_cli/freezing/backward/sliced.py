@@ -18,7 +18,7 @@ from neq_cli.freezing.backward.resting import swap_folded, swap_resting, swap_sk
 from neq_cli.freezing.backward.sliced_layers import SlicedOperands, swap_sliced
 from neq_cli.freezing.backward.swapping import restore, swap_frozen, swap_intercepting, swap_root, swap_still
 from neq_cli.freezing.model.front import NO_REST, Rest
-from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.model.layers import RECURRENT, Layer
 from neq_cli.freezing.rows.handed_over import Hand
 
 BackwardMode = Literal["exact", "truncated", "dense"]
@@ -107,7 +107,7 @@ class SlicedBackward:
             self._put_functional_in_force(trainable)
             if not self.attached:
                 self._put_dense_in_force(trainable)
-                self._put_still_in_force(still)
+                self._put_still_in_force({*still, *self._used_by_hand(trainable)})
             self._put_to_rest(rest)
         if not self.suspended:
             self.resume()
@@ -160,12 +160,19 @@ class SlicedBackward:
 
     def _put_dense_in_force(self, trainable: Mapping[str, Tensor]) -> None:
         taken = {module for module, _ in self.swaps}
+        owned: dict[nn.Module, list[Tensor]] = {}  # of several layers, where a module holds a recurrent stack
         for name in self.dense_because:
             layer = self.layers.get(name)
-            if layer is None or layer.functional or bool(trainable[name].any()) or layer.module in taken:
+            if layer is None or bool(trainable[name].any()) or layer.module in taken:
                 continue
-            owned = [self.parameters[rows.parameter] for rows in layer.rows]
-            self.swaps.append((layer.module, partial(swap_frozen, layer.module, owned)))
+            if not layer.functional or isinstance(layer.module, RECURRENT):
+                owned.setdefault(layer.module, []).extend(self.parameters[rows.parameter] for rows in layer.rows)
+        self.swaps += [(module, partial(swap_frozen, module, own)) for module, own in owned.items()]
+
+    def _used_by_hand(self, trainable: Mapping[str, Tensor]) -> set[str]:
+        """Return the parameters of layers without a trainable neuron that are factors in somebody's forward pass."""
+        frozen = [layer for name, layer in self.layers.items() if layer.use is not None and not trainable[name].any()]
+        return {rows.parameter for layer in frozen for rows in layer.rows}
 
     def _put_still_in_force(self, still: Collection[str]) -> None:
         if not still or self.mode == "dense":
@@ -184,7 +191,8 @@ class SlicedBackward:
 
     def _bias(self, layer: Layer) -> tuple[Tensor | None, int]:
         """Return the bias that the layer's neurons own, None where they own none, and which of it is the first's."""
-        rows = next((rows for rows in layer.rows if rows.parameter != layer.weight), None)
+        others = [rows for rows in layer.rows if rows.parameter != layer.weight and rows.count == layer.neurons]
+        rows = next((rows for rows in others if rows.layout.kind == "flat"), None)
         return (None, 0) if rows is None else (self.parameters[rows.parameter], rows.start)
 
     def kernels(self, trainable: Mapping[str, Tensor]) -> dict[str, KernelUse]:
@@ -213,6 +221,12 @@ def why_dense(layer: Layer, functional: bool) -> str | None:
         return "normalisation: the gradients of its few parameters come with its input's"
     if layer.cost == "lookup":
         return "embedding: the gradient of its table is added up token by token, whatever the columns"
+    if layer.cost == "bilinear":
+        return "bilinear: its gradients are computed whole"
+    if isinstance(layer.module, RECURRENT):
+        return "recurrent: the gradients of all gates come from one walk back through the steps"
+    if layer.use is not None:
+        return "a factor in the forward pass of another module"
     if _uses_more_than_its_rows(layer):
         return "its weight or its bias trains, but not as a parameter of this optimiser"
     if functional:
@@ -238,5 +252,5 @@ def _uses_more_than_its_rows(layer: Layer) -> bool:
     weight, bias = "weight", "bias"
     if layer.functional:
         weight, bias = f"{layer.name.rpartition('.')[2]}_weight", "in_proj_bias"
-    used = [tensor for key in (weight, bias) if (tensor := getattr(layer.module, key, None)) is not None]
+    used = [tensor for key in (weight, bias) if (tensor := layer.module._parameters.get(key)) is not None]
     return sum(bool(tensor.requires_grad) for tensor in used) > len(layer.rows)

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.backward.functions import Scaled, in_transform
 from neq_cli.freezing.backward.intercepting import Watched, intercepted
-from neq_cli.freezing.model.neurons import BATCH_NORMS
+from neq_cli.freezing.model.layers import BATCH_NORMS
 
 OURS = "_neq_"
 """What the names of all that we put into a module begin with."""
@@ -135,10 +135,16 @@ class _Frozen(Swapped):
             name: parameter.detach() if parameter is not None and id(parameter) in state[PLAN] else parameter
             for name, parameter in own.items()
         }
+        # Recurrent modules have their weights in a list of their own beside the usual place.
+        flat = state.get("_flat_weights")
+        if flat is not None:
+            state["_flat_weights"] = [one.detach() if id(one) in state[PLAN] else one for one in flat]
         try:
             return super().forward(*arguments, **keywords)
         finally:
             state["_parameters"] = own
+            if flat is not None:
+                state["_flat_weights"] = flat
 
 
 class _FrozenBatchNorm(_Frozen):

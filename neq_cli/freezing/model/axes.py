@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neq_cli.freezing.model.neurons import STOCK_LAYERS, Layer, Neurons, rows_by_neuron
+from neq_cli.freezing.model.layers import STOCK_LAYERS, Layer, rows_by_neuron
+from neq_cli.freezing.model.neurons import Neurons
+from neq_cli.freezing.model.observing import map_tensors
 
 _AMOUNTS = (1.0, -1.0, 64.0, -64.0)
 """What a row is changed by, as a multiple of its largest element and one: both ways and far, since an activation
@@ -23,20 +26,28 @@ def computes_its_own_way(layer: Layer) -> bool:
     return type(layer.module).forward is not stock.forward
 
 
-def find_axis(layer: Layer, parameters: Mapping[str, Tensor], inputs: Tensor) -> int | None:
+@dataclass(frozen=True)
+class Call:
+    """What a module was called with."""
+
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_axis(layer: Layer, parameters: Mapping[str, Tensor], at_hand: Call) -> int | None:
     """Change several neurons' parameters, one at a time, and see along which axis only that neuron's index changes.
 
-    ``parameters`` are the model's by name; they stay what they are. The layer is called with ``inputs`` and with noise
-    of their shape, so that what is found does not hang on what its neurons happen to put out. The axis is the one that
-    the stock class has (``layer.axis``) where that fits, or where no change shows at all; None where no axis fits, or
-    several do, or the layer takes more than ``inputs``.
+    ``parameters`` are the model's by name; they stay what they are. The layer is called as it was (``at_hand``) and
+    with noise of the same shapes, so that what is found does not hang on what its neurons happen to put out. The axis
+    is the one that the stock class has (``layer.axis``) where that fits, or, but for one that is only tried, where no
+    change shows at all; None where no axis fits, or several do, or the layer takes more than it was called with.
     """
     fitting: list[int] | None = None  # axes from the end; `layer.axis` as it is, for it may span several
-    for at_hand in _inputs(inputs):
+    for call in _calls(at_hand):
         try:
-            changes = list(_changes(layer, parameters, at_hand))
+            changes = list(_changes(layer, parameters, call))
         except Exception:  # noise of this kind may be no input for this layer, but the model's own must be
-            if at_hand is inputs:
+            if call is at_hand:
                 return None
             continue
         for neuron, changed in changes:
@@ -60,25 +71,36 @@ def with_found_axes(neurons: Neurons, order: Sequence[str], axes: Mapping[str, i
     return replace(neurons, layers=layers)
 
 
-def _inputs(inputs: Tensor) -> Iterator[Tensor]:
-    yield inputs
-    if inputs.is_floating_point():
-        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        yield noise.to(inputs)
+def _calls(at_hand: Call) -> Iterator[Call]:
+    yield at_hand
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
+
+    yield Call(*map_tensors(noise, (at_hand.arguments, dict(at_hand.keywords))))
 
 
-def _changes(layer: Layer, parameters: Mapping[str, Tensor], inputs: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _changes(layer: Layer, parameters: Mapping[str, Tensor], call: Call) -> Iterator[tuple[int, Tensor]]:
     """Yield neurons and which elements of the output change with them: bool, of the output's shape; none if silent."""
     module = layer.module
     kept = dict(module._parameters)
+
+    def output() -> Tensor:
+        arguments, keywords = map_tensors(torch.clone, (call.arguments, dict(call.keywords)))
+        found: Tensor = type(module).forward(module, *arguments, **keywords)
+        return found
+
     try:
         module._parameters.update(_copies(kept))
-        before = type(module).forward(module, inputs.clone())
+        before = output()
         for neuron in sorted({0, layer.neurons // 3, 2 * layer.neurons // 3, layer.neurons - 1}):
             for amount in _AMOUNTS:
                 module._parameters.update(_copies(kept))
                 _disturb(layer, {id(parameters[name]): name for name in parameters}, kept, neuron, amount)
-                after = type(module).forward(module, inputs.clone())
+                after = output()
                 changed = (before != after) & ~(before.isnan() & after.isnan())
                 if changed.any():
                     yield neuron, changed
@@ -102,11 +124,12 @@ def _disturb(
     generator = torch.Generator().manual_seed(neuron)
     for key, parameter in own.items():
         for rows in layer.rows:
-            if parameter is None or names.get(id(parameter)) != rows.parameter:
+            place = neuron - rows.first
+            if parameter is None or names.get(id(parameter)) != rows.parameter or not 0 <= place < rows.count:
                 continue
             copy = layer.module._parameters[key]
             assert copy is not None
-            view, index = rows.layout.view(copy.data), torch.tensor([rows.start + neuron], device=copy.device)
+            view, index = rows.layout.view(copy.data), torch.tensor([rows.start + place], device=copy.device)
             where = rows.layout.index(copy, index)
             row = view[where]
             # Not by a constant: a class may take a weight's mean off.

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.model.observing import first_input
+from neq_cli.freezing.model.observing import first_input, map_tensors
 
 Call = Callable[[nn.Module, Any], Any]
 """Calls a model with an item of the probe, whatever that is."""
@@ -47,6 +48,29 @@ def refused(model: nn.Module, inputs: Any, call: Call | None, error: Exception) 
     return FreezingError(f"probe_loader: {_told(inputs)} cannot be passed to the model ({reason}); {takes}; {mend}")
 
 
+def has_no_shapes(model: nn.Module) -> bool:
+    """Return whether ``model`` has lazy layers, whose shapes a first call tells."""
+    tensors = (*model.parameters(), *model.buffers())
+    return any(isinstance(one, (nn.UninitializedParameter, nn.UninitializedBuffer)) for one in tensors)
+
+
+def give_shapes(model: nn.Module, inputs: Any, call: Call | None) -> None:
+    """Call ``model`` once, in eval mode, so that its lazy layers have shapes.
+
+    Their weights are drawn from torch's global generator then, as in a first step of training.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            call_model(model, map_tensors(torch.clone, inputs), call)
+    except Exception as error:
+        raise refused(model, inputs, call, error) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class _Called(nn.Module):
     """A model as it is called."""
 
@@ -62,7 +86,8 @@ def _taken(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     taken = {key: value for key, value in inputs.items() if key in parameters}
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    return dict(inputs) if takes_any and (taken or len(parameters) == 1) else taken
+    names_none = all(one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL) for one in parameters.values())
+    return dict(inputs) if takes_any and (taken or names_none) else taken
 
 
 def _told(inputs: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neq_cli.freezing.model.neurons import BATCH_NORMS, CONVOLUTIONS, Layer
+from neq_cli.freezing.model.layers import BATCH_NORMS, CONVOLUTIONS, Layer
 from neq_cli.freezing.model.trace import Trace
 
 

@@ -6,30 +6,54 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.model.layers import Layer
+from neq_cli.freezing.model.recurrent import RecurrentCalls, recurrent_among
 from neq_cli.freezing.model.restoring import found_again
+from neq_cli.freezing.model.uses import Product, Uses
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-OnCall = Callable[[Layer, int, Tensor, Tensor], None]
-"""Called with layer, first neuron, input and raw output, before anything downstream can overwrite the output."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, or of its neurons from the ``first`` on, with its raw output.
+
+    ``tokens``: int64, [n], which of a model's tokens came to one of several experts, where that is known.
+    """
+
+    layer: Layer
+    first: int
+    inputs: Tensor
+    output: Tensor
+    tokens: Tensor | None = None
+
+
+OnCall = Callable[[LayerCall], None]
 
 
 @contextmanager
 def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_call: OnCall) -> Iterator[None]:
-    """Call ``on_call`` at every call of every layer.
+    """Call ``on_call`` at every call of every layer, before anything downstream can overwrite its output.
 
     Modules are hooked. ``nn.MultiheadAttention`` and torchvision's Swin attention never call their linear modules but
     pass the weights to ``torch.nn.functional.linear``, which is therefore wrapped too: a weight is recognised by being
-    one of ``parameters`` (by qualified name; what the forward pass really uses) or a slice of one.
+    one of ``parameters`` (by qualified name; what the forward pass really uses) or a slice of one. Recurrent modules
+    run layer by layer, and of weights that are used in other ways by hand the products are seen.
     """
-    by_weight = {id(parameters[layer.weight]): layer for layer in layers if layer.cost == "linear"}
+    layers = list(layers)
+    recurrent = recurrent_among(layers)
+    by_hand = {layer.weight: layer for layer in layers if layer.use is not None}
+    called = [layer for layer in layers if not layer.functional]
+    by_weight = {id(parameters[layer.weight]): layer for layer in layers if layer.by_linear}
     running: list[Layer] = []
     stock_linear = nn.functional.linear
 
@@ -41,8 +65,13 @@ def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_ca
         if layer is not None and all(layer.weight != other.weight for other in running):
             offset = weight.storage_offset() - parameters[layer.weight].storage_offset()
             first = int(offset) // max(weight.stride(0), 1)
-            on_call(layer, first, input, output)
+            on_call(LayerCall(layer, first, input, output))
         return output
+
+    def on_product(product: Product) -> None:
+        layer = by_hand[product.name]
+        if product.use == layer.use:
+            on_call(LayerCall(layer, product.first, product.other, product.output, product.tokens))
 
     def before(layer: Layer) -> Callable[..., None]:
         return lambda module, arguments: running.append(layer)
@@ -52,19 +81,26 @@ def watch_calls(layers: Iterable[Layer], parameters: Mapping[str, Tensor], on_ca
             running.remove(layer)
             inputs = next(tensors_in([positional, named]), None)
             if inputs is not None and isinstance(output, Tensor):
-                on_call(layer, 0, inputs, output)
+                on_call(LayerCall(layer, 0, inputs, output))
 
         return hook
 
     with ExitStack() as stack:
-        for layer in layers:
-            if not layer.functional:
-                stack.callback(layer.module.register_forward_pre_hook(before(layer), prepend=True).remove)
-                # First in line: another hook may replace or overwrite the output.
-                stack.callback(layer.module.register_forward_hook(after(layer), prepend=True, with_kwargs=True).remove)
+        for layer in called:
+            stack.callback(layer.module.register_forward_pre_hook(before(layer), prepend=True).remove)
+            # First in line: another hook may replace or overwrite the output.
+            stack.callback(layer.module.register_forward_hook(after(layer), prepend=True, with_kwargs=True).remove)
         nn.functional.linear = watched_linear
         stack.callback(setattr, nn.functional, "linear", stock_linear)
+        if by_hand:
+            stack.enter_context(Uses({name: parameters[name] for name in by_hand}, on_product))
+        if recurrent:
+            stack.enter_context(RecurrentCalls(recurrent, parameters, lambda *call: on_call(_whole(*call))))
         yield
+
+
+def _whole(layer: Layer, inputs: Tensor, output: Tensor) -> LayerCall:
+    return LayerCall(layer, 0, inputs, output)
 
 
 @contextmanager
@@ -142,14 +178,31 @@ def first_input(batch: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply ``function`` to every tensor in nested tuples, lists and dictionaries."""
+    """Apply ``function`` to every tensor in nested tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, PackedSequence):
+        return value._replace(data=function(value.data))  # lengths and order are not data
     if isinstance(value, Mapping):
         return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, (tuple, list)):
         return [map_tensors(function, item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {one.name: map_tensors(function, getattr(value, one.name)) for one in fields(value) if one.init}
+        return replace(value, **changed)
     return value
+
+
+def results_in(outputs: Any) -> list[Tensor]:
+    """Return the tensors that a model is trained by: what it names loss or logits, else all that it puts out.
+
+    Models of transformers put out hidden states beside, which are made of what many layers add up.
+    """
+    named = outputs if isinstance(outputs, Mapping) else {}
+    trained = [value for key, value in named.items() if key == "loss" or "logits" in str(key)]
+    return list(tensors_in(trained)) or list(tensors_in(outputs))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ Products are counted by hand, with torch's formulas: its FlopCounterMode would n
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.flop_counter import flop_registry
 
+from neq_cli.freezing.model.axes import Call as LayerArguments
 from neq_cli.freezing.model.axes import computes_its_own_way, find_axis
 from neq_cli.freezing.model.calling import Call, call_model, call_with_parameters, refused
-from neq_cli.freezing.model.neurons import Layer, Neurons
-from neq_cli.freezing.model.observing import map_tensors, tensors_in, undisturbed, watch_calls
+from neq_cli.freezing.model.discovery import Discovery
+from neq_cli.freezing.model.layers import NOTHING_FOUND, Found, Layer
+from neq_cli.freezing.model.neurons import Neurons
+from neq_cli.freezing.model.observing import LayerCall, map_tensors, results_in, tensors_in, undisturbed, watch_calls
+from neq_cli.freezing.model.recurrent import multiply_adds
 from neq_cli.freezing.model.restoring import found_again
 
 NOT_KNOWN = "?"
@@ -55,6 +59,7 @@ class Trace:
     reentrant: bool = False  # the model uses reentrant activation checkpoints
     reached: frozenset[str] = frozenset()  # layers that eval mode calls, as the probe will
     unused: frozenset[str] = frozenset()  # parameters that require gradients and that no output depends on
+    found: Found = NOTHING_FOUND  # what modules' classes do not tell, where it was looked for
 
     def after(self) -> dict[str, set[str]]:
         """Return the layers that a layer's output reaches first, by its name; those without any are left out."""
@@ -79,16 +84,23 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any, call: Call | No
         reached: set[str] = set()
         axes: dict[str, int | None] = {}
         parameters = dict(model.named_parameters())
+        discovery, looks_for_more = Discovery(model, neurons), neurons.found == NOTHING_FOUND
 
-        def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+        def on_call(seen: LayerCall) -> None:
+            layer = seen.layer
             reached.add(layer.name)
-            if layer.name not in axes and computes_its_own_way(layer) and output.device.type != "meta":
-                axes[layer.name] = find_axis(layer, parameters, inputs)
+            if layer.name not in axes and computes_its_own_way(layer) and seen.output.device.type != "meta":
+                given = LayerArguments((seen.inputs,))
+                axes[layer.name] = axis = find_axis(layer, parameters, given)
+                if axis is not None and looks_for_more:
+                    discovery.look_for_rows(layer, axis, given)
 
         def look(at: Any) -> None:
             with found_again(model), torch.no_grad():
                 model.eval()
-                with watch_calls(layers.values(), parameters, on_call):
+                with watch_calls(layers.values(), parameters, on_call), ExitStack() as stack:
+                    if looks_for_more:
+                        stack.enter_context(discovery.watching())
                     call_model(model, map_tensors(torch.clone, at), call)
 
         try:
@@ -110,6 +122,7 @@ def trace_model(model: nn.Module, neurons: Neurons, inputs: Any, call: Call | No
             # The eval pass above succeeded: this model's training mode takes something else than its inputs alone.
             trace = _trace_gradients(model, layers, sample, call, training=False)
     trace.reached, trace.axes = frozenset(reached), axes
+    trace.found = discovery.found(trace.reached) if looks_for_more else NOTHING_FOUND
     return trace
 
 
@@ -124,20 +137,19 @@ def _trace_gradients(
     running: list[nn.Module] = []
     calls: dict[str, int] = {}
     bare: dict[str, tuple[set[str], set[int]]] = {}  # before modules without parameters: layers, and leaves
-    products = _Products()
 
-    def on_call(layer: Layer, first: int, inputs: Tensor, output: Tensor) -> None:
+    def on_call(seen: LayerCall) -> None:
+        layer, inputs, output = seen.layer, seen.inputs, seen.output
         name = layer.name
         if name not in trace.elements:
             trace.order.append(name)
         trace.elements[name] = trace.elements.get(name, 0) + output.numel()
         if layer.cost not in ("norm", "lookup"):
-            weight = parameters[layer.weight]
-            # A transposed convolution sends each input element, any other layer each output element, through
-            # this many multiply-adds.
-            each, elements = weight[0].numel(), (inputs if layer.cost == "transposed" else output).numel()
-            trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + each * elements
-            products.backward[products.last] -= each * elements * (inputs.requires_grad + weight.requires_grad)
+            count = _multiply_adds(layer, parameters[layer.weight], inputs, output)
+            trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + count
+            if layer.weight not in products.skipped:  # computed from others, as a parametrised one is
+                gradients = inputs.requires_grad + parameters[layer.weight].requires_grad
+                products.backward[products.last] -= count * gradients
         products.last = name
         trace.input_gradient[name] = trace.input_gradient.get(name, False) or inputs.requires_grad
         calls[name] = calls.get(name, 0) + 1
@@ -165,6 +177,7 @@ def _trace_gradients(
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
     }
     names = {module: name for name, module in model.named_modules()}
+    products = _Products({one: parameters[one] for one in _multiplied_with(layers.values())})
     with (
         _keeping_track(model, running),
         _bare_modules_seen(model, producers, bare),
@@ -174,7 +187,7 @@ def _trace_gradients(
         products,
         watch_calls(layers.values(), parameters, on_call),
     ):
-        outputs = list(tensors_in(call_with_parameters(model, parameters, map_tensors(torch.clone, sample), call)))
+        outputs = results_in(call_with_parameters(model, parameters, map_tensors(torch.clone, sample), call))
     trace.reentrant = bool(seen_through)
     trace.products = {name: count for name, count in products.backward.items() if count > 0}
     trace.before = {name: frozenset(found) for name, found in sources.items()}
@@ -195,16 +208,53 @@ def _trace_gradients(
     producing, after = _sources_of(outputs, producers)
     trace.parameters_after = named(after)
     # Without a graph (everything fixed, or a forward pass under no_grad) the layer called last is the output layer.
-    trace.output_layers = frozenset(producing or trace.order[-1:])
+    trace.output_layers = _with_those_scaled(producing, trace.before, layers) or frozenset(trace.order[-1:])
     trace.ordered = bool(producing)
     return trace
 
 
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the multiply-adds that the backward pass of all products and convolutions inside will take."""
+def _with_those_scaled(
+    producing: set[str], before: Mapping[str, frozenset[str]], layers: Mapping[str, Layer]
+) -> frozenset[str]:
+    """Return the layers that outputs come from, those included whose outputs are only scaled on the way."""
+    found, pending = set[str](), list(producing)
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            use = layers[name].use
+            pending.extend(before[name] if use is not None and use.cost == "norm" else ())
+    return frozenset(found)
 
-    def __init__(self) -> None:
+
+def _multiply_adds(layer: Layer, weight: Tensor, inputs: Tensor, output: Tensor) -> int:
+    if layer.cost == "recurrent":
+        return multiply_adds(layer, weight, inputs)
+    # A transposed convolution sends each input element, any other layer each output element, through this many.
+    if layer.cost == "transposed":
+        return weight[0].numel() * inputs.numel()
+    return weight.numel() // layer.neurons * output.numel()
+
+
+def _multiplied_with(layers: Iterable[Layer]) -> Iterator[str]:
+    """Yield the names of the parameters whose products are layers' own."""
+    for layer in layers:
+        if layer.cost not in ("norm", "lookup"):
+            yield layer.weight
+        if layer.cost == "recurrent":
+            yield layer.weight.replace("weight_ih", "weight_hh")
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the multiply-adds that the backward pass of all products and convolutions inside will take.
+
+    But for those with one of ``weights``, by name, that are met as they are.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.weights = {_memory(weight): name for name, weight in weights.items()}
+        self.skipped: set[str] = set()
         self.backward: defaultdict[str, int] = defaultdict(int)  # by the layer called last
         self.last = ""
 
@@ -215,9 +265,16 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # What addmm and baddbmm add comes first, a convolution's bias last: only the two factors cost products,
             # one for each that needs a gradient. The formulas take two per multiply-add.
             factors = arguments[1:3] if "add" in function._overloadpacket.__name__ else arguments[:2]
+            if own := [self.weights[place] for place in map(_memory, factors) if place in self.weights]:
+                self.skipped.update(own)
+                return result
             forward = formula(*arguments, **(keywords or {}), out_val=result) // 2
             self.backward[self.last] += forward * sum(factor.requires_grad for factor in factors)
         return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.model.layers import Layer
 from neq_cli.freezing.model.observing import map_tensors
 
 if TYPE_CHECKING:

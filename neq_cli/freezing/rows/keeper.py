@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from neq_cli.freezing.model.layers import Layer
 from neq_cli.freezing.model.layouts import RowLayout
-from neq_cli.freezing.model.neurons import Layer
 from neq_cli.freezing.only_here import OnlyHere
 from neq_cli.freezing.rows.frozen_rows import FrozenRows
 from neq_cli.freezing.rows.handed_over import Hand, hand_for
@@ -167,7 +167,7 @@ class RowKeeper:
                     masks[rows.parameter] = (rows.layout, torch.ones(count, dtype=torch.bool, device="cpu"))
                 layout, mask = masks[rows.parameter]
                 if rows.layout == layout:  # else shared along different dimensions, and always trainable
-                    mask[rows.start : rows.start + rows.count] &= ~trainable[name]
+                    mask[rows.start : rows.start + rows.count] &= ~rows.of(trainable[name])
         return masks
 
     def _take_hold(self) -> None:

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from neq_cli.errors import FreezingError
-from neq_cli.freezing.model.neurons import Layer
+from neq_cli.freezing.model.layers import Layer
 from neq_cli.freezing.rows.trial import updates_row_by_row
 
 ROW_WISE_OPTIMIZERS = frozenset(

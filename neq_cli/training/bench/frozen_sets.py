@@ -16,7 +16,7 @@ from neq_cli.freezing import Freezer, NEq
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode, KernelUse
-from neq_cli.freezing.model.neurons import everything
+from neq_cli.freezing.model.layers import everything
 from neq_cli.freezing.rows.optimizers import first_after_step
 from neq_cli.freezing.yardsticks import frozen_count
 from neq_cli.recipe import NEqPolicy

@@ -335,15 +335,38 @@ def test_a_bias_that_another_optimiser_trains_keeps_its_whole_gradient(kernel: s
             freezer.detach()
 
 
+class Mixed(nn.Module):
+    """Every number of the bias is made of all of the original's."""
+
+    def forward(self, original: Tensor) -> Tensor:
+        return original.cumsum(0)
+
+
 def test_a_bias_that_is_computed_from_something_else_keeps_its_whole_gradient(kernel: str) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    nn.utils.parametrize.register_parametrization(model[0], "bias", Mixed())
     reference, inputs = copy.deepcopy(model), torch.randn(3, 4)
     name = "0.parametrizations.bias.original"
     for trainable in (HALF, NONE):
         freezer = freeze(model, inputs, {"0": trainable})
         found, dense = gradients(model, inputs), gradients(reference, inputs)
         torch.testing.assert_close(found[name], dense[name])
+        freezer.detach()
+
+
+def test_a_bias_that_is_computed_element_by_element_is_the_neurons_own(kernel: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    reference, inputs = copy.deepcopy(model), torch.randn(3, 4)
+    name = "0.parametrizations.bias.original"
+    for trainable in (HALF, NONE):
+        freezer = freeze(model, inputs, {"0": trainable})
+        found, dense = gradients(model, inputs)[name], gradients(reference, inputs)[name]
+        if not trainable.any():
+            assert found is None
+        else:
+            torch.testing.assert_close(found[trainable], dense[trainable])
+            assert not found[~trainable].any()
         freezer.detach()
 
 

@@ -40,16 +40,13 @@ def gradients(model: nn.Module, inputs: Any) -> dict[str, Tensor | None]:
 
 
 def rows_frozen(freezer: Freezer, name: str) -> Tensor | None:
-    """Return which rows of a parameter are frozen; None where it is outside neurons."""
-    for layer, found in freezer.layers.items():
-        for rows in found.rows:
-            if rows.parameter == name:
-                if name.endswith("in_proj_bias") and rows.count < len(freezer.model.get_parameter(name)):
-                    # One bias for three projections with weights of their own.
-                    prefix = layer.rpartition(".")[0]
-                    return ~torch.cat([freezer.trainable[f"{prefix}.{letter}_proj"] for letter in "qkv"])
-                return ~freezer.trainable[layer]
-    return None
+    """Return which rows of a parameter (its first dimension) are frozen; None where it is outside neurons."""
+    frozen = torch.zeros(len(freezer.model.get_parameter(name)), dtype=torch.bool)
+    owned = [(layer, rows) for layer, one in freezer.layers.items() for rows in one.rows if rows.parameter == name]
+    for layer, rows in owned:
+        # Queries, keys and values may share one bias, or have one each beside one weight.
+        frozen[rows.start : rows.start + rows.count] = ~rows.of(freezer.trainable[layer])
+    return frozen if owned else None
 
 
 def assert_rows(

@@ -26,16 +26,16 @@ class Branches(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A class token before two residual blocks, a scale between them, and a table that only the second block uses."""
+    """A class token before two residual blocks, a shift between them, and a table that only the second block uses."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.scale, self.table = (nn.Parameter(torch.ones(1, 1, 4)) for _ in range(3))
+        self.token, self.shift, self.table = (nn.Parameter(torch.ones(1, 1, 4)) for _ in range(3))
         self.embed, self.first, self.second, self.head = (nn.Linear(4, 4) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.token.expand(len(x), 1, 4), self.embed(x)], 1)
-        x = x + self.scale * self.first(x).relu()
+        x = x + (self.shift + self.first(x).relu())
         x = x + self.second(x + self.table)
         return self.head(x[:, 0])  # type: ignore[no-any-return]
 
@@ -82,7 +82,7 @@ def test_what_is_tied_to_a_layer_that_trains_trains() -> None:
     [
         ("embed", ""),
         ("embed first", "token"),
-        ("embed first second", "token scale table"),
+        ("embed first second", "token shift table"),
         ("first second", ""),
     ],
 )

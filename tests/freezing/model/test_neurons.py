@@ -87,16 +87,17 @@ def test_what_owns_no_neurons() -> None:
             "frozen": FrozenBatchNorm2d(4),
             "relu": nn.ReLU(),
             "table": nn.Embedding(5, 4, sparse=True),
-            "recurrent": nn.LSTM(4, 3),
+            "bags": nn.EmbeddingBag(5, 4, sparse=True),
             "slope": nn.PReLU(),
-            "bilinear": nn.Bilinear(2, 3, 4),
+            "recurrent": parametrizations.spectral_norm(nn.LSTM(4, 3), "weight_ih_l0"),
         }
     )
     neurons = find_neurons(net)
     assert neurons.layers == {}
     assert set(neurons.outside) == {name for name, _ in net.named_parameters()}
     assert neurons.outside["table.weight"] == "its gradients are sparse"
-    assert "LSTM" in neurons.outside["recurrent.weight_ih_l0"]
+    assert neurons.outside["bags.weight"] == "its gradients are sparse"
+    assert "LSTM" in neurons.outside["recurrent.weight_hh_l0"]
 
 
 @pytest.mark.parametrize("separate", [False, True])
@@ -130,11 +131,14 @@ def test_parameters_outside_neurons_are_listed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-def test_parametrised_weights_lie_outside_but_for_those_that_are_normed_row_by_row() -> None:
+def test_parametrised_weights_that_have_rows_of_their_own() -> None:
     net = nn.ModuleDict(
         {
-            "old": torch.nn.utils.weight_norm(nn.Linear(3, 4), dim=None),
-            "new": parametrizations.weight_norm(nn.Conv2d(3, 4, 1), dim=1),
+            "one length": torch.nn.utils.weight_norm(nn.Linear(3, 4, bias=False), dim=None),
+            "across rows": parametrizations.weight_norm(nn.Conv2d(3, 4, 1, bias=False), dim=1),
+            "transposed": parametrizations.weight_norm(nn.ConvTranspose2d(3, 4, 1, bias=False), dim=1),
+            "old spectral": torch.nn.utils.spectral_norm(nn.ConvTranspose2d(3, 4, 1, bias=False)),
+            "orthogonal": parametrizations.orthogonal(nn.Linear(3, 4, bias=False)),
             "row by row": parametrizations.weight_norm(nn.Conv2d(3, 4, 1, bias=False)),
             "spectral": parametrizations.spectral_norm(nn.Linear(3, 4, bias=False)),
             "pruned": prune.l1_unstructured(nn.Linear(3, 4, bias=False), "weight", 0.5),
@@ -143,12 +147,23 @@ def test_parametrised_weights_lie_outside_but_for_those_that_are_normed_row_by_r
         }
     )
     neurons = find_neurons(net)
-    assert set(neurons.layers) == {"attention.out_proj", "plain", "row by row"}
-    owned = {"attention.out_proj.weight", "attention.out_proj.bias", "plain.weight", "plain.bias"}
-    owned |= {f"row by row.parametrizations.weight.original{number}" for number in (0, 1)}
-    assert set(neurons.outside) == {name for name, _ in net.named_parameters()} - owned
-    assert neurons.outside["new.parametrizations.weight.original0"] == "belongs to a parametrised weight"
-    assert neurons.outside["old.weight_g"] == "belongs to a parametrised weight"
+    rows = {name: {one.parameter for one in layer.rows} for name, layer in neurons.layers.items()}
+    both = (".parametrizations.weight.original1", ".parametrizations.weight.original0")
+    assert rows == {
+        # A length that is not each row's own stays outside.
+        "one length": {"one length.weight_v"},
+        "across rows": {f"across rows{both[0]}"},
+        "row by row": {f"row by row{one}" for one in both},
+        "transposed": {f"transposed{one}" for one in both},
+        "old spectral": {"old spectral.weight_orig"},
+        "spectral": {"spectral.parametrizations.weight.original"},
+        "attention.out_proj": {"attention.out_proj.weight", "attention.out_proj.bias"},
+        "plain": {"plain.weight", "plain.bias"},
+    }
+    assert all(one.count == layer.neurons == 4 for layer in neurons.layers.values() for one in layer.rows)
+    assert set(neurons.outside) == {name for name, _ in net.named_parameters()} - set().union(*rows.values())
+    assert neurons.outside["across rows.parametrizations.weight.original0"] == "belongs to a parametrised weight"
+    assert neurons.outside["one length.weight_g"] == "belongs to a parametrised weight"
 
 
 # Tied weights.
@@ -305,13 +320,43 @@ def test_zero_size_layers_and_empty_groups() -> None:
         optimizer.step()
 
 
-def test_lazy_modules_are_refused_until_they_have_shapes() -> None:
-    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(FreezingError, match=r"^model: has lazy layers without shapes yet; run one batch"):
-        Freezer(net, optimizer, [torch.randn(1, 2, 5, 5)])
-    net(torch.randn(1, 2, 5, 5))
-    assert set(Freezer(net, sgd(net), [torch.randn(1, 2, 5, 5)]).layers) == {"0", "2"}
+def test_lazy_modules_get_their_shapes_from_the_probe() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Dropout(), nn.Flatten(), nn.LazyLinear(2))
+
+    images = torch.randn(1, 2, 5, 5)
+    torch.manual_seed(0)
+    by_hand = make().eval()
+    by_hand(images)
+    torch.manual_seed(0)
+    net = make()
+    freezer = Freezer(net, torch.optim.SGD(net.parameters(), lr=0.1), [images])
+    assert set(freezer.layers) == {"0", "1", "4"}
+    assert all(module.training for module in net.modules())
+    for name, tensor in by_hand.state_dict().items():
+        assert torch.equal(net.state_dict()[name], tensor), name
+    freezer.step()
+    assert freezer.notes == []
+    for moved in freezer.dynamics.values():
+        assert torch.allclose(moved.phi, torch.ones_like(moved.phi), rtol=0, atol=1e-12), "nothing was drawn anew"
+
+
+def test_lazy_modules_that_cannot_be_called_or_are_not() -> None:
+    net = nn.Sequential(nn.LazyConv2d(4, 3))
+    with pytest.raises(FreezingError, match=r"^probe_loader: a tensor of shape \[2, 3\] cannot be passed to the model"):
+        Freezer(net, torch.optim.SGD(net.parameters(), lr=0.1), [torch.randn(2, 3)])
+
+    class Leaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.left = nn.LazyLinear(3), nn.LazyLinear(3)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.used(inputs)
+
+    model = Leaves()
+    with pytest.raises(FreezingError, match=r"^model: has lazy layers that no call gave a shape"):
+        Freezer(model, torch.optim.SGD(model.parameters(), lr=0.1), [torch.randn(2, 3)])
 
 
 def test_exclude_globs() -> None:

@@ -131,7 +131,7 @@ FORMS: dict[str, tuple[Forward, set[str]]] = {
     "features too": (lambda net, x: (net.head(hidden := net.hidden(x)), hidden), {"head", "norm"}),
     "argmax too": (lambda net, x: (net.head(net.hidden(x)), net.head(net.hidden(x)).argmax(1)), {"head"}),
     "sum of two heads": (lambda net, x: net.head(hidden := net.hidden(x)) + net.other(hidden), {"head", "other"}),
-    "scaled": (lambda net, x: (net.head(net.hidden(x)) * net.scale).softmax(-1), {"head"}),
+    "scaled": (lambda net, x: (net.head(net.hidden(x)) * net.scale).softmax(-1), {"head", "scale"}),
     "in place": (lambda net, x: net.head(net.hidden(x)).relu_().sigmoid_(), {"head"}),
     "written into": (
         lambda net, x: torch.zeros(len(x), 3).index_copy_(1, torch.arange(3), net.head(net.hidden(x))),
@@ -298,7 +298,7 @@ def test_products_without_a_layer_are_counted_with_the_layer_called_before() -> 
             self.table = nn.Parameter(torch.ones(4, 4))
 
         def forward(self, inputs: Tensor) -> Tensor:
-            hidden = self.first(inputs @ self.table)  # [5, 4] by [4, 4]: the table's gradient only
+            hidden = self.first(inputs @ self.table.cumsum(0))  # [5, 4] by [4, 4]: the table's gradient only
             hidden = self.second(hidden)
             return self.head(hidden @ (hidden.transpose(-1, -2) @ hidden))  # two products, with both gradients each
 

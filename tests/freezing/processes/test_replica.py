@@ -265,14 +265,14 @@ class Beside(nn.Module):
     class LowRank(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
-            self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2))
+            self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4))
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return super().forward(inputs) + inputs @ self.down.T @ self.up.T
+            return super().forward(inputs) + inputs @ (self.down.T @ self.up)
 
     def __init__(self) -> None:
         super().__init__()
-        self.shift, self.gate, self.scale = (nn.Parameter(torch.randn(4)) for _ in range(3))
+        self.shift, self.gate, self.last = (nn.Parameter(torch.randn(4)) for _ in range(3))
         self.first, self.own, self.second, self.third = (
             nn.Linear(4, 4),
             self.LowRank(),
@@ -284,8 +284,8 @@ class Beside(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.own(torch.tanh(self.first(inputs + self.shift)))
         left = torch.tanh(self.second(hidden))
-        right = torch.tanh(self.third(hidden * self.gate))
-        return self.head(left + right) * self.scale
+        right = torch.tanh(self.third(hidden + self.gate))
+        return self.head(left + right) + 2 * self.last
 
 
 FROZEN_BESIDE: list[Mapping[str, float]] = [
@@ -326,7 +326,7 @@ def test_what_no_error_reaches_has_no_gradient_in_a_wrapped_model_either(
 ) -> None:
     alone = moved_beside(False, set_to_none, {})
     if set_to_none:
-        cut = [{"shift", "gate", "own.down", "own.up", "scale"} & set(none) for none, _ in alone]
+        cut = [{"shift", "gate", "own.down", "own.up", "last"} & set(none) for none, _ in alone]
         both = {"shift", "gate", "own.down", "own.up"}
         # In the first epoch nothing is frozen yet; "first" whole cuts off what lies before it.
         assert cut == [set(), {"shift"}, both, {"gate"}, {"gate"}, {"gate"}, both, {"shift"}, set()]
