@@ -154,12 +154,14 @@ def anatomy_of(
     definition: Definition = "paper",
     attached: bool = False,
     call: Call | None = None,
+    single: bool = False,
 ) -> Anatomy:
     """Look at ``model`` with one sample of ``inputs`` ([samples, ...]); it may be on the meta device.
 
     ``optimized`` are the parameters the optimiser updates (default: all), ``exclude`` globs of layers that never
     freeze. ``attached``: something outside the model needs every layer in autograd's graph, as reentrant activation
-    checkpoints inside do. ``call``: how the model is called with ``inputs``, if not with them alone.
+    checkpoints inside do. ``call``: how the model is called with ``inputs``, if not with them alone. ``single``:
+    ``inputs`` are one sample as they are, whatever the first dimension of their tensors is.
     Raises FreezingError where no layer has neurons that train, a glob matches none, or the model does not take them.
     """
     optimized = None if optimized is None else list(optimized)
@@ -171,10 +173,10 @@ def anatomy_of(
             "model: no layer has neurons that train; it needs a convolution, linear, normalisation or embedding layer "
             "whose parameters require gradients and are in the optimiser"
         )
-    trace = trace_model(model, neurons, inputs, call)
+    trace = trace_model(model, neurons, inputs, call, single=single)
     if trace.found != NOTHING_FOUND:
         neurons = find_neurons(model, optimized, trace.found)
-        trace = trace_model(model, neurons, inputs, call)
+        trace = trace_model(model, neurons, inputs, call, single=single)
     _check_families(neurons, trace)
     neurons = with_found_axes(neurons, trace.order, trace.axes)
     never_frozen = {

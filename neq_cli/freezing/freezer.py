@@ -22,12 +22,12 @@ from neq_cli.freezing.earlier import PLACES, Earlier, Snapshot, snapshot
 from neq_cli.freezing.equilibrium import Definition, Dynamics
 from neq_cli.freezing.flops import Flops
 from neq_cli.freezing.hold import Hold
-from neq_cli.freezing.model.calling import Call, give_shapes, has_no_shapes
+from neq_cli.freezing.model.calling import Call, give_shapes, has_no_shapes, inputs_of
 from neq_cli.freezing.model.layers import Layer, everything
 from neq_cli.freezing.model.neurons import find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
-from neq_cli.freezing.probe import device_of, first_probe_input, similarity
+from neq_cli.freezing.probe import copied, device_of, first_probe_input, similarity
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
 from neq_cli.freezing.rows.optimizers import unwrap_optimizer
 from neq_cli.freezing.state import State, check_state, fixed_tensors, load_policy
@@ -46,7 +46,9 @@ class Freezer:
 
     ``probe_loader`` yields held-out inputs, or (inputs, targets...); it is iterated once per epoch and should yield the
     same inputs in the same order each time. A mapping is passed as keywords, those that the model's forward takes; what
-    is called in another way is by ``call(model, item)``. ``exclude`` are globs of layer names that are never frozen,
+    is called in another way is by ``call(model, item)``. ``sample``: such an item with one sample in it, on which FLOPs
+    are counted, the same in every process; it is needed where the first row of each of an item's tensors is none, as in
+    lists of images, which are otherwise counted together. ``exclude`` are globs of layer names that are never frozen,
     beyond the output layer, which never is. ``probe_autocast``: run the probe under autocast with this dtype.
 
     ``backward``: ``exact`` computes the weight gradients of the trainable neurons only and the same errors as ever, so
@@ -97,6 +99,7 @@ class Freezer:
         row_wise: bool = False,
         probe_snapshot: Snapshot = "device",
         call: Call | None = None,
+        sample: Any = None,
     ) -> None:
         _check_choice("backward", backward, MODES, "a backward mode")
         _check_choice("probe_snapshot", probe_snapshot, PLACES, "a place for the weights before")
@@ -112,7 +115,7 @@ class Freezer:
         self.at_rest = 0  # epochs up to now in which all that may freeze was frozen, and it still is
         self.probe_autocast = probe_autocast
         self.process_group = process_group
-        self.call = call
+        self.call, self.sample = call, sample
         self._agreement = Agreement(process_group)
         self.epoch = 0
         self.notes: list[str] = []
@@ -125,7 +128,7 @@ class Freezer:
         self.compiled = is_compiled(model) if compiled is None else compiled
         self._exclude, self._row_wise, self._wrapped = exclude, row_wise, is_wrapped(model)
         if has_no_shapes(self.model):
-            give_shapes(self.model, self._first_input(), call)
+            give_shapes(self.model, self._looked_at_with(), call)
         self._standing = standing(self.model, self.optimizer)
         self.hold = self._study(self._standing)
         self.notes += self.anatomy.notes
@@ -281,12 +284,13 @@ class Freezer:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
         anatomy = anatomy_of(
             self.model,
-            self._first_input(),
+            self._looked_at_with(),
             optimized=now.optimized.values(),
             exclude=self._exclude,
             definition=self.definition,
             attached=self._wrapped,
             call=self.call,
+            single=self.sample is not None,
         )
         if self.front_mode == "inference" and self.compiled:
             raise FreezingError(
@@ -310,7 +314,9 @@ class Freezer:
             row_wise=self._row_wise,
         )
 
-    def _first_input(self) -> Any:
+    def _looked_at_with(self) -> Any:
+        if self.sample is not None:
+            return copied(inputs_of(self.sample, self.call), device_of(self.model))
         return first_probe_input(self.model, self.probe_loader, self._agreement.sample, self.call)
 
     def _look_anew(self) -> None:

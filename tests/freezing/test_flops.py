@@ -458,3 +458,26 @@ def test_attentions_products_belong_to_the_forward_pass() -> None:
     linear = tokens * (3 * width * width + width * width + 2 * width * 16) + 2 * 2 * tokens * width
     products = 2 * tokens * tokens * width
     assert dense(anatomy_of(attention, torch.zeros(1, tokens, width))).forward == linear + products
+
+
+class OfAList(nn.Module):
+    """Takes images that differ in size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return torch.stack([self.last(self.first(image[None]).mean((2, 3))[0]) for image in images])
+
+
+def test_flops_are_those_of_the_sample_given() -> None:
+    model = OfAList()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    items = [([torch.rand(3, 8, 8), torch.rand(3, 6, 10)], [0, 1])]
+    sample = ([torch.rand(3, 5, 4)], [0])
+    freezer = Freezer(model, optimizer, items, call=lambda model, item: model(item[0]), sample=sample)
+    # A multiply-add each for 4 x 27 weights at 5 x 4 places, and 4 x 2; twice that is back-propagation.
+    assert freezer.flops().paper_dense == 2 * (4 * 27 * 20 + 8)
+    freezer.step()
+    assert freezer.flops().paper_dense == 2 * (4 * 27 * 20 + 8)

@@ -29,7 +29,7 @@ def call_model(model: nn.Module, inputs: Any, call: Call | None) -> Any:
     """
     if call is not None:
         return call(model, inputs)
-    if isinstance(inputs, Mapping) and (taken := _taken(model, inputs)):
+    if isinstance(inputs, Mapping) and (taken := taken_keywords(model, inputs)):
         return model(**taken)
     return model(inputs)
 
@@ -82,7 +82,8 @@ class _Called(nn.Module):
         return call_model(self.model, inputs, self.call)
 
 
-def _taken(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def taken_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of ``inputs`` the forward of ``model`` takes as keywords."""
     parameters = inspect.signature(model.forward).parameters
     taken = {key: value for key, value in inputs.items() if key in parameters}
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())

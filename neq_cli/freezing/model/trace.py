@@ -70,15 +70,18 @@ class Trace:
         return found
 
 
-def trace_model(model: nn.Module, neurons: Neurons, inputs: Any, call: Call | None = None) -> Trace:
+def trace_model(
+    model: nn.Module, neurons: Neurons, inputs: Any, call: Call | None = None, *, single: bool = False
+) -> Trace:
     """Trace ``model`` on the first sample of ``inputs`` (tensors of [samples, ...]); works on the meta device too.
 
-    Where it takes none of one, as a list of images, on all of them. ``call``: how it is called, if not with ``inputs``.
+    Where it takes none of one, as a list of images, on all of them. ``single``: ``inputs`` are one sample as they are.
+    ``call``: how it is called, if not with ``inputs``.
     Auxiliary heads that only train are seen as well: the modules are in training mode, but for normalisation and
     dropout, which would need more than one sample or draw random numbers. A model whose training mode wants other
     inputs is traced in eval mode.
     """
-    sample = map_tensors(lambda tensor: tensor[:1] if tensor.dim() else tensor, inputs)
+    sample = inputs if single else map_tensors(lambda tensor: tensor[:1] if tensor.dim() else tensor, inputs)
     layers = {**neurons.layers, **neurons.fixed}
     with undisturbed(model):
         reached: set[str] = set()
