@@ -23,6 +23,8 @@ class RunStarted:
     layers: Mapping[str, int]  # neurons of every observed layer, in forward order
     notes: tuple[str, ...]  # what is trained outside neurons, what runs dense and why; also logged in the run directory
     epsilon: float | None = None  # the |velocity| below which the policy freezes; None where it goes by something else
+    lower_is_better: bool = False  # of the metric
+    counted: str = "img"  # what the speed counts, in a few letters: "img", "items"
 
 
 @dataclass(frozen=True)

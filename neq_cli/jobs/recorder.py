@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,13 @@ from neq_cli.runs.views.live.progress import Progress
 if TYPE_CHECKING:
     from neq_cli.freezing.backward.dispatch import Dispatch
     from neq_cli.training.session import Session
+
+
+def is_better(score: float, best: float | None, *, lower: bool) -> bool:
+    """Whether ``score`` is better than the ``best`` so far, None for none; NaN, which was not measured, never is."""
+    if math.isnan(score):
+        return False
+    return best is None or (score < best if lower else score > best)
 
 
 def create_directory(chosen: Path | None, name: str, session: Session) -> RunWriter:
@@ -150,7 +158,7 @@ class Recorder:
         if self.writer is not None:
             self.writer.write_epoch(record)
         score = record.metrics[self.session.started.metric]
-        improved = score == score and (self.best is None or score > self.best)
+        improved = is_better(score, self.best, lower=self.session.started.lower_is_better)
         self.best = score if improved else self.best
         # The last file of an epoch is the last checkpoint: with it, the epoch need not be trained again.
         self._save(best=improved)

@@ -133,7 +133,8 @@ def _show_beginning(progress: Progress, session: Session, startup: Startup, past
 def _best(session: Session, past: Sequence[EpochRecord]) -> float | None:
     """Return the best score of the epochs that are trained, None where none was measured."""
     scores = [float(epoch.metrics[session.started.metric]) for epoch in past]
-    return max((score for score in scores if score == score), default=None)
+    best_of = min if session.started.lower_is_better else max
+    return best_of((score for score in scores if score == score), default=None)
 
 
 def _give_up(writer: RunWriter, progress: Progress, reason: str) -> None:

@@ -107,7 +107,10 @@ def records() -> Callable[..., list[EpochRecord]]:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
-    """``make_run(name, recipe=..., epochs=planned, frozen=..., metrics=..., environment=..., finish=True)``."""
+    """``make_run(name, recipe=..., epochs=planned, frozen=..., metrics=..., environment=..., finish=True)``.
+
+    ``metric`` is what it goes by, and ``lower`` whether less of it is better.
+    """
 
     def make(
         name: str = "run",
@@ -118,11 +121,14 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         environment: dict[str, Any] | None = None,
         sizes: Mapping[str, int] | None = None,
         finish: bool = True,
+        metric: str = "test_top1",
+        lower: bool = False,
     ) -> Run:
         recipe = recipe or make_recipe()
         path, sizes = tmp_path / name, sizes or SIZES
         started = RunStarted(
-            "digits", "resnet32 on CIFAR10", "neq epsilon=0.001 mu=0.5", "cpu", 3, 7, "test_top1", sizes, ("a note",)
+            *("digits", "resnet32 on CIFAR10", "neq epsilon=0.001 mu=0.5", "cpu", 3, 7, metric, sizes, ("a note",)),
+            lower_is_better=lower,
         )
         writer = RunWriter.create(path, yaml.safe_dump(recipe, sort_keys=False), environment or {})
         writer.write_started(started)

@@ -56,6 +56,7 @@ class Row:
     flops_training_percent: float | None
     goal: Goal | None  # None without a baseline of the same metric
     matched_p: Summary | None  # of `p: match:RUN_DIR`
+    lower_is_better: bool = False  # of the metric
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def compare_runs(runs: Sequence[Run], baseline: Run | None = None, allow_differe
     """Fold runs into configurations and set each against the baseline's.
 
     The baseline is the configuration that ``baseline`` belongs to, else the only one of policy ``baseline``, else none:
-    then differences and percentages are None and a note says so. Differences of final and best metric are in points;
+    then differences and percentages are None and a note says so. Differences of final and best metric are in its unit;
     their p-values are exact (``statistics.difference`` says which test and its smallest p) and need three
     finished runs on both sides. A run given twice counts once; two runs of one seed both count, but are not paired.
 
@@ -102,10 +103,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     """Return plain lists and dicts; what is not known is None.
 
     ``schema`` (1), ``baseline`` (an approach or None), ``notes``, and ``rows``, each with the fields of ``Row``:
-    ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``, ``metric``; ``flops_paper``,
-    ``flops_executed``, ``flops_training``, ``final``, ``best``, ``seconds`` and ``matched_p`` as ``{mean, std, n}``;
-    ``flops_paper_percent``, ``flops_executed_percent``, ``flops_training_percent``; ``final_difference`` and
-    ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields of ``Goal``.
+    ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``, ``metric``, ``lower_is_better``;
+    ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``, ``best``, ``seconds`` and ``matched_p`` as
+    ``{mean, std, n}``; ``flops_paper_percent``, ``flops_executed_percent``, ``flops_training_percent``;
+    ``final_difference`` and ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields
+    of ``Goal``.
     """
     return {"schema": 1, **plain_json(asdict(comparison))}
 
@@ -116,15 +118,19 @@ def _once(runs: Sequence[Run]) -> list[Run]:
 
 def _refuse_differences(runs: Sequence[Run]) -> None:
     found = disagreements(runs)
-    metrics = {run.metric: run for run in runs}
+    metrics = {_metric_in_words(run): run for run in runs}
     if not found and len(metrics) == 1:
         return
     lines = ["these runs answer different questions; drop some, or compare them all the same with --allow-differences"]
     for key, values in found.items():
         lines.append(f"{printable(key)}: " + ", ".join(f"{written(v)} {_where(w)}" for v, w in values.items()))
     if len(metrics) > 1:
-        lines.append("metric: " + ", ".join(f"{printable(m)} {_where([run])}" for m, run in metrics.items()))
+        lines.append("metric: " + ", ".join(f"{m} {_where([run])}" for m, run in metrics.items()))
     raise NeqError("\n".join(lines))
+
+
+def _metric_in_words(run: Run) -> str:
+    return printable(run.metric) + (" (lower is better)" if run.lower_is_better else "")
 
 
 def _where(runs: Sequence[Run]) -> str:
@@ -160,7 +166,7 @@ def _baseline_group(groups: Sequence[_Group], baseline: Run | None) -> tuple[_Gr
 def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
     runs = group.runs
     training = _training(runs)
-    same_metric = reference is not None and reference.runs[0].metric == runs[0].metric
+    same_metric = reference is not None and _metric_in_words(reference.runs[0]) == _metric_in_words(runs[0])
     paper, executed = _summary(runs, "flops_paper"), _summary(runs, "flops_executed")
     compared = same_metric and reference is not group
     against = reference.runs if reference is not None and compared else ()
@@ -188,6 +194,7 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
         else ratio_percent(training.mean, _training(reference.runs).mean),
         goal=goal(runs, reference.runs, target, shortest) if reference is not None and same_metric else None,
         matched_p=summarise(matched) if matched else None,
+        lower_is_better=runs[0].lower_is_better,
     )
 
 
@@ -216,7 +223,7 @@ def _final(run: Run) -> float:
 def _best(run: Run) -> float:
     values = run.column(run.metric)
     known = values[~np.isnan(values)]
-    return float(known.max()) if known.size else math.nan
+    return float(known.min() if run.lower_is_better else known.max()) if known.size else math.nan
 
 
 def _difference(runs: Sequence[Run], against: Sequence[Run], value: Callable[[Run], float]) -> Difference | None:

@@ -16,7 +16,7 @@ from neq_cli.text import ratio_percent
 
 @dataclass(frozen=True)
 class Goal:
-    """What the runs of a configuration take to the baseline's final metric; larger is better.
+    """What the runs of a configuration take to the baseline's final metric.
 
     ``flops`` are multiply-adds on one sample, forward passes and executed back-propagation of all epochs up to there,
     and ``flops_percent`` is of the baseline's whole training; both are NaN where runs tell no ``flops_forward``.
@@ -55,8 +55,10 @@ def training_flops(run: Run) -> NDArray[np.float64]:
 
 
 def _first_epoch(run: Run, target: float) -> int | None:
-    # The mean of runs that are alike is rounded. NaN is not at least anything.
-    found = np.flatnonzero(run.column(run.metric) >= target - 1e-9 * abs(target))
+    # The mean of runs that are alike is rounded. NaN is neither at least nor at most anything.
+    values, rounding = run.column(run.metric), 1e-9 * abs(target)
+    good = values <= target + rounding if run.lower_is_better else values >= target - rounding
+    found = np.flatnonzero(good)
     return int(found[0]) if found.size else None
 
 

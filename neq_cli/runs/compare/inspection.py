@@ -68,6 +68,7 @@ class Inspection:
     flops_executed: float
     flops_executed_percent: float
     metric: str
+    lower_is_better: bool  # of the metric
     metric_final: float  # the last one measured
     metric_best: float
     metric_best_epoch: int | None
@@ -207,7 +208,8 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
     means = {name: mean_known(values) for name, values in columns.items()}
     measured = columns[run.metric]
     known = np.flatnonzero(~np.isnan(measured))
-    best = int(known[np.argmax(measured[known])]) if known.size else None
+    best_of = np.argmin if run.lower_is_better else np.argmax
+    best = int(known[best_of(measured[known])]) if known.size else None
     seconds = float(np.nansum(columns["epoch_seconds"]))
     return {
         "path": str(run.path),
@@ -226,6 +228,7 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
         "flops_executed": means["flops_executed"],
         "flops_executed_percent": ratio_percent(means["flops_executed"], means["flops_executed_dense"]),
         "metric": run.metric,
+        "lower_is_better": run.lower_is_better,
         "metric_final": float(measured[known[-1]]) if known.size else math.nan,
         "metric_best": math.nan if best is None else float(measured[best]),
         "metric_best_epoch": None if best is None else best + 1,

@@ -69,12 +69,17 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The column that tells how good the model is; higher is better. RunDirectoryError where there is none."""
+        """The column that tells how good the model is. RunDirectoryError where there is none."""
         named = self.environment.get("metric")
         for column in (named, *KNOWN_METRICS):
             if isinstance(column, str) and column in self.metrics[0]:
                 return column
         raise RunDirectoryError(f"{printable(self.files.metrics)}: no column {' or '.join(KNOWN_METRICS)}")
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the smallest value of ``metric`` is the best one; higher is better where the run does not tell."""
+        return self.environment.get("metric_better") == "lower"
 
     def setting(self, key: str) -> Any:
         """Return the recipe's value at a dotted key, None where it has none."""

@@ -193,6 +193,7 @@ class RunWriter:
             "policy": record.policy,
             "device": record.device,
             "metric": record.metric,
+            "metric_better": "lower" if record.lower_is_better else "higher",
             "notes": [*notes, *(note for note in record.notes if note not in notes)],
         }
         kept = {key: value for key, value in self._environment.items() if self._epochs.resumed and key != "notes"}

@@ -249,6 +249,7 @@ def test_json_is_plain_and_has_stable_keys(seeded: Callable[..., Run]) -> None:
         "approach", "runs", "seeds", "is_baseline", "unfinished", "flops_paper", "flops_paper_percent",
         "flops_executed", "flops_executed_percent", "metric", "final", "final_difference", "best", "best_difference",
         "seconds", "flops_training", "flops_training_percent", "goal", "matched_p",
+        "lower_is_better",
     ]  # fmt: skip
     assert row["final"] == {"mean": 91.0, "std": None, "n": 1}
     assert row["final_difference"] == {
@@ -312,3 +313,24 @@ def test_a_run_that_ended_by_its_own_recipe_is_not_unfinished(make_run: Any, rec
 def test_nothing_to_compare() -> None:
     with pytest.raises(NeqError, match="at least one"):
         compare_runs([])
+
+
+def test_where_lower_is_better_the_least_is_the_best(make_run: Callable[..., Run], recipe: Any) -> None:
+    def run(name: str, policy: dict[str, Any], *errors: float, lower: bool = True) -> Run:
+        metrics = [{"test_mae": error, "epoch_seconds": 5.0} for error in errors]
+        made: Run = make_run(
+            name, recipe(policy=policy, epochs=len(errors)), metrics=metrics, metric="test_mae", lower=lower
+        )
+        return made
+
+    better, baseline = run("n", NEQ, 9.0, 2.0, 4.0), run("b", BASELINE, 8.0, 6.0, 5.0)
+    first, second = compare_runs([better, baseline]).rows
+    assert (first.lower_is_better, second.lower_is_better) == (True, True)
+    assert (first.best.mean, second.best.mean) == (5, 2)
+    assert second.final_difference is not None
+    assert second.final_difference.mean == -1
+    # The baseline ends at 5, which the other first comes below in its second epoch, after 10 s.
+    assert second.goal is not None
+    assert (second.goal.target, second.goal.reached, second.goal.seconds.mean) == (5, 1, 10)
+    with pytest.raises(NeqError, match=r"metric: test_mae \(lower is better\) in .*, test_mae in "):
+        compare_runs([better, run("other", BASELINE, 1.0, 1.0, 1.0, lower=False)])

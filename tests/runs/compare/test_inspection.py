@@ -119,7 +119,8 @@ def test_json_is_plain_and_has_stable_keys(run: Run, tmp_path: Path) -> None:
     assert " ".join(plain) == (
         "schema path recipe description policy device status status_reason epoch epochs_done epochs_planned "
         "neurons frozen frozen_mean_percent flops_paper flops_paper_percent flops_executed flops_executed_percent "
-        "metric metric_final metric_best metric_best_epoch seconds probe_percent notes layer_glob layers changes"
+        "metric lower_is_better metric_final metric_best metric_best_epoch seconds probe_percent notes layer_glob "
+        "layers changes"
     )
     assert plain["path"] == str(tmp_path / "run")
     assert list(plain["layers"][0]) == [
@@ -149,3 +150,13 @@ def test_folded_ranges_unfold_to_what_they_were(indices: set[int]) -> None:
         first, _, last = part.partition("-")
         unfolded += range(int(first), int(last or first) + 1)
     assert unfolded == sorted(indices)
+
+
+@pytest.mark.parametrize(("lower", "best", "epoch"), [(True, 2.0, 2), (False, 9.0, 1)])
+def test_the_best_epoch_is_the_one_the_metric_says(
+    make_run: Callable[..., Run], lower: bool, best: float, epoch: int
+) -> None:
+    metrics = [{"test_mae": error} for error in (9.0, 2.0, 4.0)]
+    found = inspect_run(make_run(metrics=metrics, metric="test_mae", lower=lower))
+    assert (found.metric_final, found.metric_best, found.metric_best_epoch) == (4, best, epoch)
+    assert found.lower_is_better == lower

@@ -189,6 +189,7 @@ def test_what_the_run_says_of_itself_stands_in_the_environment(tmp_path: Path) -
         "policy": "neq epsilon=0.001 mu=0.5",
         "device": "cpu",
         "metric": "test_top1",
+        "metric_better": "higher",
     }
 
 

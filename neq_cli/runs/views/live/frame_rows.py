@@ -42,11 +42,11 @@ def format_rate(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else MISSING
 
 
-def format_speed(images_per_second: float) -> str:
-    """``1234 img/s``, ``3.2 img/s``."""
+def format_speed(images_per_second: float, counted: str = "img") -> str:
+    """``1234 img/s``, ``3.2 img/s``; ``counted``: of what."""
     if not math.isfinite(images_per_second):
-        return f"{MISSING} img/s"
-    return f"{images_per_second:.{0 if images_per_second >= 10 else 1}f} img/s"
+        return f"{MISSING} {counted}/s"
+    return f"{images_per_second:.{0 if images_per_second >= 10 else 1}f} {counted}/s"
 
 
 def format_score(value: float, metric: str) -> str:
@@ -97,7 +97,9 @@ def progress_lines(view: RunView, width: int, now: float) -> list[Line]:
 
 def _progress_tails(view: RunView, width: int, now: float) -> tuple[str, str]:
     position = view.position
-    speed = format_speed(position.images_per_second if position else view.last("images_per_second"))
+    speed = format_speed(
+        position.images_per_second if position else view.last("images_per_second"), view.started.counted
+    )
     known = position is not None and math.isfinite(position.train_loss)
     loss = f"loss {format_loss(position.train_loss)}  " if position and known and width >= 70 else ""
     elapsed = clock((now if view.ended is None else view.ended) - view.began)
@@ -136,9 +138,9 @@ def loss_row(view: RunView, column: str) -> StatRow:
 
 
 def metric_row(view: RunView) -> StatRow:
-    """What says how good the model is; the higher the better."""
+    """What says how good the model is."""
     metric = view.started.metric
-    best, epoch = view.best(metric)
+    best, epoch = view.best(metric, lowest=view.started.lower_is_better)
     score = format_score(best, metric)
     tails = (f"best {score} at epoch {epoch}", f"best {score}", "") if epoch else ("",)
     label = METRIC_NAMES.get(metric, printable(metric).replace("_", " "))

@@ -202,7 +202,7 @@ def epoch_line(record: EpochRecord, started: RunStarted, seconds_left: float) ->
         f"{started.metric.removeprefix('test_')} {_metric(metrics, started.metric)}",
         f"frozen {frozen:>{len(str(neurons))}}/{neurons} {f'({share})':<8}",
         f"flops {_flops(metrics, 'paper')}, {_flops(metrics, 'executed')}",
-        f"{_number(metrics['images_per_second'], '.0f')} img/s",
+        f"{_number(metrics['images_per_second'], '.0f')} {started.counted}/s",
         f"{_number(metrics['epoch_seconds'], '.1f')} s",
         f"eta {clock(seconds_left)}",
     ]

@@ -151,14 +151,12 @@ def _mean(values: Iterable[float]) -> float:
 
 def _metric(run: Path, columns: Sequence[str]) -> str:
     """Return the column that says how good the model is, an empty text where none is known."""
-    known = next((column for column in KNOWN_METRICS if column in columns), None)
-    if known is not None:
-        return known
     try:
         named = read_json(RunFiles(run).environment).get("metric")
     except RunDirectoryError:
-        return ""
-    return named if isinstance(named, str) and named in columns else ""
+        named = None
+    # As ``Run.metric`` has it.
+    return next((column for column in (named, *KNOWN_METRICS) if isinstance(column, str) and column in columns), "")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from neq_cli.errors import NeqError
 from neq_cli.runs.compare.configurations import model_and_data
 from neq_cli.runs.compare.curves import Configuration, Study, study
 from neq_cli.runs.store.disk import atomic_write
-from neq_cli.runs.store.run import Run
+from neq_cli.runs.store.run import KNOWN_METRICS, Run
 from neq_cli.runs.views.report.drawing import MARK, PAGE, drawn, require_matplotlib
 from neq_cli.runs.views.report.files import check_replaceable
 from neq_cli.runs.views.report.html import bullets, element, inline, legend, swatch, text
@@ -71,7 +71,7 @@ def render_page(report: Report) -> str:
     sections = [
         ("short", "In short", _short(the_study)),
         ("comparison", "Comparison", comparison_table(the_study)),
-        ("flops", "Accuracy against FLOPs", _group(report, "points", dot=True)),
+        ("flops", f"{_quality(the_study)} against FLOPs", _group(report, "points", dot=True)),
         ("epochs", "By epoch", _curves(report)),
         ("layers", "Frozen share by layer", _layers(report)),
         ("neurons", "Distributions over neurons", _neurons(report)),
@@ -96,6 +96,13 @@ def render_page(report: Report) -> str:
         "footer", element("p", f"neq {text(__version__)}. FLOPs: one sample's back-propagation, one multiply-add each.")
     )
     return _document(title, element("header", header) + element("main", body) + footer)
+
+
+def _quality(the_study: Study) -> str:
+    """Return what the metric is called in a heading: a task's own has its own name."""
+    metrics = {row.metric for row in the_study.comparison.rows}
+    own = metrics - set(KNOWN_METRICS)
+    return "Accuracy" if not own else text(own.pop(), 40) if len(metrics) == 1 else "Metric"
 
 
 def _document(title: str, body: str) -> str:

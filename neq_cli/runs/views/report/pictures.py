@@ -106,6 +106,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
     metric = metrics.pop()
     for accounting in ("paper", "executed"):
         points = []
+        better = "Down" if the_study.configurations[0].row.lower_is_better else "Up"
         for configuration in the_study.configurations:
             row = configuration.row
             x: Summary = getattr(row, f"flops_{accounting}")
@@ -117,7 +118,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
             section="points",
             title=f"Final {printable(metric, 40)} against {accounting} FLOPs",
             caption="One point a configuration, numbered as in the table; bars: one sample standard deviation over "
-            "seeds, FLOPs: mean of all epochs. Up and to the left is better.",
+            f"seeds, FLOPs: mean of all epochs. {better} and to the left is better.",
             summary="; ".join(
                 f"{key.number} {key.name}: {x / unit:.4g}{prefix.strip(' ()')} and {format_metric(y, metric)}"
                 for key, (x, y), _ in points[:20]

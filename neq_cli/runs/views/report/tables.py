@@ -15,7 +15,6 @@ from neq_cli.runs.views.report.html import bullets, details, element, swatch, ta
 from neq_cli.runs.views.report.pictures import line
 from neq_cli.runs.views.tables.comparison import (
     GOAL_LEGEND,
-    LEGEND,
     Cell,
     cells,
     goal_cells,
@@ -23,6 +22,7 @@ from neq_cli.runs.views.tables.comparison import (
     goal_heading,
     has_goals,
     header,
+    legend,
 )
 from neq_cli.text import MISSING, format_metric, printable
 
@@ -36,8 +36,8 @@ def comparison_table(the_study: Study) -> str:
     """Return what `neq compare` prints, with the numbers and colours of the figures."""
     names = ["", *map(text, header(the_study.comparison))]
     rows = [_comparison_row(the_study, configuration) for configuration in the_study.configurations]
-    legend = element("p", element("small", text(f"{LEGEND}.", 400)))
-    whole = table("Every configuration, the baseline first", names, rows, "comparison") + legend
+    below = element("p", element("small", text(f"{legend(the_study.comparison)}.", 400)))
+    whole = table("Every configuration, the baseline first", names, rows, "comparison") + below
     return whole + _goal_table(the_study)
 
 
@@ -55,8 +55,8 @@ def _goal_table(the_study: Study) -> str:
         for configuration in the_study.configurations
         if configuration.row.goal is not None
     ]
-    legend = element("p", element("small", text(f"{GOAL_LEGEND}.", 400)))
-    return table(goal_heading(comparison), names, rows, "comparison") + legend
+    below = element("p", element("small", text(f"{GOAL_LEGEND}.", 400)))
+    return table(goal_heading(comparison), names, rows, "comparison") + below
 
 
 def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]:

@@ -17,6 +17,7 @@ from rich.text import Text
 from neq_cli.runs.compare.comparison import Comparison, Row
 from neq_cli.runs.compare.goal import Goal
 from neq_cli.runs.compare.statistics import Difference, Summary
+from neq_cli.runs.store.run import KNOWN_METRICS
 from neq_cli.text import (
     MISSING,
     format_flops,
@@ -26,10 +27,6 @@ from neq_cli.text import (
     printable,
 )
 
-LEGEND = (
-    "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, mean of all epochs, "
-    "% of the baseline; differences to the baseline in points, p exact and two-sided"
-)
 GOAL_LEGEND = (
     "seconds until a run first measured it, of the runs that reached it; FLOPs of forward passes and executed "
     "back-propagation up to there, and of the whole training, % of the baseline's whole training"
@@ -45,7 +42,7 @@ _CSV_COLUMNS = (
     *("seconds_mean", "seconds_std", "matched_p_mean", "matched_p_std"),
     *("flops_training_mean", "flops_training_std", "flops_training_percent"),
     *("goal_target", "goal_reached", "goal_seconds_mean", "goal_seconds_std", "goal_flops_percent"),
-    *("equal_seconds", "at_equal_time_mean", "at_equal_time_std"),
+    *("equal_seconds", "at_equal_time_mean", "at_equal_time_std", "lower_is_better"),
 )
 
 
@@ -70,6 +67,18 @@ class Cell:
         return f"{self.with_spread} ({', '.join(self.details)})" if self.details else self.with_spread
 
 
+def legend(comparison: Comparison) -> str:
+    """Return what the numbers of the table are."""
+    percentages = all(row.metric in KNOWN_METRICS for row in comparison.rows)
+    lower = dict.fromkeys(printable(row.metric, 40) for row in comparison.rows if row.lower_is_better)
+    unit = "points" if percentages else "the metric's unit"
+    return (
+        "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, mean of all epochs, "
+        f"% of the baseline; differences to the baseline in {unit}, p exact and two-sided"
+        + "".join(f"; lower {metric} is better" for metric in lower)
+    )
+
+
 def render(comparison: Comparison) -> RenderableType:
     """Return the terminal table with its legend and notes; it fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), leading=1)
@@ -85,7 +94,7 @@ def render(comparison: Comparison) -> RenderableType:
         stacked = [approach.stacked, n.stacked, paper.stacked, executed.stacked, *scores, seconds.stacked]
         table.add_row(*map(Text, stacked), style="bold" if row.is_baseline else "")
     notes = [Text(f"note: {printable(note)}", style="yellow") for note in comparison.notes]
-    return Group(table, Text(LEGEND, style="dim"), *_goals(comparison), *notes)
+    return Group(table, Text(legend(comparison), style="dim"), *_goals(comparison), *notes)
 
 
 def _goals(comparison: Comparison) -> list[RenderableType]:
@@ -136,7 +145,8 @@ def to_markdown(comparison: Comparison) -> str:
         rows = [goal_cells(row) for row in comparison.rows if row.goal is not None]
         heading = f"\n{_markdown(goal_heading(comparison))}:\n\n"
         goals = f"{heading}{_markdown_table(goal_header(comparison), rows)}\n\n{GOAL_LEGEND}.\n"
-    return f"{table}\n\n{LEGEND}.\n{goals}" + "".join(f"\n- {_markdown(note)}" for note in comparison.notes) + "\n"
+    told = "".join(f"\n- {_markdown(note)}" for note in comparison.notes)
+    return f"{table}\n\n{_markdown(legend(comparison))}.\n{goals}{told}\n"
 
 
 def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -147,7 +157,7 @@ def _markdown_table(names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str
 
 def to_latex(comparison: Comparison) -> str:
     """Return a ``tabular`` that needs no package, with legend and notes as comments."""
-    notes = [f"% {printable(line)}" for line in (LEGEND, *comparison.notes)]
+    notes = [f"% {printable(line)}" for line in (legend(comparison), *comparison.notes)]
     lines = [*notes, *_tabular(header(comparison), [cells(row) for row in comparison.rows])]
     if has_goals(comparison):
         lines += ["", *(f"% {printable(line)}" for line in (goal_heading(comparison), GOAL_LEGEND))]
@@ -274,6 +284,7 @@ def _csv_row(row: Row) -> list[str]:
         *_numbers(row.seconds.mean, row.seconds.std, matched.mean, matched.std),
         *_numbers(row.flops_training.mean, row.flops_training.std, row.flops_training_percent),
         *_goal_numbers(row.goal),
+        str(row.lower_is_better).lower(),
     ]
 
 

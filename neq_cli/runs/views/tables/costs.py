@@ -101,9 +101,10 @@ def _circumstance_lines(result: Result) -> Iterator[tuple[str, str]]:
     yield "recipe", result["recipe"]
     compiled = ", compiled" if result["compile"] else ""
     yield "model", f"{result['model']}, {result['neurons']} neurons, {result['precision']}{compiled}"
-    shape = "x".join(map(str, result["image_shape"]))
+    known = result["image_shape"]
+    what = "items" if known is None else f"images of {'x'.join(map(str, known))}"
     noise = "noise in the shape of " if result["synthetic_data"] else ""
-    yield "batch", f"{result['batch_size']} images of {shape}, {noise}{result['data']}"
+    yield "batch", f"{result['batch_size']} {what}, {noise}{result['data']}"
     yield "optimizer", result["optimizer"]
     threads = "" if "thread" in result["device"] else f", {result['threads']} CPU threads"
     yield "device", f"{result['device']}{threads}"

@@ -211,6 +211,16 @@ def test_the_last_epoch_s_numbers_and_the_best() -> None:
     assert re.search(r"83\.00% .*best 90\.00% at epoch 5$", line_with(frame, "test top-1"))  # 90 - 7
 
 
+def test_where_lower_is_better_the_least_is_the_best() -> None:
+    started, *rest = records(SMALL, 8)
+    assert isinstance(started, RunStarted)
+    frame = render_frame(80, 24, [replace(started, lower_is_better=True, counted="items"), *rest])
+    # 90 less the distance from epoch 5: 86 in the first epoch.
+    assert line_with(frame, "test top-1").endswith("best 86.00% at epoch 1")
+    assert "1234 items/s" in frame
+    assert "img/s" not in frame
+
+
 def test_flops_against_dense_now_and_on_average() -> None:
     run = records(SMALL, 12)
     rows = [record.metrics for record in run if isinstance(record, EpochRecord)]

@@ -35,6 +35,14 @@ def test_what_is_added_is_taken_in_whole_rows(tmp_path: Path) -> None:
     assert (one.epochs_done, one.score, one.frozen_share) == (3, 20.5, 0.5)  # not every epoch is tested
 
 
+def test_the_metric_is_the_one_that_the_run_names(tmp_path: Path) -> None:
+    one = run(tmp_path)
+    (one.path / "environment.json").write_text(json.dumps({"metric": "test_f1"}))
+    write(one, "epoch,test_top1,test_f1,neurons,frozen,epoch_seconds\n1,10.5,0.25,200,0,2.0\n")
+    one.look(0)
+    assert (one.metric, one.score) == ("test_f1", 0.25)
+
+
 def test_only_what_is_new_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = run(tmp_path, epochs=10_000)
     write(one, HEADER + "".join(f"{epoch},1,2,1,0.1\n" for epoch in range(1, 5001)))
