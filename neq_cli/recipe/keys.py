@@ -89,7 +89,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which images it is trained on: by name or from a Python callable."""
+    """What it is trained on, images or anything else: by name or from a Python callable."""
 
     name: Annotated[str | None, RESULT] = Field(
         default=None,
@@ -245,7 +245,7 @@ class Recipe(Section):
     )
     epochs: Annotated[Count, COURSE] = Field(description="passes over the training data", examples=[250])
     batch_size: Annotated[Count, COURSE] = Field(
-        default=100, description="images per step; per process where there are several"
+        default=100, description="images, or other items, per step; per process where there are several"
     )
     optimizer: OptimizerSection = Field(examples=["{name: sgd, lr: 0.1}"])
     scheduler: SchedulerSection = Field(default_factory=lambda: SchedulerSection(), examples=["{name: cosine}"])
@@ -307,6 +307,11 @@ class Recipe(Section):
     device: Annotated[Device, SURROUNDINGS] = Field(
         default="auto", description="auto takes cuda, then mps, then cpu; or a torch device"
     )
+
+    @property
+    def task_is_own(self) -> bool:
+        """Whether what is learnt is a callable's to say, and not one of neq's own tasks."""
+        return ":" in self.task
 
 
 def _changes(model: type[Section], prefix: str = "") -> dict[str, Change]:

@@ -37,6 +37,7 @@ def divergence_mend(recipe: Recipe, before_any_update: bool = False) -> str:
     precise = recipe.precision == "fp32"
     if before_any_update:
         also = "" if precise else ", or try precision=fp32"
-        return f"no update came before it: look at the images (data.mean, data.std) and at the model's weights{also}"
+        what = "data" if recipe.task_is_own else "images (data.mean, data.std)"
+        return f"no update came before it: look at the {what} and at the model's weights{also}"
     clips = [] if recipe.clip_grad_norm is not None else ["clip_grad_norm"]
     return " or ".join(["try a lower optimizer.lr", *clips, *([] if precise else ["precision=fp32"])])

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from neq_cli.errors import RecipeValueError
-from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.coverage import Coverage, coverage_of
 from neq_cli.recipe import FrontPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
-from neq_cli.training.models.build import build_on_meta
+from neq_cli.training.data.parts import load_data
+from neq_cli.training.loop.calling import probe_call
+from neq_cli.training.loop.tasks import build_task
+from neq_cli.training.machine.device import seed_everything
+from neq_cli.training.models.build import build_model, build_on_meta
 from neq_cli.training.models.outline import images_shape
 from neq_cli.training.policies import chosen_share, match, mean_front_flops, mean_stochastic_flops
+from neq_cli.training.sample import Sample, check_together
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,17 @@ class FlopsEstimate:
 
 
 def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsEstimate:
-    """Count without training, data or weights: the model is built without numbers, on the meta device.
+    """Count without training or weights: the model is built without numbers, on the meta device.
 
-    A stochastic policy and a front by schedule are averaged over the epochs; the sets of any other policy are known
-    only to training, so it counts as dense. Raises RecipeError where the data does not tell the size of its images.
+    Data is not opened either, but for a dataset of the user's own whose images have a size that only it knows, or that
+    yields other things than images: it gives one sample, for which the model has its numbers. A stochastic policy and a
+    front by schedule are averaged over the epochs; the sets of any other policy are known only to training, so it
+    counts as dense. Raises RecipeError where the data does not tell the size of its images.
     """
-    model, shape, anatomy = _outline(recipe)
+    model, sample = _outline(recipe)
+    anatomy = sample.anatomy(model, recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
-    recipe, notes = match(recipe, model, (1, *shape), matched_flops)
+    recipe, notes = match(recipe, model, sample, matched_flops)
     paper, executed = dense.paper, dense.executed
     policy, epochs, mode = recipe.policy, recipe.epochs, recipe.backward
     if isinstance(policy, StochasticPolicy):
@@ -60,14 +67,22 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
 
 def estimate_coverage(recipe: Recipe) -> Coverage:
     """Return what share of the recipe's model are neurons, built as ``estimate_flops`` does."""
-    model, _, anatomy = _outline(recipe)
-    return coverage_of(anatomy, dict(model.named_parameters()))
+    model, sample = _outline(recipe)
+    return coverage_of(sample.anatomy(model, recipe.exclude), dict(model.named_parameters()))
 
 
-def _outline(recipe: Recipe) -> tuple[nn.Module, tuple[int, ...], Anatomy]:
-    """Return the recipe's model on the meta device, the shape of an image, and what a look at the model tells."""
-    model = build_on_meta(recipe.model, class_count(recipe.data))
-    shape = images_shape(recipe.data, model)
-    if shape is None:
+def _outline(recipe: Recipe) -> tuple[nn.Module, Sample]:
+    """Return the recipe's model, on the meta device where it can be, and one sample of what it takes."""
+    task = build_task(recipe.task, recipe.label_smoothing, class_count(recipe.data)) if recipe.task_is_own else None
+    if task is None or probe_call(task) is None:
+        model = build_on_meta(recipe.model, class_count(recipe.data))
+        shape = images_shape(recipe.data, model)
+        if shape is not None:
+            return model, Sample(torch.zeros((1, *shape), device="meta"))
+    if recipe.data.entrypoint is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    return model, shape, anatomy_of(model, torch.zeros((1, *shape), device="meta"), exclude=recipe.exclude)
+    data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
+    task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
+    seed_everything(recipe.seed, deterministic=False)
+    model = build_model(recipe.model, data.num_classes)
+    return model, check_together(recipe, model, data, task)

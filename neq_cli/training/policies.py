@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from itertools import pairwise
 
-import torch
 from torch import nn
 
 from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.freezing import Baseline, Budget, Front, NEq, Policy, Stochastic
-from neq_cli.freezing.anatomy import Anatomy, anatomy_of
+from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.answers import settle
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.equilibrium import Dynamics
@@ -27,6 +26,7 @@ from neq_cli.recipe import (
     StochasticPolicy,
 )
 from neq_cli.recipe.entrypoints import load_entrypoint
+from neq_cli.training.sample import Sample
 
 _DRAWS = 200  # of random layers, whose mean is told
 
@@ -173,19 +173,14 @@ def matching_note(policy: StochasticPolicy, anatomy: Anatomy, paper_flops: float
     )
 
 
-def match(
-    recipe: Recipe, model: nn.Module, shape: tuple[int, ...], matched_flops: float | None
-) -> tuple[Recipe, list[str]]:
-    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask.
-
-    ``shape`` is that of one sample, batch dimension first.
-    """
+def match(recipe: Recipe, model: nn.Module, sample: Sample, matched_flops: float | None) -> tuple[Recipe, list[str]]:
+    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask."""
     policy = recipe.policy
     if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
         return recipe, []
     if matched_flops is None:
         raise RecipeValueError("policy.p", f"'{policy.p}' needs the run it names; give policy.matched_p instead")
-    anatomy = anatomy_of(model, torch.zeros(shape, device=next(model.parameters()).device), exclude=recipe.exclude)
+    anatomy = sample.anatomy(model, recipe.exclude)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0)).paper
     if not 0 < matched_flops <= dense * (1 + 1e-9):
         raise RecipeValueError(

@@ -20,19 +20,21 @@ from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.recipe import NEqPolicy, Recipe
 from neq_cli.training.batches.loaders import Loaders, make_loaders
 from neq_cli.training.batches.sampling import Share
+from neq_cli.training.data.catalogue import Shape
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.loop.optimizers import build_optimizer, build_scheduler, scheduler_notes
 from neq_cli.training.loop.step import AUTOCAST
-from neq_cli.training.loop.tasks import build_task
+from neq_cli.training.loop.tasks import build_task, lower_is_better
 from neq_cli.training.loop.trainer import Trainer
 from neq_cli.training.machine.device import describe_device, resolve_device, seed_everything
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.machine.memory_format import choose_layout
-from neq_cli.training.models.build import build_model, check_fit
+from neq_cli.training.models.build import build_model
 from neq_cli.training.models.weights import load_weights
 from neq_cli.training.policies import build_policy, describe_policy, match
 from neq_cli.training.processes.joined import Processes
 from neq_cli.training.processes.sync_batchnorm import synchronised
+from neq_cli.training.sample import Sample, check_together
 from neq_cli.training.startup import Startup
 
 
@@ -81,20 +83,26 @@ def prepare(
         share=Share(processes.rank, processes.count, processes.local_count),
         startup=startup,
     )
-    model, weights_notes = _build_network(recipe, data, device, startup, resumed=resumed)
-    recipe, model, layout_notes = _lay_out(recipe, model, data, device, processes, startup)
+    model, weights_notes = _build_network(recipe, data, startup, resumed=resumed)
+    task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
+    sample = check_together(recipe, model, data, task)  # on the CPU, where an error in a kernel says what is wrong
+    model.to(device)
+    image_shape = data.image_shape if sample.call is None else None
+    recipe, model, layout_notes = _lay_out(recipe, model, image_shape, device, processes, startup)
     # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
-    recipe, match_notes = match(recipe, model, (1, *data.image_shape), matched_flops)
-    dispatch = Dispatch(fixed=recipe.deterministic, agree=processes.kernel, known=earlier)
-    freezer = _make_freezer(recipe, model, optimizer, loaders, dispatch, choices or {}, processes, startup)
+    recipe, match_notes = match(recipe, model, sample, matched_flops)
+    # The others would wait for a kind of call that the first process may never meet: its batches have other shapes.
+    by_rule = data.as_it_is and processes.count > 1
+    dispatch = Dispatch(fixed=recipe.deterministic or by_rule, agree=processes.kernel, known=earlier)
+    freezer = _make_freezer(recipe, model, optimizer, loaders, sample, dispatch, choices or {}, processes, startup)
     trainer = Trainer(
         recipe=recipe,
         device=device,
         channels_last=bool(recipe.channels_last),
         model=model,
         loaders=loaders,
-        task=build_task(recipe.task, recipe.label_smoothing, data.num_classes),
+        task=task,
         optimizer=optimizer,
         scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
         freezer=freezer,
@@ -103,6 +111,8 @@ def prepare(
     )
     _seed_apart(recipe, processes)
     notes = [loaders.note, *weights_notes, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    if by_rule and not recipe.deterministic:
+        notes.append("kernels: by rule, not timed, as the processes' batches may differ in shape")
     started = RunStarted(
         recipe_name=name,
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
@@ -121,6 +131,8 @@ def prepare(
             *freezing_notes(freezer.anatomy, recipe.backward),
         ),
         epsilon=recipe.policy.epsilon if isinstance(recipe.policy, NEqPolicy) else None,
+        lower_is_better=lower_is_better(task),
+        counted="items" if data.as_it_is else "img",
     )
     return Session(recipe, trainer, started, _content(data), matched_flops)
 
@@ -138,19 +150,20 @@ def _start_device(recipe: Recipe, processes: Processes, startup: Startup) -> tor
     return device
 
 
-def _build_network(
-    recipe: Recipe, data: Data, device: torch.device, startup: Startup, *, resumed: bool
-) -> tuple[nn.Module, Sequence[str]]:
-    """Return the network on its device, with the weights to start from, and what is to be said of those."""
+def _build_network(recipe: Recipe, data: Data, startup: Startup, *, resumed: bool) -> tuple[nn.Module, Sequence[str]]:
+    """Return the network, still on the CPU, with the weights to start from, and what is to be said of those."""
     with startup.part("building the model"):
         model = build_model(recipe.model, data.num_classes)
-    notes: Sequence[str] = () if resumed else load_weights(model, recipe.model)
-    check_fit(model, data)  # on the CPU, where an error in a kernel says what is wrong
-    return model.to(device), notes
+    return model, () if resumed else load_weights(model, recipe.model)
 
 
 def _lay_out(
-    recipe: Recipe, model: nn.Module, data: Data, device: torch.device, processes: Processes, startup: Startup
+    recipe: Recipe,
+    model: nn.Module,
+    image_shape: Shape | None,
+    device: torch.device,
+    processes: Processes,
+    startup: Startup,
 ) -> tuple[Recipe, nn.Module, list[str]]:
     """Return the network in the memory format that it trains in, and the recipe, where it asks, with the faster one."""
     notes = []
@@ -158,7 +171,7 @@ def _lay_out(
         with startup.part("timing memory formats"):
             chosen = choose_layout(
                 model,
-                data.image_shape,
+                image_shape,
                 recipe.batch_size,
                 autocast=AUTOCAST[recipe.precision],
                 fixed=recipe.deterministic,
@@ -177,6 +190,7 @@ def _make_freezer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loaders: Loaders,
+    sample: Sample,
     dispatch: Dispatch,
     choices: Mapping[str, Any],
     processes: Processes,
@@ -197,6 +211,8 @@ def _make_freezer(
                 exclude=recipe.exclude,
                 process_group=processes.group,
                 probe_snapshot=recipe.probe_snapshot,
+                call=sample.call,
+                sample=sample.batch if sample.given else None,
             )
     except FreezingError as error:
         raise RecipeError([str(error)]) from error
@@ -225,9 +241,9 @@ def _check_device(recipe: Recipe, device: torch.device, processes: Processes) ->
 def _load_data(recipe: Recipe, processes: Processes) -> Data:
     """Load on one process of every machine first, which downloads what is missing."""
     if processes.local_rank == 0:
-        data = load_data(recipe.data, recipe.seed)
+        data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
     processes.wait()
-    return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed)
+    return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
 
 
 def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:
@@ -256,5 +272,5 @@ def _content(data: Data) -> dict[str, Any]:
         "train": len(data.train) + len(data.probe),
         "test": len(data.test),
         "classes": data.num_classes,
-        "image_shape": list(data.image_shape),
+        "image_shape": None if data.image_shape is None else list(data.image_shape),
     }

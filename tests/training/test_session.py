@@ -13,6 +13,7 @@ from neq_cli.recipe import Recipe, StochasticPolicy
 from neq_cli.recipe.load import dump_recipe, load_recipe
 from neq_cli.training.estimate import estimate_flops
 from neq_cli.training.policies import match
+from neq_cli.training.sample import Sample
 from neq_cli.training.session import prepare
 
 
@@ -115,7 +116,7 @@ def test_flops_of_another_model_are_refused(flops: float) -> None:
     with pytest.raises(
         RecipeError, match=r"^policy.p: 'match:a' has .* match a run of the same model on images of the same size$"
     ):
-        match(recipe, prepare(make_recipe(), "small").trainer.model, (1, 1, 8, 8), flops)
+        match(recipe, prepare(make_recipe(), "small").trainer.model, Sample(torch.zeros(1, 1, 8, 8)), flops)
 
 
 def test_the_papers_numbers() -> None:

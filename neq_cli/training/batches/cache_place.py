@@ -53,6 +53,8 @@ def choose_cache(data: Data, cache: Cache, device: torch.device, processes: int 
 
 
 def _automatic(data: Data, device: torch.device, processes: int) -> Choice:
+    if data.as_it_is:
+        return _not_kept(f"the items of {data.name} are taken as they are")
     if data.own:
         return _not_kept(f"{data.name} may change or hold chance; memory keeps what is read first")
     if data.train.differ or data.test.differ:
@@ -117,8 +119,8 @@ def _bytes(data: Data, images: Images) -> int:
         return 0  # not known before all are decoded
     if isinstance(images, ImagesInMemory) and images.unchanged:
         return len(images) * images.images[0].nbytes
-    _, height, width = data.image_shape
-    if images.whole_pixels is not None:
+    if images.whole_pixels is not None and data.image_shape is not None:
+        _, height, width = data.image_shape
         return images.whole_pixels * data.image_bytes // (height * width)
     return len(images) * data.image_bytes
 

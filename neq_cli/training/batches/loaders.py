@@ -31,7 +31,7 @@ class Loaders:
     In place of labels stand uint8 masks [batch, height, width] where the data has them, and shares of classes, float
     [batch, classes], where training images are mixed. Test images of masks are whole, those of one batch of one size.
     On the training device where images are cached, else on the CPU, pinned for a GPU. Of several processes each has its
-    share: no image is in two of them.
+    share: no image is in two of them. Items that are taken as they are come in batches of whatever their dataset makes.
     """
 
     train: Passes  # whole batches only, as many in each process
@@ -84,7 +84,8 @@ def make_loaders(
     startup = Startup() if startup is None else startup
     reading = Decoding(batch_size, workers, seed, share.local_processes, startup)
     # The probe set is so small that starting workers for it takes longer than reading it.
-    few = 4 * prod(data.image_shape) * len(data.probe) <= _KEPT_BYTES
+    item_bytes = data.image_bytes if data.as_it_is or data.image_shape is None else 4 * prod(data.image_shape)
+    few = item_bytes * len(data.probe) <= _KEPT_BYTES
     probe_reading = replace(reading, workers=0 if few else workers)
     if choice.place == "none":
         probed = CachedItems(data.probe) if few else data.probe
@@ -142,6 +143,8 @@ def _read(
     chosen = images.batches(reading.batch_size) if sampler is None and isinstance(images, Images) else None
     if chosen is not None:
         order = {"batch_sampler": chosen}
+    if images.collate is not None:
+        order["collate_fn"] = images.collate
     return in_batches(
         images,
         reading.batch_size,

@@ -111,7 +111,7 @@ class Rig:
         freezer = Freezer(
             self.step.model,
             optimizer,
-            [self.step.images[:1]],
+            [self.step.sample.batch],
             NEq(
                 definition=recipe.policy.definition if isinstance(recipe.policy, NEqPolicy) else "paper", scope="front"
             ),
@@ -119,6 +119,8 @@ class Rig:
             dispatch=dispatch,
             compiled=recipe.compile,
             exclude=recipe.exclude,
+            call=self.step.sample.call,
+            sample=self.step.sample.batch,
         )
         optimizer.register_step_pre_hook(lambda *_: lap("row_keeping"))
         first_after_step(optimizer, lambda *_: lap("optimizer"))

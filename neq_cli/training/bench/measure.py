@@ -68,7 +68,7 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
         "data": data.name,
         "synthetic_data": synthetic,
         "batch_size": recipe.batch_size,
-        "image_shape": list(data.image_shape),
+        "image_shape": None if data.image_shape is None else list(data.image_shape),
         "optimizer": recipe.optimizer.name,
         "precision": recipe.precision,
         "compile": recipe.compile,

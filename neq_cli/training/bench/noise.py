@@ -24,7 +24,7 @@ def find_data(recipe: Recipe) -> tuple[Data, bool]:
     model = build_on_meta(recipe.model, classes)
     shape = images_shape(recipe.data, model)
     if shape is None:
-        return load_data(recipe.data, recipe.seed), False
+        return load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own), False
     name = recipe.data.entrypoint or find_name(recipe.data.name or "")
     if classes is None:
         classes = count_outputs(recipe.model, model, name, shape)

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neq_cli.freezing.model.observing import map_tensors
 from neq_cli.recipe import Recipe
 from neq_cli.training.batches.loaders import make_loaders
 from neq_cli.training.data.parts import Data
+from neq_cli.training.loop.calling import forward_of, parts_of
 from neq_cli.training.loop.optimizers import build_optimizer
 from neq_cli.training.loop.step import autocast_of, update_weights
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.machine.device import seed_everything
-from neq_cli.training.models.build import build_model, check_fit
+from neq_cli.training.models.build import build_model
+from neq_cli.training.sample import check_together
 
 PARTS = ("forward", "backward", "optimizer", "row_keeping")
 _SMALL_STEPS = 1e-6
@@ -56,7 +59,8 @@ class Stopwatch:
 class TimedStep:
     """Model, optimiser and one batch of a recipe on ``device``; weights are random, drawn from the recipe's seed.
 
-    ``images``: [batch, channels, height, width]. Raises RecipeError or NeqError where model and data do not fit.
+    ``inputs``: images [batch, channels, height, width], or whatever else the data yields. Raises RecipeError or
+    NeqError where model and data do not fit.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, data: Data, *, channels_last: bool = False) -> None:
@@ -64,12 +68,12 @@ class TimedStep:
         self.device = device
         seed_everything(recipe.seed, deterministic=recipe.deterministic)
         self.model = build_model(recipe.model, data.num_classes)
-        check_fit(self.model, data)
+        self.task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
+        self.sample = check_together(recipe, self.model, data, self.task)
+        self.call = forward_of(self.task, self.model)
         self.model.to(device)
         loaders = make_loaders(data, recipe.batch_size, 0, recipe.seed, device, cache="none")
-        images, targets = next(iter(loaders.train))
-        self.images, self.targets = images.to(device), targets.to(device)
-        self.task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
+        self.inputs, self.targets = map_tensors(lambda tensor: tensor.to(device), parts_of(next(iter(loaders.train))))
         self.scaler = torch.amp.GradScaler(device.type, init_scale=_SCALE, enabled=recipe.precision == "fp16")
         self.forward_model: nn.Module = torch.compile(self.model) if recipe.compile else self.model  # type: ignore[assignment]
         self.stopwatch = Stopwatch(device)
@@ -82,7 +86,9 @@ class TimedStep:
             if tensor.dim() == 4:
                 # A clone: where the kernel is 1x1, `to` leaves the strides of the other format.
                 tensor.data = tensor.data.clone(memory_format=memory_format)
-        self.images = self.images.clone(memory_format=memory_format)
+        self.inputs = map_tensors(
+            lambda tensor: tensor.clone(memory_format=memory_format) if tensor.dim() == 4 else tensor, self.inputs
+        )
         self.channels_last = channels_last
         self.optimizer = build_optimizer(self.recipe.optimizer, self.model)
         for group in self.optimizer.param_groups:
@@ -92,7 +98,7 @@ class TimedStep:
     def loss(self) -> Tensor:
         """Return the batch's loss, to differentiate."""
         with autocast_of(self.recipe, self.device):
-            return self.task.loss(self.forward_model(self.images), self.targets)
+            return self.task.loss(self.call(self.forward_model, self.inputs, self.targets), self.targets)
 
     def run(self) -> Stopwatch:
         """Take one step, and return its stopwatch."""

@@ -26,6 +26,7 @@ class Images(Dataset[tuple[Tensor, Any]]):
     """
 
     masked = False  # whether targets are masks, not labels
+    collate: Any = None  # makes a batch of what it yields, where torch's own way is not enough
 
     def __init__(self, indices: Tensor, preparation: Preparation, *, augmented: bool) -> None:
         self.indices = indices
@@ -188,7 +189,7 @@ class ReadImages(Images):
     def _read(self, index: int, draw: int) -> tuple[Tensor, int]:
         with self._named(index):
             source_image, label = self._source_item(index, draw)
-            image, label = self._as_tensor(source_image, index), int(label)
+            image, label = self._as_tensor(source_image, index), as_label(label)
         if self.shape is not None:
             sized = self.preparation.size is not None
             if image.shape != ((self.shape[0], *image.shape[1:]) if sized else self.shape):
@@ -212,6 +213,14 @@ class ReadImages(Images):
     def _place(self, index: int, which: int = 0) -> str:
         """Name the file of an image, or (``which`` 1) of its mask."""
         return place_of(self.source, index, self.name, which)
+
+
+def as_label(target: Any) -> int:
+    """Return a label; ValueError where it is no whole number, which would be cut off."""
+    label = int(target)
+    if label != target:
+        raise ValueError(f"label {float(target):g} is no whole number; numbers are learnt by a task of your own")
+    return label
 
 
 def place_of(source: Any, index: int, name: str, which: int = 0) -> str:
@@ -238,6 +247,7 @@ class CachedItems(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, source: Dataset[tuple[Tensor, int]]) -> None:
         self.source = source
+        self.collate = getattr(source, "collate", None)
         self.cached: dict[int, tuple[Tensor, int]] = {}
 
     def __len__(self) -> int:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from neq_cli.errors import RecipeValueError, one_line
+from neq_cli.freezing.model.observing import first_input, tensors_in
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.catalogue import masks_problems, range_problems, statistics
-from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, place_of
+from neq_cli.training.data.catalogue import Shape, masks_problems, range_problems, statistics
+from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, as_label, place_of
+from neq_cli.training.data.items import Items, image_keys_problems
 from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
@@ -25,43 +28,57 @@ from neq_cli.training.errors import DataError
 class Data:
     """Three parts that share no image; each yields (float image [channels, height, width], label).
 
-    ``train`` is augmented as the recipe says, ``probe`` and ``test`` never are.
+    ``train`` is augmented as the recipe says, ``probe`` and ``test`` never are. Items that are ``as_it_is`` may be
+    anything, in batches that the parts' ``collate`` makes.
     """
 
     name: str  # "CIFAR10"
     train: Images
     probe: Images
     test: Images
-    num_classes: int
+    num_classes: int | None  # None where there are none, or the data does not tell
     classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]  # channels, height, width of what the model sees
-    image_bytes: int  # of such an image before normalisation
+    image_shape: Shape | None  # channels, height, width of what the model sees; None where it sees no such thing
+    image_bytes: int  # of such an image before normalisation, or of all tensors of an item
     own: bool  # a dataset of the user's own, which may hold chance or change
     masked: bool = False  # a mask [height, width] in place of every label
+    as_it_is: bool = False
     notes: tuple[str, ...] = ()  # what a user should know of how the data was understood
 
     @property
     def description(self) -> str:
         """The data in one line: "CIFAR10: 49950 training, 50 probe, 10000 test images of 3x32x32, 10 classes"."""
-        shape = "x".join(map(str, self.image_shape))
+        what = "items" if self.as_it_is else "images"
+        shape = "" if self.image_shape is None else f" of {'x'.join(map(str, self.image_shape))}"
+        classes = "" if self.num_classes is None else f", {self.num_classes} classes"
         return (
-            f"{self.name}: {len(self.train)} training, {len(self.probe)} probe, {len(self.test)} test images "
-            f"of {shape}, {self.num_classes} classes"
+            f"{self.name}: {len(self.train)} training, {len(self.probe)} probe, {len(self.test)} test {what}"
+            f"{shape}{classes}"
         )
 
+    def sample(self) -> Any:
+        """Return a batch of one item of the probe. RecipeValueError where it does not make one."""
+        try:
+            return (self.probe.collate or default_collate)([self.probe[0]])
+        except DataError as error:
+            raise RecipeValueError("data", str(error)) from error
 
-def load_data(section: DataSection, seed: int) -> Data:
+
+def load_data(section: DataSection, seed: int, *, own_task: bool = False) -> Data:
     """Open what ``section`` names and split ``probe_size`` images, chosen by ``seed`` alone, off the training part.
 
     Raises RecipeValueError, one line, where the data is missing, empty, inconsistent or smaller than the probe set.
     A dataset of the user's own may yield PIL images, uint8 or float tensors or arrays; it should leave augmentation to
-    ``augment``, so that the probe set is seen without.
+    ``augment``, so that the probe set is seen without. Whatever else it yields is taken as it is; under an ``own_task``
+    so are images with anything but a label or a mask beside them.
     """
-    source = open_source(section)
+    source = open_source(section, own_task=own_task)
     for part, dataset in (("training", source.train), ("test", source.test)):
         if len(dataset) == 0:
             raise RecipeValueError("data", f"{source.name} has no {part} images")
     kept, probed = split(len(source.train), section.probe_size, seed)
+    if source.as_it_is:
+        return _as_it_is(section, source, kept, probed)
     own = section.entrypoint is not None
     value_range = range_of(section) if own else None  # all others scale images as they read them
     image, target = _first(source)
@@ -107,6 +124,35 @@ def load_data(section: DataSection, seed: int) -> Data:
     )
 
 
+def _as_it_is(section: DataSection, source: Source, kept: Tensor, probed: Tensor) -> Data:
+    """Return the parts of a dataset whose items are no images with a label or a mask."""
+    for key, problem in image_keys_problems(section, source.name):
+        raise RecipeValueError(f"data.{key}", problem)
+    data = Data(
+        name=source.name,
+        train=Items(source.train, kept, name=source.name, varies=True),
+        probe=Items(source.train, probed, name=source.name),
+        test=Items(source.test, torch.arange(len(source.test)), name=source.name),
+        num_classes=len(source.classes) or None,
+        classes=source.classes,
+        image_shape=None,
+        image_bytes=0,
+        own=True,
+        as_it_is=True,
+    )
+    batch = data.sample()
+    return replace(data, image_shape=_image_shape(batch), image_bytes=sum(one.nbytes for one in tensors_in(batch)))
+
+
+def _image_shape(batch: Any) -> Shape | None:
+    """Return the shape of what the model sees of a batch where that is float images, None where it is anything else."""
+    inputs = first_input(batch)
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.is_floating_point():
+        return None
+    _, channels, height, width = inputs.shape
+    return channels, height, width
+
+
 def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the sorted indices that are trained on and those that are probed; together 0 to ``size`` - 1."""
     if probe_size >= size:
@@ -137,7 +183,7 @@ def _first(source: Source) -> tuple[Any, Any]:
     with _named(source):
         image, target = source.train[0]
         if not is_mask(target):
-            int(target)
+            as_label(target)
         return image, target
 
 

@@ -23,6 +23,8 @@ from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.data.catalogue import CATALOGUE, classes_above, find_name, kwargs_problems
 from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
+from neq_cli.training.data.images import place_of
+from neq_cli.training.data.items import taken_as_they_are
 from neq_cli.training.data.mask_sources import VOC_CLASSES, CocoMasks, MaskFiles, open_folder
 from neq_cli.training.data.pixels import Range, as_tensor, read_image
 from neq_cli.training.errors import of_the_disk
@@ -48,14 +50,18 @@ class Source:
     test: Any
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    as_it_is: bool = False  # what the datasets yield is not images with a label or a mask; classes may be none
 
 
-def open_source(section: DataSection) -> Source:
-    """Open what ``section`` names, downloading where it may. RecipeValueError, one line, for all that can go wrong."""
+def open_source(section: DataSection, *, own_task: bool = False) -> Source:
+    """Open what ``section`` names, downloading where it may. RecipeValueError, one line, for all that can go wrong.
+
+    ``own_task``: what is learnt is a callable's to say, and need be neither labels nor masks.
+    """
     for argument, problem in kwargs_problems(section):
         raise RecipeValueError(f"data.kwargs.{argument}", problem)
     if section.entrypoint is not None:
-        return _from_entrypoint(section, section.entrypoint)
+        return _from_entrypoint(section, section.entrypoint, own_task=own_task)
     name = find_name(section.name or "")
     if name == "digits":
         train, test = load_digits()
@@ -221,7 +227,7 @@ def _in_memory(dataset: Any) -> Stored | None:
     return Stored(images, targets.long())
 
 
-def _from_entrypoint(section: DataSection, entrypoint: str) -> Source:
+def _from_entrypoint(section: DataSection, entrypoint: str, *, own_task: bool) -> Source:
     make = load_entrypoint(entrypoint, "data.entrypoint")
     kwargs = dict(section.kwargs)
     if "root" in accepted_arguments(make)[0]:
@@ -240,21 +246,41 @@ def _from_entrypoint(section: DataSection, entrypoint: str) -> Source:
             "data.entrypoint", f"'{entrypoint}' must return (train, test), two datasets with a length and an index"
         )
     train, test = made
+    if len(train) and _are_items(train, entrypoint, own_task=own_task):
+        return Source(entrypoint, train, test, _told_classes(train), as_it_is=True)
     return Source(entrypoint, train, test, _classes_of(train, entrypoint, section.ignore_index))
+
+
+def _are_items(dataset: Any, entrypoint: str, *, own_task: bool) -> bool:
+    try:
+        return taken_as_they_are(dataset, own_task=own_task)
+    except NeqError as error:
+        raise RecipeValueError("data", str(error)) from error
+    except Exception as error:
+        place = place_of(dataset, 0, entrypoint)
+        what = f"the first item of {entrypoint}" if place.startswith("image 0 of ") else place
+        raise RecipeValueError("data", f"{what} cannot be used ({one_line(error)})") from error
 
 
 def _is_dataset(candidate: Any) -> bool:
     return hasattr(candidate, "__getitem__") and hasattr(candidate, "__len__")
 
 
-def _classes_of(dataset: Any, entrypoint: str, ignore_index: int) -> tuple[str, ...]:
-    """Return the class names that a dataset of the user's own tells, or numbers for them."""
+def _told_classes(dataset: Any) -> tuple[str, ...]:
+    """Return the class names that a dataset of the user's own tells, numbers for ``num_classes``, or none."""
     while hasattr(dataset, "dataset") and not hasattr(dataset, "classes"):  # torch.utils.data.Subset
         dataset = dataset.dataset
     if getattr(dataset, "classes", None):
         return _class_names(dataset.classes)
-    if isinstance(getattr(dataset, "num_classes", None), int):
-        return _numbered(dataset.num_classes)
+    return _numbered(dataset.num_classes) if isinstance(getattr(dataset, "num_classes", None), int) else ()
+
+
+def _classes_of(dataset: Any, entrypoint: str, ignore_index: int) -> tuple[str, ...]:
+    """Return the class names that a dataset of the user's own tells, or numbers for them."""
+    if told := _told_classes(dataset):
+        return told
+    while hasattr(dataset, "dataset") and not hasattr(dataset, "classes"):
+        dataset = dataset.dataset
     labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if labels is None and hasattr(dataset, "tensors"):  # torch.utils.data.TensorDataset
         labels = dataset.tensors[-1]

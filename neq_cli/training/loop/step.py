@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from neq_cli.freezing.model.observing import map_tensors
 from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
+from neq_cli.training.loop.calling import forward_of
 from neq_cli.training.loop.tasks import Task
 from neq_cli.training.machine.graph import Graph, GraphedStep, captured
 from neq_cli.training.startup import Startup
@@ -63,6 +65,7 @@ class TrainingStep:
         self.model = model
         self.forward = forward
         self.task = task
+        self.call = forward_of(task, model)
         self.optimizer = optimizer
         self.replica = replica
         self.channels_last = channels_last
@@ -94,7 +97,7 @@ class TrainingStep:
             self._average(self.averaged)
         return loss
 
-    def _whole(self, inputs: Tensor, targets: Any) -> Tensor:
+    def _whole(self, inputs: Any, targets: Any) -> Tensor:
         loss = self._backward(inputs, targets, 1, update=True)
         self._update()
         return loss
@@ -103,12 +106,12 @@ class TrainingStep:
         with self.startup.part("capturing the step"):
             return captured(step)
 
-    def _backward(self, inputs: Tensor, targets: Any, batches: int, *, update: bool) -> Tensor:
+    def _backward(self, inputs: Any, targets: Any, batches: int, *, update: bool) -> Tensor:
         # Gradients of several batches are sent once, with the last.
         wrapper = self.forward if isinstance(self.forward, DistributedDataParallel) and not update else None
         with wrapper.no_sync() if wrapper is not None else nullcontext():
             with self.autocast():
-                outputs = self.forward(inputs)
+                outputs = self.call(self.forward, inputs, targets)
                 loss = self.task.loss(outputs, targets)
             self.scaler.scale(loss / batches).backward()  # type: ignore[no-untyped-call]
         self.task.update(self.totals, outputs, targets, loss)
@@ -148,5 +151,9 @@ class TrainingStep:
 
     def to_device(self, value: Any) -> Any:
         """Return a batch's inputs or targets where they are trained on, in the model's memory format."""
-        memory_format = torch.channels_last if self.channels_last and value.dim() == 4 else torch.preserve_format
-        return value.to(self.device, non_blocking=True, memory_format=memory_format)
+
+        def moved(tensor: Tensor) -> Tensor:
+            memory_format = torch.channels_last if self.channels_last and tensor.dim() == 4 else torch.preserve_format
+            return tensor.to(self.device, non_blocking=True, memory_format=memory_format)
+
+        return map_tensors(moved, value)

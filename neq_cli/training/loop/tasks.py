@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from neq_cli.errors import RecipeValueError, one_line
+from neq_cli.errors import RecipeValueError, TrainingError, one_line
 from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
 from neq_cli.training.loop.segmentation import Segmentation
 from neq_cli.training.models.outputs import auxiliary_outputs, main_output
@@ -18,12 +19,21 @@ __all__ = ["Classification", "Segmentation", "Task", "auxiliary_outputs", "build
 
 @runtime_checkable
 class Task(Protocol):
-    """What the engine asks of a task. Totals are one tensor, so that processes can add theirs up."""
+    """What the engine asks of a task. Totals are one tensor, so that processes can add theirs up.
+
+    It may have two more: ``better``, "lower" where a smaller ``metric`` is the better one, and ``call(model, inputs,
+    targets)``, which returns the outputs where the model is not called with the inputs alone, or with a mapping's
+    entries as keywords. That is called in training, in tests and in the probe: ``model.training`` tells which, and
+    nothing else of the model may be looked at, since it may be wrapped.
+    """
 
     metric: str  # the column of metrics.csv that tells how good the model is, such as "test_top1"
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the mean loss of a batch, a scalar to differentiate; ``outputs`` are the model's as they come."""
+        """Return the mean loss of a batch, a scalar to differentiate; ``outputs`` are the model's as they come.
+
+        NaN in tests where the model tells none there.
+        """
 
     def new_totals(self, device: torch.device) -> Tensor:
         """Return zeros to add up an epoch in."""
@@ -32,7 +42,7 @@ class Task(Protocol):
         """Add a batch to ``totals`` in place, without waiting for the device."""
 
     def results(self, totals: Tensor) -> dict[str, float]:
-        """Return the metrics by name, "loss" first; waits for the device."""
+        """Return the metrics by name, "loss" first, always the same ones; waits for the device."""
 
 
 class Classification:
@@ -104,7 +114,34 @@ def build_task(name: str, label_smoothing: float = 0.0, classes: int | None = No
     if not isinstance(task, Task):
         missing = [part for part in ("metric", "loss", "new_totals", "update", "results") if not hasattr(task, part)]
         raise RecipeValueError("task", f"'{name}' returned a {type(task).__name__} without {', '.join(missing)}")
+    for attribute, problem in _attribute_problems(task):
+        raise RecipeValueError("task", f"'{name}': {attribute} {problem}")
     return task
+
+
+def lower_is_better(task: Task) -> bool:
+    """Whether a smaller value of the task's metric is the better one."""
+    return getattr(task, "better", "higher") == "lower"
+
+
+def _attribute_problems(task: Task) -> Iterator[tuple[str, str]]:
+    if not isinstance(task.metric, str) or not task.metric.startswith("test_") or task.metric in ("test_", "test_loss"):
+        yield "metric", f'is {task.metric!r}; it begins with "test_" and ends with a name of results, such as test_mae'
+    better = getattr(task, "better", "higher")
+    if better not in ("higher", "lower"):
+        yield "better", f'is {better!r}; use "higher" or "lower"'
+    if not callable(getattr(task, "call", None)) and getattr(task, "call", None) is not None:
+        yield "call", "is no method; make it call(model, inputs, targets), or leave it out"
+
+
+def checked_results(task: Task, totals: Tensor) -> dict[str, float]:
+    """Return the task's metrics of an epoch; TrainingError where they are not those that the columns are made of."""
+    found = task.results(totals)
+    score = task.metric.removeprefix("test_")
+    if not isinstance(found, dict) or next(iter(found), None) != "loss" or score not in found:
+        told = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise TrainingError(f'task: results returned {told}; a dictionary with "loss" first and "{score}" is needed')
+    return {name: float(value) for name, value in found.items()}
 
 
 def find_task(name: str) -> Any:

@@ -18,12 +18,13 @@ from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
 from neq_cli.training.batches.loaders import Loaders
 from neq_cli.training.errors import divergence_mend
+from neq_cli.training.loop.calling import parts_of
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
 from neq_cli.training.loop.epoch_record import Scores, epoch_record
 from neq_cli.training.loop.optimizers import last_drop
 from neq_cli.training.loop.running_epoch import PLAIN, Clock, RunningEpoch
 from neq_cli.training.loop.step import TrainingStep
-from neq_cli.training.loop.tasks import Task
+from neq_cli.training.loop.tasks import Task, checked_results
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.processes.joined import Agreement, Processes
 from neq_cli.training.startup import Startup
@@ -119,9 +120,8 @@ class Trainer:
         self.processes.copy_from_first(self.model.buffers())
         if self.step.averaged is not None:
             self.processes.copy_from_first(self.step.averaged.buffers())
-        trained_on = self.task.results(self.processes.sum(so_far.totals.clone()))
-        score = self.task.metric.removeprefix("test_")
-        tested_on: Mapping[str, float] = {"loss": math.nan, score: math.nan}
+        trained_on = checked_results(self.task, self.processes.sum(so_far.totals.clone()))
+        tested_on: Mapping[str, float] = dict.fromkeys(trained_on, math.nan)  # tables have the same columns every epoch
         may_be_last = epoch == self.recipe.epochs or (self.freezer.all_frozen and self._rested(epoch, 1))
         if epoch % self.recipe.eval_every == 0 or may_be_last:
             tested_on = yield from self._test(so_far)
@@ -169,7 +169,7 @@ class Trainer:
             # The last group of an epoch may be smaller.
             in_group = min(group, steps - (step - 1) // group * group)
             with self.startup.step(compiled=self.recipe.compile):
-                loss = self.step.train(*batch, batches=in_group, update=update)
+                loss = self.step.train(*parts_of(batch), batches=in_group, update=update)
             so_far.steps, so_far.images = step, so_far.images + images
             first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=step))
             agreed = GO_ON
@@ -187,7 +187,8 @@ class Trainer:
             if now - shown >= PROGRESS_SECONDS:
                 shown = now
                 speed = so_far.images / so_far.train_seconds
-                yield StepProgress(epoch, step, steps, "train", speed, self.task.results(so_far.totals)["loss"])
+                loss_so_far = checked_results(self.task, so_far.totals)["loss"]
+                yield StepProgress(epoch, step, steps, "train", speed, loss_so_far)
             batch = next(batches, None)
 
     @property
@@ -200,11 +201,11 @@ class Trainer:
         model.eval()
         totals = self.task.new_totals(self.device)
         steps, shown = len(self.loaders.test), -math.inf
-        for step, (inputs, targets) in enumerate(self.loaders.test, 1):
-            inputs, targets = self.step.to_device(inputs), self.step.to_device(targets)
+        for step, batch in enumerate(self.loaders.test, 1):
+            inputs, targets = map(self.step.to_device, parts_of(batch))
             with torch.no_grad():
                 with self.step.autocast():
-                    outputs = model(inputs)
+                    outputs = self.step.call(model, inputs, targets)
                     loss = self.task.loss(outputs, targets)
                 self.task.update(totals, outputs, targets, loss)
             if time.perf_counter() - shown >= PROGRESS_SECONDS:
@@ -216,7 +217,7 @@ class Trainer:
                     yield Pause(so_far.epoch, so_far.steps, stop=True)
         # What is saved and averaged is what trains: some modules merge their weights in eval mode.
         model.train()
-        return self.task.results(self.processes.sum(totals))
+        return checked_results(self.task, self.processes.sum(totals))
 
     def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:
         step = int(first_bad.item())

@@ -44,12 +44,13 @@ class GraphedStep:
         self.graph: Graph | None = None
         self.loss: Tensor | None = None
 
-    def __call__(self, inputs: Tensor, targets: Any) -> Tensor:
+    def __call__(self, inputs: Any, targets: Any) -> Tensor:
         """Train on one batch, on the training device; returns the loss, which the next call may overwrite."""
-        if not isinstance(targets, Tensor):
-            raise TrainingError(
-                f"cuda_graph: targets must be one tensor, not {type(targets).__name__}; set it to false"
-            )
+        for what, value in (("inputs", inputs), ("targets", targets)):
+            if not isinstance(value, Tensor):
+                raise TrainingError(
+                    f"cuda_graph: {what} must be one tensor, not {type(value).__name__}; set it to false"
+                )
         if self.eager_steps < WARM_UP:
             self.eager_steps += 1
             return _aside(self.step, inputs, targets)

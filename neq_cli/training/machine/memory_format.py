@@ -16,16 +16,24 @@ _ROUNDS = 3
 
 
 def choose_layout(
-    model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, *, autocast: torch.dtype | None, fixed: bool
+    model: nn.Module,
+    image_shape: tuple[int, int, int] | None,
+    batch_size: int,
+    *,
+    autocast: torch.dtype | None,
+    fixed: bool,
 ) -> tuple[bool, str]:
     """Return whether channels_last is faster for ``model``, put into that format, and how that was found out.
 
-    ``image_shape`` is [channels, height, width]. ``fixed`` decides by rule, the same in every run: channels_last
-    wherever two-dimensional convolutions run on a CPU or CUDA device.
+    ``image_shape`` is [channels, height, width]; None where the model takes other things than images. ``fixed`` decides
+    by rule, the same in every run: channels_last wherever two-dimensional convolutions of images run on a CPU or CUDA
+    device.
     """
     device = next(model.parameters()).device
     if not any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules()):
         return False, "channels_last: auto, false (no two-dimensional convolution)"
+    if image_shape is None:
+        return False, "channels_last: auto, false (not timed: the model is not given images alone)"
     if fixed:
         chosen, how = device.type in ("cpu", "cuda"), "by rule, as deterministic asks"
     else:

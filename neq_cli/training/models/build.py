@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _SUPPLIED = ("weights", "weights_backbone", "progress")
 _NOT_FOR_RECIPES = {
-    "detection": "detects objects; recipes train classification and segmentation models only",
+    "detection": "detects objects; take it by model.entrypoint, with a task, as the recipe 'detection' does",
     "video": "takes clips, and recipes train on images; in a training loop of your own, Freezer takes it",
     "optical_flow": "takes pairs of images, and recipes train on single ones",
     "quantization": "is made for inference with integers; take the model without 'quantized_'",
@@ -241,7 +241,7 @@ def check_fit(model: nn.Module, data: Data) -> None:
             f"model: an image of {data.name}, {shape}, gives an output of shape {list(outputs.shape)}; "
             f"{task} needs {[1, data.num_classes, *size]}"
         )
-    if outputs.shape[1] < data.num_classes:
+    if data.num_classes is not None and outputs.shape[1] < data.num_classes:
         raise NeqError(
             f"model: {outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}; "
             "give the model as many outputs as there are classes"

@@ -56,6 +56,8 @@ SHAPES = {
     "swin_b-imagenet": ((3, 224, 224), 1000),
 }
 QUICK = ("cifar10-folder", "digits", "entrypoint")
+WITH_DATA = ("detection", "language-model", "regression")
+"""Those whose data only its own code can make up; tests/test_own_tasks.py benches them."""
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_every_shipped_recipe_is_listed_here() -> None:
-    assert sorted(SHAPES) == sorted(shipped_names())
+    assert sorted([*SHAPES, *WITH_DATA]) == sorted(shipped_names())
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -158,7 +160,7 @@ def test_data_that_alone_tells_its_size_is_opened(own_code: str) -> None:
     found, noise = find_data(chosen)
     assert not noise
     assert len(found.train) == 55
-    assert TimedStep(chosen, CPU, found).images.shape == (4, 1, 8, 8)
+    assert TimedStep(chosen, CPU, found).inputs.shape == (4, 1, 8, 8)
     with pytest.raises(NeqError, match="no such disk"):
         find_data(recipe(data={"entrypoint": f"{own_code}:missing"}))
 

@@ -115,14 +115,14 @@ def test_looking_twenty_times_keeps_nothing_on_a_gpu(own_code: str) -> None:
 def test_both_memory_formats_and_back() -> None:
     chosen = step(recipe(model={"name": "resnet18", "kwargs": {"num_classes": 10}}, data={"name": "CIFAR10"}))
     weights = [parameter for parameter in chosen.model.parameters() if parameter.dim() == 4]
-    strides, images = [weight.stride() for weight in weights], chosen.images.clone()
+    strides, images = [weight.stride() for weight in weights], chosen.inputs.clone()
     chosen.lay_out(channels_last=True)
     assert all(weight.stride()[1] == 1 for weight in weights)
-    assert chosen.images.stride() == (3 * 32 * 32, 1, 3 * 32, 3)
+    assert chosen.inputs.stride() == (3 * 32 * 32, 1, 3 * 32, 3)
     chosen.lay_out(channels_last=False)
     assert [weight.stride() for weight in weights] == strides  # of 1x1 kernels too, where `to` would change nothing
-    assert torch.equal(chosen.images, images)
-    assert chosen.images.is_contiguous()
+    assert torch.equal(chosen.inputs, images)
+    assert chosen.inputs.is_contiguous()
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"clip_grad_norm": 1.0, "optimizer": {"name": "adam"}}])

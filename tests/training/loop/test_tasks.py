@@ -16,8 +16,16 @@ from torchvision.models import googlenet, inception_v3
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from neq_cli.errors import NeqError
-from neq_cli.training.loop.tasks import Classification, Task, auxiliary_outputs, build_task, main_output
+from neq_cli.errors import NeqError, TrainingError
+from neq_cli.training.loop.tasks import (
+    Classification,
+    Task,
+    auxiliary_outputs,
+    build_task,
+    checked_results,
+    lower_is_better,
+    main_output,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -156,6 +164,12 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def half():\n    class Half:\n        metric = 'test_x'\n        def loss(self): pass\n    return Half()\n"
         "def fails(): raise ValueError('no')\n"
         "def needs(size): pass\n"
+        "def made(**changes): return lambda: type('Own', (Classification,), changes)()\n"
+        "error = made(metric='test_error', better='lower')\n"
+        "bare = made(metric='error')\n"
+        "training_loss = made(metric='test_loss')\n"
+        "least = made(better='least')\n"
+        "called = made(call=3)\n"
     )
     return "tasksmodule"
 
@@ -169,6 +183,20 @@ def test_tasks_by_name(module: str) -> None:
     assert isinstance(build_task(f"{module}:plain"), Classification)
 
 
+def test_a_task_says_which_way_its_metric_is_better(module: str) -> None:
+    assert lower_is_better(build_task(f"{module}:error"))
+    assert not lower_is_better(build_task(f"{module}:plain"))
+
+
+@pytest.mark.parametrize("found", [{"mae": 1.0, "loss": 2.0}, {"loss": 1.0}, [1.0, 2.0], {}])
+def test_results_that_make_no_columns_are_one_line(found: Any) -> None:
+    task = Classification()
+    task.metric = "test_mae"
+    task.results = lambda totals: found  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=r'^task: results returned .*; a dictionary with "loss" first and "mae" is'):
+        checked_results(task, torch.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("name", "smoothing", "message"),
     [
@@ -178,6 +206,10 @@ def test_tasks_by_name(module: str) -> None:
         ("{m}:fails", 0, "task: '{m}:fails' cannot be made: ValueError: no"),
         ("{m}:needs", 0, "task: '{m}:needs' cannot be made: TypeError: "),
         ("{m}:none", 0, "task: module '{m}' has no 'none'"),
+        ("{m}:bare", 0, "task: '{m}:bare': metric is 'error'; it begins with \"test_\""),
+        ("{m}:training_loss", 0, "task: '{m}:training_loss': metric is 'test_loss'; it begins with \"test_\""),
+        ("{m}:least", 0, "task: '{m}:least': better is 'least'; use \"higher\" or \"lower\""),
+        ("{m}:called", 0, "task: '{m}:called': call is no method; make it call(model, inputs, targets)"),
     ],
 )
 def test_tasks_that_cannot_be(module: str, name: str, smoothing: float, message: str) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from neq_cli.errors import TrainingError
 from neq_cli.events import EpochRecord
 from neq_cli.recipe import Recipe
+from neq_cli.training.loop.tasks import Classification
 from neq_cli.training.loop.trainer import Trainer
 from neq_cli.training.session import prepare
 
@@ -483,3 +484,17 @@ def test_every_policy_goes_on_to_the_bit(policy: dict[str, Any]) -> None:
     assert resumed.freezer.still == whole.freezer.still
     for name, trainable in whole.freezer.trainable.items():
         assert torch.equal(resumed.freezer.trainable[name], trainable)
+
+
+class WithMore(Classification):
+    def results(self, totals: Tensor) -> dict[str, float]:
+        return {**super().results(totals), "wrong": 100 - super().results(totals)["top1"]}
+
+
+def test_columns_are_the_same_whether_an_epoch_is_tested_or_not() -> None:
+    session = prepare(make_recipe(epochs=2, eval_every=2, task=f"{__name__}:WithMore"), "more")
+    records = [record for record in session.trainer.run() if isinstance(record, EpochRecord)]
+    untested, tested = (record.metrics for record in records)
+    assert list(untested) == list(tested)
+    assert math.isnan(untested["test_wrong"])
+    assert tested["test_wrong"] == pytest.approx(100 - tested["test_top1"])

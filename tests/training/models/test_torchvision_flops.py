@@ -19,7 +19,7 @@ from neq_cli.training.models.build import build_model, build_on_meta, find_build
 NAMES = torchvision.models.list_models()
 KINDS = {name: torchvision.models.get_model_builder(name).__module__.split(".")[2] for name in NAMES}
 REFUSALS = {
-    "detection": "detects objects; recipes train classification and segmentation models only",
+    "detection": "detects objects; take it by model.entrypoint, with a task, as the recipe 'detection' does",
     "video": "takes clips, and recipes train on images; in a training loop of your own, Freezer takes it",
     "optical_flow": "takes pairs of images, and recipes train on single ones",
     "quantization": "is made for inference with integers; take the model without 'quantized_'",
