@@ -15,10 +15,13 @@ from neq_cli.recipe.shipped import copy_recipe, list_recipes
 NAMES = [
     "cifar10-folder",
     "deeplabv3_resnet50-coco",
+    "detection",
     "digits",
     "digits-baseline",
     "digits-stochastic",
     "entrypoint",
+    "language-model",
+    "regression",
     "resnet18-imagenet",
     "resnet32-cifar10",
     "resnet32-cifar10-adam",
@@ -111,16 +114,25 @@ def test_a_copy_is_the_same_recipe(tmp_path: Path) -> None:
     assert load_recipe(str(copy)).recipe == shipped("digits")
 
 
-def test_a_copy_brings_the_python_file_it_needs(tmp_path: Path) -> None:
-    copies = copy_recipe("entrypoint", tmp_path)
-    assert [copy.name for copy in copies] == ["entrypoint.yaml", "entrypoint_model.py"]
-    entrypoint = shipped("entrypoint").model.entrypoint or ""
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("entrypoint", "entrypoint_model.py"),
+        ("regression", "regression_task.py"),
+        ("language-model", "language_model.py"),
+        ("detection", "detection_task.py"),
+    ],
+)
+def test_a_copy_brings_the_python_file_it_needs(name: str, file: str, tmp_path: Path) -> None:
+    copies = copy_recipe(name, tmp_path)
+    assert [copy.name for copy in copies] == [f"{name}.yaml", file]
+    entrypoint = shipped(name).model.entrypoint or ""
     module, _, function = entrypoint.partition(":")
     source = copies[1].read_text()
     assert module == copies[1].stem
     assert f"def {function}(" in source
     assert importlib.util.spec_from_file_location(module, copies[1]) is not None
-    compile(source, "entrypoint_model.py", "exec")
+    compile(source, file, "exec")
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
