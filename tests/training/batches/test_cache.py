@@ -46,7 +46,7 @@ def open_data(kind: str, root: Path, monkeypatch: pytest.MonkeyPatch, **values: 
     if kind == "in_memory":
         noise = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         parts = [Stored(noise[:20], torch.arange(20) % 7), Stored(noise[20:], torch.arange(10) % 7)]
-        monkeypatch.setattr(data_module, "open_source", lambda section: Source("CIFAR10", *parts, tuple("abcdefg")))
+        monkeypatch.setattr(data_module, "open_source", lambda *_, **__: Source("CIFAR10", *parts, tuple("abcdefg")))
         return load_data(DataSection(name="CIFAR10", probe_size=3, **values), 1)
     write(root, [(8, 8), (10, 9)] if "image_size" in values else [(8, 8)])
     return load_data(DataSection(name="image_folder", root=str(root), probe_size=3, **values), 1)

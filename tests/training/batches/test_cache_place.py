@@ -41,7 +41,7 @@ def folder(root: Path, **values: Any) -> Data:
 def stored(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Data:
     """Data like CIFAR-10's: 10 training and 4 test images of 3x4x4 bytes in memory."""
     parts = [Stored(torch.zeros(n, 3, 4, 4, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)) for n in (10, 4)]
-    monkeypatch.setattr(data_module, "open_source", lambda section: Source("mine", *parts, ("a",)))
+    monkeypatch.setattr(data_module, "open_source", lambda section, **_: Source("mine", *parts, ("a",)))
     return load_data(DataSection(name="CIFAR10", probe_size=2, **values), 1)
 
 
