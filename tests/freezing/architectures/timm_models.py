@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from freezing.architectures.case import PER_HEAD, POSITIONS, RELATIVE, SCALAR, TOKEN, Case, images
+from freezing.architectures.case import POSITIONS, RELATIVE, SCALAR, TOKEN, Case, images
 from torch import nn
 
 
@@ -23,6 +23,14 @@ def timm(name: str, **options: Any) -> Callable[[], nn.Module]:
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 _VIT_OUTSIDE = {"cls_token": TOKEN, "pos_embed": POSITIONS}
 _NARROW = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
+_NORM_FREE = {
+    "depths": (1, 1, 1, 1),
+    "channels": (32, 48, 64, 64),
+    "group_size": 8,
+    "stem_chs": 16,
+    "num_features": 96,
+}
+_MAXVIT = {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64)}
 
 MODELS: dict[str, Case] = {
     "vit_tiny_patch16_224": Case(timm("vit_tiny_patch16_224", **_VIT), images(32), _VIT_OUTSIDE, never=("head",)),
@@ -58,23 +66,27 @@ MODELS: dict[str, Case] = {
     "swinv2_tiny_window8_256": Case(
         timm("swinv2_tiny_window8_256", img_size=32, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)),
         images(32),
-        {"*.logit_scale": PER_HEAD},
         never=("head.fc",),
     ),
     "maxvit_nano_rw_256": Case(
-        timm("maxvit_nano_rw_256", img_size=64), images(64), {"*.rel_pos.*": RELATIVE}, never=("head.fc",)
+        timm("maxvit_nano_rw_256", **_MAXVIT), images(64), {"*.rel_pos.*": RELATIVE}, never=("head.fc",)
     ),
-    "maxvit_rmlp_nano_rw_256": Case(timm("maxvit_rmlp_nano_rw_256", img_size=64), images(64), never=("head.fc",)),
+    "maxvit_rmlp_nano_rw_256": Case(timm("maxvit_rmlp_nano_rw_256", **_MAXVIT), images(64), never=("head.fc",)),
     "coatnet_nano_rw_224": Case(
-        timm("coatnet_nano_rw_224", img_size=64), images(64), {"*.rel_pos.*": RELATIVE}, never=("head.fc",)
+        timm("coatnet_nano_rw_224", **_MAXVIT), images(64), {"*.rel_pos.*": RELATIVE}, never=("head.fc",)
     ),
     "levit_128s": Case(
-        timm("levit_128s"), images(224), {"*.attention_biases": RELATIVE}, never=("head.linear", "head_dist.linear")
+        timm("levit_128s", img_size=96),
+        images(96),
+        {"*.attention_biases": RELATIVE},
+        never=("head.linear", "head_dist.linear"),
     ),
-    "edgenext_xx_small": Case(timm("edgenext_xx_small"), images(64), {"*.temperature": PER_HEAD}, never=("head.fc",)),
-    "nfnet_l0": Case(timm("nfnet_l0"), images(64), never=("head.fc",)),
-    "dm_nfnet_f0": Case(timm("dm_nfnet_f0"), images(64), {"*.skipinit_gain": SCALAR}, never=("head.fc",)),
-    "resnetv2_50": Case(timm("resnetv2_50"), images(64), never=("head.fc",)),
+    "edgenext_xx_small": Case(timm("edgenext_xx_small", dims=(16, 24, 32, 32)), images(64), never=("head.fc",)),
+    "nfnet_l0": Case(timm("nfnet_l0", **_NORM_FREE), images(64), never=("head.fc",)),
+    "dm_nfnet_f0": Case(timm("dm_nfnet_f0", **_NORM_FREE), images(64), {"*.skipinit_gain": SCALAR}, never=("head.fc",)),
+    "resnetv2_50": Case(
+        timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(16, 32, 48, 64), stem_chs=16), images(64), never=("head.fc",)
+    ),
     "resnetv2_50x1_bit": Case(timm("resnetv2_50x1_bit"), images(64), never=("head.fc",)),
     "hrnet_w18_small": Case(timm("hrnet_w18_small"), images(64), never=("classifier",)),
     "dla34": Case(timm("dla34"), images(64), never=("fc",)),
@@ -88,16 +100,16 @@ MODELS: dict[str, Case] = {
     "mobilenetv4_conv_small": Case(timm("mobilenetv4_conv_small"), images(64), never=("classifier",)),
     "efficientvit_b0": Case(timm("efficientvit_b0"), images(64), never=("head.classifier.4",)),
     "efficientvit_m0": Case(
-        timm("efficientvit_m0"), images(224), {"*.attention_biases": RELATIVE}, never=("head.linear",)
+        timm("efficientvit_m0", img_size=64), images(64), {"*.attention_biases": RELATIVE}, never=("head.linear",)
     ),
     "fastvit_t8": Case(timm("fastvit_t8"), images(64), never=("head.fc",)),
-    "repvgg_a0": Case(timm("repvgg_a0"), images(64), never=("head.fc",)),
+    "repvgg_a0": Case(timm("repvgg_a0", width_factor=0.25), images(64), never=("head.fc",)),
     "xcit_nano_12_p16_224": Case(
-        timm("xcit_nano_12_p16_224"), images(64), {"cls_token": TOKEN, "*.temperature": PER_HEAD}, never=("head",)
+        timm("xcit_nano_12_p16_224", depth=2, embed_dim=48), images(64), {"cls_token": TOKEN}, never=("head",)
     ),
     "crossvit_tiny_240": Case(
-        timm("crossvit_tiny_240"),
-        images(240),
+        timm("crossvit_tiny_240", img_size=96, img_scale=(1.0, 1.0), depth=([1, 1, 0], [1, 1, 0], [1, 1, 0])),
+        images(96),
         {"cls_token_*": TOKEN, "pos_embed_*": POSITIONS},
         never=("head.0", "head.1"),
     ),
