@@ -29,7 +29,6 @@ LIBRARIES = {
 }
 CASES = {f"{library}-{name}": case for library, models in LIBRARIES.items() for name, case in models.items()}
 
-
 each_case = pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=name, marks=() if case.quick else pytest.mark.slow) for name, case in CASES.items()],
