@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from freezing.architectures.case import PER_HEAD, POSITIONS, SCALAR, TOKEN, Case, images, tokens
+from architectures.case import PER_HEAD, POSITIONS, SCALAR, TOKEN, Case, images, tokens
 from torch import Tensor, nn
 
 

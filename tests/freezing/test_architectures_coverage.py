@@ -7,9 +7,9 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from freezing.architectures.case import Case
-from freezing.architectures.ownership import owners
-from freezing.architectures.table import draw, each_case, freezer_of, make, quietly
+from architectures.case import Case
+from architectures.ownership import owners
+from architectures.table import draw, each_case, freezer_of, make, quietly
 
 from neq_cli.freezing.coverage import FIXED
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from freezing.architectures.case import Case
-from freezing.architectures.table import call, draw, each_case, freezer_of, loss_of, make, map_tensors, quietly, trained
+from architectures.case import Case
+from architectures.table import call, draw, each_case, freezer_of, loss_of, make, map_tensors, quietly, trained
 from rounding import GROWTH, phi_apart
 from torch import Tensor, nn
 

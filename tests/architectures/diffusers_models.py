@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from freezing.architectures.case import Case, images
+from architectures.case import Case, images
 from torch import Tensor, nn
 
 

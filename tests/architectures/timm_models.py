@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from freezing.architectures.case import POSITIONS, RELATIVE, SCALAR, TOKEN, Case, images
+from architectures.case import POSITIONS, RELATIVE, SCALAR, TOKEN, Case, images
 from torch import nn
 
 

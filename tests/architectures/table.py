@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from freezing.architectures import (
+from architectures import (
     diffusers_models,
     timm_models,
     torch_models,
     torchvision_models,
     transformers_models,
 )
-from freezing.architectures.case import Case
+from architectures.case import Case
 from torch import Tensor, nn
 
 from neq_cli import Freezer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from freezing.architectures.table import CASES, draw, freezer_of, make
+from architectures.table import CASES, draw, freezer_of, make
 
 
 def macs(positions: int, *widths: int) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from freezing.architectures.case import Case
-from freezing.architectures.ownership import frozen_elements, owners
-from freezing.architectures.table import (
+from architectures.case import Case
+from architectures.ownership import frozen_elements, owners
+from architectures.table import (
     draw,
     each_case,
     freezer_of,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torchvision
-from freezing.architectures.case import POSITIONS, RELATIVE, TOKEN, Case, images
+from architectures.case import POSITIONS, RELATIVE, TOKEN, Case, images
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, MaxVit, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig

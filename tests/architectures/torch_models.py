@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from freezing.architectures.case import Case, tokens
+from architectures.case import Case, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
