@@ -23,11 +23,12 @@ from neq_cli.training.models.build import check_fit
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch of one sample, and how the model is called with it: what FLOPs are counted on."""
+    """A batch of one sample, how the model is called with it, and what is to be said: what FLOPs are counted on."""
 
     batch: Any
     call: Call | None = None
     given: bool = False  # to the Freezer, which else finds one sample in the first row of what it probes
+    notes: tuple[str, ...] = ()
 
     def anatomy(self, model: nn.Module, exclude: Sequence[str]) -> Anatomy:
         """Return what a look at ``model`` tells, which is where it is."""
@@ -42,11 +43,10 @@ def check_together(recipe: Recipe, model: nn.Module, data: Data, task: Task) -> 
         what = f"and those of {data.name} are not; set it to false"
         raise RecipeValueError("cuda_graph", f"captures batches whose inputs and targets are a tensor each, {what}")
     only_images = call is None and not data.as_it_is
-    if only_images:
-        check_fit(model, data)
+    notes = check_fit(model, data, recipe.task) if only_images else ()
     if recipe.task_is_own or data.as_it_is:
         check_task(task, model, batch, data.name)
-    return Sample(first_input(batch)) if only_images else Sample(batch, call, given=True)
+    return Sample(first_input(batch), notes=notes) if only_images else Sample(batch, call, given=True)
 
 
 def check_task(task: Task, model: nn.Module, batch: Any, name: str) -> None:

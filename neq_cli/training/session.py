@@ -110,7 +110,7 @@ def prepare(
         startup=startup,
     )
     _seed_apart(recipe, processes)
-    notes = [loaders.note, *weights_notes, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    notes = [loaders.note, *weights_notes, *sample.notes, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
     if by_rule and not recipe.deterministic:
         notes.append("kernels: by rule, not timed, as the processes' batches may differ in shape")
     started = RunStarted(

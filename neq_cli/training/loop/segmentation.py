@@ -13,11 +13,13 @@ from torch.nn import functional
 
 from neq_cli.errors import TrainingError
 from neq_cli.training.data.masks import IGNORED
-from neq_cli.training.models.outputs import auxiliary_outputs, main_output
+from neq_cli.training.models.outputs import auxiliary_outputs, main_output, scaled_to
 
 
 class Segmentation:
     """Over logits [batch, classes, height, width] and masks [batch, height, width] of class numbers, 255 ignored.
+
+    Logits of another height and width are scaled to the masks'.
 
     Totals are float64 [2 + classes * (classes + 1)]: loss times pixels, pixels, and how many pixels of each class were
     taken for each, the last column for whatever a model with more outputs than there are classes may say. MPS has no
@@ -46,7 +48,7 @@ class Segmentation:
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         # Half precision could not add up so many pixels. A batch that is ignored whole is a loss of 0, not 0 / 0.
         pixels = (targets != IGNORED).sum().clamp(min=1)
-        logits = logits.float()
+        logits = scaled_to(logits.float(), targets)
         if logits.is_cuda and torch.are_deterministic_algorithms_enabled():
             logits, targets = logits.movedim(1, -1).flatten(0, -2), targets.flatten()  # images have no such kernel
         summed = functional.cross_entropy(
@@ -62,7 +64,7 @@ class Segmentation:
     def update(self, totals: Tensor, outputs: Any, targets: Tensor, loss: Tensor) -> None:
         """Add a batch; nothing is read back from the device."""
         with torch.no_grad():
-            predicted = main_output(outputs).argmax(1).clamp_(max=self.classes).flatten()
+            predicted = scaled_to(main_output(outputs), targets).argmax(1).clamp_(max=self.classes).flatten()
             true = targets.flatten().long()
             counted = true != IGNORED
             # Ignored pixels add nothing to the first cell: what is left out by index would have to be waited for.

@@ -220,11 +220,12 @@ def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]
     return model
 
 
-def check_fit(model: nn.Module, data: Data) -> None:
+def check_fit(model: nn.Module, data: Data, task: str | None = None) -> tuple[str, ...]:
     """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
 
-    The output must be [1, at least num_classes], and of the image's height and width where the data has masks. Runs
-    where the model is, which is left as it was.
+    The output must be [1, at least num_classes], and of the image's height and width where the data has masks; or
+    smaller, where ``task``, the recipe's, is neq's own segmentation, which scales it up: a note says so. Runs where the
+    model is, which is left as it was.
     """
     image = data.probe[0][0]
     shape = "x".join(str(size) for size in image.shape)
@@ -235,17 +236,23 @@ def check_fit(model: nn.Module, data: Data) -> None:
             outputs = main_output(model(image.unsqueeze(0).to(parameter.device)))
     except Exception as error:
         raise misfit(model, data.name, image.shape, error) from error
-    task, size = ("segmentation", list(image.shape[1:])) if data.masked else ("classification", [])
-    if outputs.ndim != 2 + len(size) or outputs.shape[0] != 1 or list(outputs.shape[2:]) != size:
+    name, size = ("segmentation", list(image.shape[1:])) if data.masked else ("classification", [])
+    given = list(outputs.shape[2:])
+    scaled = task == "segmentation" and len(given) == 2 and all(0 < a <= b for a, b in zip(given, size, strict=True))
+    if outputs.ndim != 2 + len(size) or outputs.shape[0] != 1 or (given != size and not scaled):
         raise NeqError(
             f"model: an image of {data.name}, {shape}, gives an output of shape {list(outputs.shape)}; "
-            f"{task} needs {[1, data.num_classes, *size]}"
+            f"{name} needs {[1, data.num_classes, *size]}"
         )
     if data.num_classes is not None and outputs.shape[1] < data.num_classes:
         raise NeqError(
             f"model: {outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}; "
             "give the model as many outputs as there are classes"
         )
+    if given == size:
+        return ()
+    sizes = " for masks of ".join("x".join(map(str, sides)) for sides in (given, size))
+    return (f"task: the model's outputs are smaller than the masks, and scaled up to them, bilinearly: {sizes}",)
 
 
 def misfit(model: nn.Module, name: str, shape: Sequence[int], error: Exception) -> NeqError:

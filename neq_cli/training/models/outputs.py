@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
+from torch.nn import functional
 
 # Weights of auxiliary classifiers: Szegedy et al. 2015 for GoogLeNet; 0.4 is what PyTorch's Inception v3 fine-tuning
 # tutorial uses; 0.5 is torchvision's segmentation training.
@@ -26,6 +27,18 @@ def main_output(outputs: Any) -> Tensor:
     if hasattr(outputs, "logits"):
         return cast(Tensor, outputs.logits)
     raise TypeError(f"the model returned a {type(outputs).__name__}; a tensor or a mapping with 'logits' is needed")
+
+
+def scaled_to(logits: Tensor, masks: Tensor) -> Tensor:
+    """Return logits [batch, classes, height, width] in the height and width of ``masks``, scaled bilinearly.
+
+    Some networks, such as SegFormer, tell classes of a quarter of the height and width only; transformers' own losses
+    scale them up like this.
+    """
+    size = masks.shape[-2:]
+    if logits.ndim != 4 or logits.shape[-2:] == size:
+        return logits
+    return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def auxiliary_outputs(outputs: Any) -> list[tuple[float, Tensor]]:

@@ -177,3 +177,16 @@ def test_torchvisions_outputs_are_understood(make: Any) -> None:
     torch.testing.assert_close(task.loss(outputs, targets), expected, atol=close, rtol=0)
     small = lraspp_mobilenet_v3_large(weights_backbone=None, num_classes=3)(images)
     assert task.loss(small, targets).isfinite()
+
+
+def test_logits_smaller_than_the_masks_are_scaled_up_to_them() -> None:
+    task, small, targets = Segmentation(4), logits(size=(2, 3)).requires_grad_(), masks(size=(4, 6))
+    whole = torch.nn.functional.interpolate(small, size=(4, 6), mode="bilinear", align_corners=False)
+    assert torch.equal(task.loss({"logits": small}, targets), task.loss(whole, targets))
+    task.loss({"logits": small}, targets).backward()
+    assert small.grad is not None
+    assert small.grad.shape == small.shape
+    totals, expected = task.new_totals(CPU), task.new_totals(CPU)
+    task.update(totals, {"logits": small}, targets, torch.tensor(1.0))
+    task.update(expected, whole, targets, torch.tensor(1.0))
+    assert torch.equal(totals, expected)

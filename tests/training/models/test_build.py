@@ -206,3 +206,28 @@ def test_a_model_that_does_not_fit_is_one_line(model: nn.Module, pictures: Any, 
         check_fit(model, pictures)
     assert "\n" not in str(raised.value)
     assert model.training
+
+
+def masked(height: int = 8, width: int = 6) -> Any:
+    probe = [(torch.zeros(3, height, width), torch.zeros(height, width, dtype=torch.uint8))]
+    return SimpleNamespace(name="pictures", probe=probe, num_classes=4, masked=True)
+
+
+def test_outputs_smaller_than_the_masks_are_told_where_segmentation_scales_them() -> None:
+    assert check_fit(nn.Conv2d(3, 4, 1), masked(), "segmentation") == ()
+    assert check_fit(nn.Conv2d(3, 4, 2, stride=2), masked(), "segmentation") == (
+        "task: the model's outputs are smaller than the masks, and scaled up to them, bilinearly: 4x3 for masks of 8x6",
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        (nn.Conv2d(3, 4, 2, stride=2), "mine:task"),  # which may do otherwise
+        (nn.Conv2d(3, 4, 1, padding=1), "segmentation"),  # larger
+        (nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), "segmentation"),
+    ],
+)
+def test_outputs_that_are_no_pixels_of_the_masks_are_refused(model: nn.Module, task: str) -> None:
+    with pytest.raises(NeqError, match=r"gives an output of shape .*; segmentation needs \[1, 4, 8, 6\]$"):
+        check_fit(model, masked(), task)
