@@ -25,6 +25,7 @@ from neq_cli.training.loop import optimizers as optim
 from neq_cli.training.loop import tasks
 from neq_cli.training.models import build as models
 from neq_cli.training.models import weights
+from neq_cli.training.models.state_files import checkpoint_path
 
 _DEVICES = {"auto": "auto", "cpu": "cpu", "cuda": "cuda", "mps": "mps", "gpu": "cuda"}  # what a word may mean
 
@@ -107,7 +108,7 @@ def _model(section: ModelSection) -> Iterator[Problem]:
         if section.weights_backbone is not None:
             yield from _value_problem(lambda: weights.find_backbone_weights(section))
     if section.checkpoint is not None:
-        yield from _value_problem(lambda: weights.checkpoint_path(str(section.checkpoint)))
+        yield from _value_problem(lambda: checkpoint_path(str(section.checkpoint)))
         if section.weights is not None:
             yield Problem("model.checkpoint", "both weights and checkpoint are given; remove one of them")
     elif section.fresh:

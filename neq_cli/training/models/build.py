@@ -1,67 +1,29 @@
-"""The network a recipe names, with random weights: torchvision's, CIFAR ResNets, any Python callable."""
+"""The network a recipe names, with random weights: torchvision's, CIFAR ResNets, any callable; and its fit to data."""
 
 from __future__ import annotations
 
-import inspect
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torchvision
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line, place_in_code
+from neq_cli.errors import NeqError, RecipeValueError, one_line, place_in_code
 from neq_cli.freezing.model.restoring import found_again
 from neq_cli.recipe import ModelSection
-from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
+from neq_cli.recipe.entrypoints import load_entrypoint
 from neq_cli.training.loop.tasks import main_output
 from neq_cli.training.models import cifar_resnet
+from neq_cli.training.models.builder import Builder
+from neq_cli.training.models.meta import parameters_without_numbers, without_numbers
+from neq_cli.training.models.of_torchvision import find_torchvision
 
 if TYPE_CHECKING:
     from neq_cli.training.data.parts import Data
-
-_SUPPLIED = ("weights", "weights_backbone", "progress")
-_NOT_FOR_RECIPES = {
-    "detection": "detects objects; take it by model.entrypoint, with a task, as the recipe 'detection' does",
-    "video": "takes clips, and recipes train on images; in a training loop of your own, Freezer takes it",
-    "optical_flow": "takes pairs of images, and recipes train on single ones",
-    "quantization": "is made for inference with integers; take the model without 'quantized_'",
-}
-
-
-@dataclass(frozen=True)
-class Builder:
-    """What makes the network: the callable, what its ``**kwargs`` go to, and the name that messages use."""
-
-    name: str
-    make: Callable[..., nn.Module]
-    forwards_to: tuple[Callable[..., Any], ...] = ()
-    torchvision: bool = False
-
-    @property
-    def accepted(self) -> set[str]:
-        """Arguments known to be taken; ``**kwargs`` may hide others."""
-        return accepted_arguments(self.make, self.forwards_to)[0]
-
-
-def torchvision_names() -> list[str]:
-    """Return the names of torchvision's classification and segmentation models."""
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names + segmentation_names()
-
-
-def segmentation_names() -> list[str]:
-    """Return the names of torchvision's segmentation models."""
-    names: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)
-    return names
 
 
 def find_builder(section: ModelSection) -> Builder:
@@ -69,45 +31,26 @@ def find_builder(section: ModelSection) -> Builder:
     if section.entrypoint is not None:
         make = load_entrypoint(section.entrypoint, "model.entrypoint")
         return Builder(section.entrypoint, make)
-    name = (section.name or "").lower()
-    if name in cifar_resnet.NAMES:
-        depth = int(name.removeprefix("resnet"))
-        return Builder(name, partial(cifar_resnet.cifar_resnet, depth))
-    known = torchvision_names()
-    if name not in known:
-        if name in torchvision.models.list_models():
-            kind = torchvision.models.get_model_builder(name).__module__.split(".")[2]
-            raise RecipeValueError("model.name", f"'{name}' {_NOT_FOR_RECIPES[kind]}")
-        hint = did_you_mean(name, [*known, *cifar_resnet.NAMES]) or "; `neq recipes` and torchvision list what there is"
-        raise RecipeValueError("model.name", f"no torchvision model '{section.name}'{hint}")
-    make = torchvision.models.get_model_builder(name)
-    # torchvision's builders are `resnet18(*, weights, progress, **kwargs) -> ResNet`: the class has the real arguments.
-    behind = inspect.signature(make, eval_str=True).return_annotation
-    # Segmentation models' builders keep their **kwargs to themselves.
-    forwards = inspect.isclass(behind) and name not in segmentation_names()
-    return Builder(name, make, (behind,) if forwards else (), torchvision=True)
+    name = section.name or ""
+    if name.lower() in cifar_resnet.NAMES:
+        depth = int(name.lower().removeprefix("resnet"))
+        return Builder(name.lower(), partial(cifar_resnet.cifar_resnet, depth))
+    return find_torchvision(name, list(cifar_resnet.NAMES))
 
 
 def kwargs_problems(section: ModelSection, builder: Builder) -> list[tuple[str, str]]:
     """Return (argument, problem) pairs of ``section.kwargs``."""
-    supplied = _SUPPLIED if builder.torchvision else ()
-    problems = check_kwargs(
-        builder.make,
-        section.kwargs,
-        supplied=supplied,
-        forwards_to=builder.forwards_to,
-        closed=builder.torchvision,  # ConvNeXt's and RegNet's **kwargs go nowhere
-        name=builder.name,
-    )
-    # A missing num_classes is the data's to give.
-    return [(argument, text) for argument, text in problems if argument != "num_classes" or argument in section.kwargs]
+    problems = builder.problems(section.kwargs)
+    # A missing number of classes is the data's to give.
+    count = builder.classes_argument
+    return [(argument, text) for argument, text in problems if argument != count or argument in section.kwargs]
 
 
 def build_model(section: ModelSection, num_classes: int | None = None) -> nn.Module:
     """Build the network on the CPU with random weights from the global generator, which the caller seeds.
 
     ``num_classes`` of the data is passed on where ``section.kwargs`` does not give it and the builder takes it.
-    Neither ``weights`` nor ``checkpoint`` is opened here: see ``neq_cli.training.models.weights.load_weights``.
+    Neither ``weights`` nor ``checkpoint`` is opened here: see ``weights.load_weights``.
     """
     builder = find_builder(section)
     for argument, problem in kwargs_problems(section, builder):
@@ -123,52 +66,20 @@ def build_on_meta(section: ModelSection, num_classes: int | None = None) -> nn.M
     except RecipeValueError:  # some read a weight while they are built; and if that is not it, this says so again
         with torch.device("cpu"):
             model = build_model(section, num_classes)
-        empty = _Emptied()
-        for module in model.modules():
-            module._parameters.update({key: empty.of(own) for key, own in module._parameters.items()})
-    return model.to("meta")  # the buffers
-
-
-@contextmanager
-def parameters_without_numbers() -> Iterator[None]:
-    """Put every parameter that is registered inside on the meta device, and nothing else.
-
-    Other tensors have their numbers, which some builders read: RegNet's widths, rates of stochastic depth.
-    """
-    empty = _Emptied()
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        return empty.of(parameter)
-
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        hook = register_module_parameter_registration_hook(on_meta)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-
-class _Emptied:
-    """Parameters on the meta device in place of others; one that is registered twice stays one."""
-
-    def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()
-
-    def of(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta or isinstance(parameter, nn.UninitializedParameter):
-            return parameter
-        if parameter not in self._known:
-            self._known[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        found: nn.Parameter = self._known[parameter]
-        return found
+    return without_numbers(model)
 
 
 def try_builder(section: ModelSection, builder: Builder) -> None:
     """Raise RecipeValueError where the builder, tried without memory for parameters, refuses its arguments."""
     if section.entrypoint is not None:  # what it does is not known
         return
-    with parameters_without_numbers():
-        call_builder(section, builder, _completed(section, builder, None))
+    kwargs = _completed(section, builder, None)
+    try:
+        with parameters_without_numbers():
+            call_builder(section, builder, kwargs)
+    except RecipeValueError:  # some read a weight while they are built; and if that is not it, this says so again
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            call_builder(section, builder, kwargs)
 
 
 def too_few_classes(given: int, classes: int) -> str:
@@ -177,21 +88,10 @@ def too_few_classes(given: int, classes: int) -> str:
 
 
 def _completed(section: ModelSection, builder: Builder, num_classes: int | None) -> dict[str, Any]:
-    """Return the recipe's arguments with those that follow from the data and the weights."""
-    kwargs = dict(section.kwargs)
-    given = kwargs.get("num_classes")
+    given = section.kwargs.get(builder.classes_argument)
     if isinstance(given, int) and num_classes is not None and given < num_classes:
-        raise RecipeValueError("model.kwargs.num_classes", too_few_classes(given, num_classes))
-    if num_classes is not None and "num_classes" in builder.accepted:
-        kwargs.setdefault("num_classes", num_classes)
-    if builder.torchvision:
-        kwargs["weights"] = None
-        if "weights_backbone" in builder.accepted:
-            kwargs["weights_backbone"] = None
-        if section.weights is not None and "transform_input" in builder.accepted:
-            # GoogLeNet's and Inception's published weights expect inputs normalised their own way.
-            kwargs.setdefault("transform_input", True)
-    return kwargs
+        raise RecipeValueError(f"model.kwargs.{builder.classes_argument}", too_few_classes(given, num_classes))
+    return builder.completed(section, num_classes)
 
 
 def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]) -> nn.Module:
@@ -259,7 +159,8 @@ def misfit(model: nn.Module, name: str, shape: Sequence[int], error: Exception) 
     """Return what to say where ``model`` raised ``error`` on an image of ``name``, [channels, height, width]."""
     sizes = "x".join(map(str, shape))
     return NeqError(
-        f"model: does not take an image of {name}, {sizes}: {one_line(error)}{_mend(model, shape[0], error)}"
+        f"model: does not take an image of {name}, {sizes}: {one_line(error).rstrip('.')}"
+        f"{_mend(model, shape[0], error)}"
     )
 
 

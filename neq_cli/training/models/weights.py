@@ -1,39 +1,31 @@
-"""Weights to start from: torchvision's by name, or a file of tensors; pickled code is never run."""
+"""Weights to start from: those a library has by name, or a file of tensors; pickled code is never run."""
 
 from __future__ import annotations
 
-import inspect
-import os
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.recipe import ModelSection
-from neq_cli.training.errors import of_the_disk
 from neq_cli.training.models.build import find_builder
-
-_NESTED = ("model", "state_dict")
-_SUFFIXES = (".safetensors", ".pt", ".pth")
+from neq_cli.training.models.of_torchvision import fetched
+from neq_cli.training.models.of_torchvision import find_backbone_weights as _find_backbone_weights
+from neq_cli.training.models.state_files import checkpoint_path, read_state
 
 
 def load_weights(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
     """Load what ``section.weights`` or ``section.checkpoint`` names into ``model``.
 
-    Returns notes on what was not loaded: torchvision weights go wherever their shapes fit, so that a model with another
+    Returns notes on what was not loaded: a library's weights go wherever their shapes fit, so that a model with another
     number of classes keeps its own last layer. A checkpoint must fit entirely. Raises RecipeValueError.
     """
     if section.weights is not None:
-        return _load_torchvision(model, section)
+        return _load_published(model, section)
     if section.checkpoint is not None:
         return _load_checkpoint(model, section)
     if section.weights_backbone is not None:
@@ -42,47 +34,13 @@ def load_weights(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
 
 
 def find_weights(section: ModelSection) -> Any:
-    """Return torchvision's weights entry that ``section.weights`` names; RecipeValueError where there is none."""
-    builder = find_builder(section)
-    if not builder.torchvision:
-        raise RecipeValueError(
-            "model.weights", f"{builder.name} has no weights by name; give a file as model.checkpoint, or null"
-        )
-    known = torchvision.models.get_model_weights(builder.name)
-    name = str(section.weights).removeprefix(f"{known.__name__}.")
-    if name not in known.__members__:
-        names = ", ".join(known.__members__)
-        hint = did_you_mean(name.upper(), known.__members__)
-        raise RecipeValueError(
-            "model.weights", f"{builder.name} has no weights '{section.weights}'{hint or f'; {names}'}"
-        )
-    return known[name]
+    """Return what ``section.weights`` names, without opening it; RecipeValueError where there is no such thing."""
+    return find_builder(section).find_weights(section)
 
 
 def find_backbone_weights(section: ModelSection) -> Any:
     """Return torchvision's entry that ``section.weights_backbone`` names; RecipeValueError where there is none."""
-    builder = find_builder(section)
-    default = None
-    if builder.torchvision:
-        default = inspect.signature(builder.make).parameters.get("weights_backbone")
-    if default is None:
-        raise RecipeValueError("model.weights_backbone", f"{builder.name} has no backbone of its own; remove it")
-    known = type(default.default)
-    name = str(section.weights_backbone).removeprefix(f"{known.__name__}.")
-    if name not in known.__members__:
-        hint = did_you_mean(name.upper(), known.__members__) or f"; {', '.join(known.__members__)}"
-        raise RecipeValueError(
-            "model.weights_backbone", f"{builder.name}'s backbone has no weights '{section.weights_backbone}'{hint}"
-        )
-    return known[name]
-
-
-def checkpoint_path(checkpoint: str) -> Path:
-    """Return the path with ~ and $VARIABLES expanded; RecipeValueError where it is of no kind that can be read."""
-    path = Path(os.path.expandvars(checkpoint)).expanduser()
-    if path.suffix not in _SUFFIXES:
-        raise RecipeValueError("model.checkpoint", f"'{path}' is none of {', '.join(_SUFFIXES)}")
-    return path
+    return _find_backbone_weights(section, find_builder(section))
 
 
 def find_checkpoint(checkpoint: str) -> Path:
@@ -97,15 +55,16 @@ def find_checkpoint(checkpoint: str) -> Path:
     return path
 
 
-def _load_torchvision(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
-    loaded = _fetched(find_weights(section), section, "weights")
+def _load_published(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
+    loaded = find_builder(section).published(section, model)
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in loaded.items() if name in own and own[name].shape == tensor.shape}
-    if not fitting:
+    # BatchNorm's counters are missing from old files; every other tensor left out starts from scratch.
+    counted = [name for name in own if not name.endswith("num_batches_tracked")]
+    fresh = [name for name in counted if name not in fitting]
+    if fresh == counted:
         raise RecipeValueError("model.weights", f"no tensor of '{section.weights}' fits the model; remove it")
     model.load_state_dict(fitting, strict=False)
-    # BatchNorm's counters are missing from old files; every other tensor left out starts from scratch.
-    fresh = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
     if not fresh:
         return ()
     return (f"model.weights: {len(fresh)} of {len(own)} tensors start from scratch: {_listed(fresh)}",)
@@ -113,7 +72,7 @@ def _load_torchvision(model: nn.Module, section: ModelSection) -> tuple[str, ...
 
 def _load_backbone(model: nn.Module, section: ModelSection) -> None:
     """Load a classifier's weights into the layers of the backbone that were taken from it; its head is left out."""
-    loaded = _fetched(find_backbone_weights(section), section, "weights_backbone")
+    loaded = fetched(find_backbone_weights(section), section, "weights_backbone")
     backbone = model.get_submodule("backbone")
     own = backbone.state_dict()
     # MobileNet's backbone is its `features` alone, ResNet's the whole of it.
@@ -124,23 +83,10 @@ def _load_backbone(model: nn.Module, section: ModelSection) -> None:
     backbone.load_state_dict(fitting, strict=False)
 
 
-def _fetched(entry: Any, section: ModelSection, key: str) -> dict[str, Tensor]:
-    try:
-        loaded: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:
-        mend = "set TORCH_HOME to a folder with room" if of_the_disk(error) else "check the network"
-        raise RecipeValueError(
-            f"model.{key}",
-            f"'{getattr(section, key)}' of {section.name} could not be fetched ({one_line(error)}); {mend}, "
-            "or give a file as model.checkpoint",
-        ) from error
-    return loaded
-
-
 def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
     path = find_checkpoint(str(section.checkpoint))
     own = model.state_dict()
-    loaded = as_torchvision(_read(path), own)
+    loaded = as_torchvision(read_state(path), own)
     for glob in section.fresh:
         if not any(fnmatchcase(name, glob) for name in own):
             hint = did_you_mean(glob, own) or f"; names are such as '{next(iter(own), '')}'"
@@ -165,31 +111,6 @@ def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Return the tensors of ``path``, unpacked from what training scripts wrap them in."""
-    try:
-        contents: Any
-        if path.suffix == ".safetensors":
-            contents = load_file(path)
-        else:
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise RecipeValueError(
-            "model.checkpoint", f"'{path}' holds more than plain tensors, or is damaged; save a plain state_dict"
-        ) from error
-    except Exception as error:
-        raise RecipeValueError("model.checkpoint", f"'{path}' cannot be read ({one_line(error)})") from error
-    for key in _NESTED:
-        if isinstance(contents, Mapping) and isinstance(contents.get(key), Mapping):
-            contents = contents[key]
-    if not isinstance(contents, Mapping) or not all(isinstance(tensor, Tensor) for tensor in contents.values()):
-        raise RecipeValueError("model.checkpoint", f"'{path}' holds no state_dict of tensors")
-    state = dict(contents)
-    for prefix in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
-        consume_prefix_in_state_dict_if_present(state, prefix)
-    return state
 
 
 def _listed(names: Iterable[str], limit: int = 5) -> str:

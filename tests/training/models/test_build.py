@@ -19,9 +19,9 @@ from neq_cli.training.models.build import (
     check_fit,
     find_builder,
     kwargs_problems,
-    torchvision_names,
     try_builder,
 )
+from neq_cli.training.models.of_torchvision import torchvision_names
 
 
 def section(name: str | None = None, **values: Any) -> ModelSection:
