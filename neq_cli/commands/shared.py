@@ -54,10 +54,11 @@ def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) 
     from neq_cli.recipe.keys import warnings
     from neq_cli.recipe.load import find_recipe, load_recipe
     from neq_cli.training.checks import check_section
+    from neq_cli.training.models.image_defaults import with_image_defaults
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
-    loaded = load_recipe(reference, overrides or (), checks=[check_section])
+    loaded = load_recipe(reference, overrides or (), checks=[check_section], complete=with_image_defaults)
     for warning in warnings(loaded.recipe) if warn else ():
         complain(f"warning: {warning}")
     return loaded

@@ -42,11 +42,14 @@ def sweep(
     from neq_cli.recipe.load import find_recipe
     from neq_cli.runs.views.live.sweep_view import choose_sweep_view, plan_lines
     from neq_cli.training.checks import check_section
+    from neq_cli.training.models.image_defaults import with_image_defaults
 
     if one_of_several():
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
     add_import_folder(find_recipe(recipe).parent)
-    plan = plan_sweep(recipe, with_device(axes, device), output, [check_section], matched_flops)
+    plan = plan_sweep(
+        recipe, with_device(axes, device), output, [check_section], matched_flops, complete=with_image_defaults
+    )
     for warning in plan.warnings:
         complain(f"warning: {warning}")
     if dry_run:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from neq_cli.commands.shared import Overrides, RecipeArgument, load, show
+from neq_cli.complaints import complain
 
 
 def validate(
@@ -18,6 +19,8 @@ def validate(
 ) -> None:
     """Check a recipe without opening its data, and print it with every default written out."""
     loaded = load(recipe, overrides)
+    for note in loaded.notes:
+        complain(f"note: {note}")
     if not coverage:
         print(loaded.resolved_yaml(), end="")
         return

@@ -50,6 +50,7 @@ def prepared(
             choices=choices,
             earlier=earlier,
             startup=startup,
+            notes=loaded.notes,
         )
 
 
@@ -67,6 +68,7 @@ def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
 
     with _located(loaded):
         estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
+    estimate["notes"] = (*loaded.notes, *estimate["notes"])
     return {key: value for key, value in estimate.items() if key != "notes" or value}
 
 

@@ -57,13 +57,16 @@ class ModelSection(Section):
     """Which network is trained: by name or from a Python callable."""
 
     name: Annotated[str | None, RESULT] = Field(
-        default=None, description="torchvision builder, or resnet8/20/32/44/56/110 for small images"
+        default=None,
+        description="torchvision builder, timm/NAME, transformers/NAME, or resnet8/20/32/44/56/110 for small images",
     )
     entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns a torch.nn.Module, in place of name"
     )
     weights: Annotated[str | None, RESULT] = Field(
-        default=None, description="torchvision weights, such as DEFAULT; null: random ones", examples=["DEFAULT"]
+        default=None,
+        description="weights of torchvision or timm by name, of a checkpoint of transformers; null: random ones",
+        examples=["DEFAULT"],
     )
     checkpoint: Annotated[str | None, RESULT] = Field(
         default=None, description="file of weights to start from: .safetensors, .pt or .pth"
@@ -79,7 +82,9 @@ class ModelSection(Section):
         examples=["DEFAULT"],
     )
     kwargs: Annotated[dict[str, Any], RESULT] = Field(
-        default_factory=dict, description="arguments of the builder or callable", examples=["{num_classes: 10}"]
+        default_factory=dict,
+        description="arguments of the builder, callable or configuration",
+        examples=["{num_classes: 10}"],
     )
 
     @model_validator(mode="after")
@@ -105,7 +110,9 @@ class DataSection(Section):
         default=True, description="let torchvision fetch what is missing, where it can"
     )
     image_size: Annotated[Count | None, RESULT] = Field(
-        default=None, description="pixels of a side; null: the data's own", examples=[224]
+        default=None,
+        description="pixels of a side; null: what a model of timm or transformers is made for, else the data's own",
+        examples=[224],
     )
     base_size: Annotated[Count | None, RESULT] = Field(
         default=None,
@@ -137,12 +144,12 @@ class DataSection(Section):
     )
     mean: Annotated[PerChannel | None, RESULT] = Field(
         default=None,
-        description="per channel, of pixels in [0, 1]; null: the data's own",
+        description="per channel, of pixels in [0, 1]; null: the model's as image_size, else the data's own",
         examples=["[0.49, 0.48, 0.45]"],
     )
     std: Annotated[PositivePerChannel | None, RESULT] = Field(
         default=None,
-        description="per channel, of pixels in [0, 1]; null: the data's own",
+        description="per channel, of pixels in [0, 1]; null: the model's as image_size, else the data's own",
         examples=["[0.25, 0.24, 0.26]"],
     )
     probe_size: Annotated[Count, RESULT] = Field(

@@ -5,18 +5,21 @@ Names that only torch knows are left to ``checks``, which the caller gives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neq_cli.errors import RecipeError, did_you_mean
+from neq_cli.errors import RecipeError, RecipeValueError, did_you_mean
 from neq_cli.recipe.describe import shown
 from neq_cli.recipe.document import Document, Located, Override, Place
 from neq_cli.recipe.keys import Check, Recipe
 from neq_cli.recipe.validate import valid_parts, validate
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
 from neq_cli.text import escaped
+
+Completion = Callable[[Recipe], tuple[Recipe, Sequence[str]]]
+"""What puts in what a recipe leaves to the model that it names, and says so, a line for each."""
 
 LARGEST = 1_000_000  # bytes; far above any recipe, and quickly read
 
@@ -66,6 +69,7 @@ class LoadedRecipe:
     path: Path  # absolute
     file: str  # as the user named it
     document: Document
+    notes: tuple[str, ...] = ()  # what it left to the model that it names
 
     @property
     def name(self) -> str:
@@ -92,12 +96,18 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump())
 
 
-def load_recipe(reference: str, overrides: Sequence[str] = (), checks: Sequence[Check] = ()) -> LoadedRecipe:
+def load_recipe(
+    reference: str,
+    overrides: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    complete: Completion | None = None,
+) -> LoadedRecipe:
     """Read a recipe, apply ``KEY=VALUE`` overrides and check it.
 
     ``reference`` is a path, or the name of a shipped recipe. Every check is called with the name of each section that
     is valid by itself and that section, also where others are not; then, where nothing at all is wrong, with "" and
-    the whole recipe. Raise ``RecipeError`` with all problems, each located in the file or on the command line.
+    the whole recipe. ``complete`` puts in what the recipe leaves out and its model has. Raise ``RecipeError`` with all
+    problems, each located in the file or on the command line.
     """
     path = find_recipe(reference)
     file = path.name if path.parent == shipped_directory() else reference
@@ -106,7 +116,14 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), checks: Sequence[
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
         raise RecipeError(_lines(problems, file))
-    return LoadedRecipe(recipe, path, file, document)
+    loaded = LoadedRecipe(recipe, path, file, document)
+    if complete is None:
+        return loaded
+    try:
+        completed, notes = complete(recipe)
+    except RecipeValueError as error:
+        raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+    return replace(loaded, recipe=completed, notes=tuple(notes))
 
 
 def _text_of(path: Path, name: str) -> str:

@@ -101,7 +101,7 @@ def _model(section: ModelSection) -> Iterator[Problem]:
     else:
         problems = list(_argument_problems("model.kwargs", lambda: models.kwargs_problems(section, builder)))
         yield from problems
-        if not problems:
+        if not problems and not builder.needs_task:
             yield from _value_problem(lambda: models.try_builder(section, builder))
         if section.weights is not None:
             yield from _value_problem(lambda: weights.find_weights(section))
@@ -154,16 +154,26 @@ def _policy(section: CustomPolicy) -> Iterator[Problem]:
 
 def _recipe(recipe: Recipe) -> Iterator[Problem]:
     """Yield what concerns several sections or none."""
+    yield from _head(recipe)
     yield from _classes(recipe)
     yield from _masks(recipe)
     yield from _graph(recipe)
     yield from _task(recipe)
 
 
+def _head(recipe: Recipe) -> Iterator[Problem]:
+    """Try a model whose network the task decides on."""
+    if recipe.model.entrypoint is None and models.find_builder(recipe.model).needs_task:
+        yield from _value_problem(
+            lambda: models.try_builder(recipe.model, models.find_builder(recipe.model, recipe.task))
+        )
+
+
 def _classes(recipe: Recipe) -> Iterator[Problem]:
-    given, classes = recipe.model.kwargs.get("num_classes"), catalogue.class_count(recipe.data)
+    argument = models.find_builder(recipe.model).classes_argument
+    given, classes = recipe.model.kwargs.get(argument), catalogue.class_count(recipe.data)
     if isinstance(given, int) and classes is not None and given < classes:
-        yield Problem("model.kwargs.num_classes", models.too_few_classes(given, classes))
+        yield Problem(f"model.kwargs.{argument}", models.too_few_classes(given, classes))
 
 
 def _masks(recipe: Recipe) -> Iterator[Problem]:

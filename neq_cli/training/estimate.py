@@ -75,7 +75,7 @@ def _outline(recipe: Recipe) -> tuple[nn.Module, Sample]:
     """Return the recipe's model, on the meta device where it can be, and one sample of what it takes."""
     task = build_task(recipe.task, recipe.label_smoothing, class_count(recipe.data)) if recipe.task_is_own else None
     if task is None or probe_call(task) is None:
-        model = build_on_meta(recipe.model, class_count(recipe.data))
+        model = build_on_meta(recipe.model, class_count(recipe.data), recipe.task)
         shape = images_shape(recipe.data, model)
         if shape is not None:
             return model, Sample(torch.zeros((1, *shape), device="meta"))
@@ -84,5 +84,5 @@ def _outline(recipe: Recipe) -> tuple[nn.Module, Sample]:
     data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
     task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
     seed_everything(recipe.seed, deterministic=False)
-    model = build_model(recipe.model, data.num_classes)
+    model = build_model(recipe.model, data.num_classes, recipe.task)
     return model, check_together(recipe, model, data, task)

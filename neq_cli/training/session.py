@@ -60,13 +60,14 @@ def prepare(
     choices: Mapping[str, Any] | None = None,
     earlier: Mapping[str, KernelChoice] | None = None,
     startup: Startup | None = None,
+    notes: Sequence[str] = (),
 ) -> Session:
     """Build model, data, optimiser, schedule and Freezer of ``recipe``, called ``name``.
 
     ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. ``processes`` train it together.
     ``resumed``: a checkpoint will be loaded, so that no weights to start from are needed; ``choices``: the kernels
-    chosen so far, and ``earlier`` what other runs have timed; ``startup`` is told what takes time. Raises RecipeError,
-    one line, for whatever only the real data or model can show to be wrong.
+    chosen so far, and ``earlier`` what other runs have timed; ``startup`` is told what takes time; ``notes`` are the
+    recipe's. Raises RecipeError, one line, for whatever only the real data or model can show to be wrong.
     """
     processes = Processes() if processes is None else processes
     startup = Startup() if startup is None else startup
@@ -110,9 +111,10 @@ def prepare(
         startup=startup,
     )
     _seed_apart(recipe, processes)
-    notes = [loaders.note, *weights_notes, *sample.notes, *data.notes, *scheduler_notes(recipe.scheduler, recipe.epochs)]
+    told = [loaders.note, *notes, *weights_notes, *sample.notes, *data.notes]
+    told += scheduler_notes(recipe.scheduler, recipe.epochs)
     if by_rule and not recipe.deterministic:
-        notes.append("kernels: by rule, not timed, as the processes' batches may differ in shape")
+        told.append("kernels: by rule, not timed, as the processes' batches may differ in shape")
     started = RunStarted(
         recipe_name=name,
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
@@ -123,7 +125,7 @@ def prepare(
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
         notes=(
-            *notes,
+            *told,
             *layout_notes,
             *match_notes,
             *freezer.notes,
@@ -153,8 +155,11 @@ def _start_device(recipe: Recipe, processes: Processes, startup: Startup) -> tor
 def _build_network(recipe: Recipe, data: Data, startup: Startup, *, resumed: bool) -> tuple[nn.Module, Sequence[str]]:
     """Return the network, still on the CPU, with the weights to start from, and what is to be said of those."""
     with startup.part("building the model"):
-        model = build_model(recipe.model, data.num_classes)
-    return model, () if resumed else load_weights(model, recipe.model)
+        model = build_model(recipe.model, data.num_classes, recipe.task)
+    if resumed:
+        return model, ()
+    with startup.part("loading weights", told=recipe.model.weights is not None):  # may be downloaded
+        return model, load_weights(model, recipe.model, recipe.task)
 
 
 def _lay_out(

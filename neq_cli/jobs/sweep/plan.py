@@ -12,7 +12,7 @@ from neq_cli.jobs.sweep.grid import Grid, Point, parse_grid
 from neq_cli.jobs.sweep.matching import Matches, find_matches, with_match
 from neq_cli.recipe import Check, Problem
 from neq_cli.recipe.keys import warnings
-from neq_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
+from neq_cli.recipe.load import Completion, LoadedRecipe, find_recipe, load_recipe
 from neq_cli.runs.store.paths import RunFiles, check_resumable
 from neq_cli.runs.store.resumable import differences, ended_at_rest, stored_recipe
 from neq_cli.runs.store.sweep_folder import SweepFiles, check_sweep, default_sweep_directory
@@ -49,11 +49,13 @@ def plan_sweep(
     folder: Path | None = None,
     checks: Sequence[Check] = (),
     check_loaded: Callable[[LoadedRecipe], object] | None = None,
+    complete: Completion | None = None,
 ) -> SweepPlan:
     """Return the plan of a sweep over ``KEY=V1,V2,...`` arguments, in ``folder`` or one named after recipe and keys.
 
-    ``checks`` are those of ``load_recipe``; ``check_loaded`` raises RecipeError for what only a whole recipe tells.
-    Raises RecipeError with the problems of all points at once, and RunDirectoryError where the folder is taken.
+    ``checks`` and ``complete`` are those of ``load_recipe``; ``check_loaded`` raises RecipeError for what only a whole
+    recipe tells. Raises RecipeError with the problems of all points at once, and RunDirectoryError where the folder is
+    taken.
     """
     grid = parse_grid(arguments)
     name = find_recipe(reference).stem
@@ -62,7 +64,7 @@ def plan_sweep(
     found = matches.found
     points = (with_match(one, found[one.name], files) if one.name in found else one for one in grid.points)
     grid = replace(grid, points=tuple(points))
-    loaded = _loaded(reference, grid, [_remembered(check) for check in checks], check_loaded, matches)
+    loaded = _loaded(reference, grid, [_remembered(check) for check in checks], check_loaded, complete, matches)
     check_sweep(files.root, name)
     swept = {
         point.name: SweptRun(point.name, point.labels, files.run(point.name), one.recipe.epochs)
@@ -82,6 +84,7 @@ def _loaded(
     grid: Grid,
     checks: Sequence[Check],
     check_loaded: Callable[[LoadedRecipe], object] | None,
+    complete: Completion | None,
     matches: Matches,
 ) -> list[LoadedRecipe]:
     """Return the recipes of all points; what a match names is yet to be trained, and not looked for."""
@@ -92,7 +95,7 @@ def _loaded(
             problems.append((point, [matches.problems[point.name]]))
             continue
         try:
-            one = load_recipe(reference, point.overrides, checks)
+            one = load_recipe(reference, point.overrides, checks, complete)
             if check_loaded is not None and point.name not in matches.found:
                 check_loaded(one)
             loaded.append(one)

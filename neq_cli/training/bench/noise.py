@@ -21,13 +21,13 @@ def find_data(recipe: Recipe) -> tuple[Data, bool]:
     image, or the data has to be opened and cannot be.
     """
     classes = class_count(recipe.data)
-    model = build_on_meta(recipe.model, classes)
+    model = build_on_meta(recipe.model, classes, recipe.task)
     shape = images_shape(recipe.data, model)
     if shape is None:
         return load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own), False
     name = recipe.data.entrypoint or find_name(recipe.data.name or "")
     if classes is None:
-        classes = count_outputs(recipe.model, model, name, shape)
+        classes = count_outputs(recipe.model, model, name, shape, recipe.task)
     return _noise(recipe, name, shape, classes), True
 
 

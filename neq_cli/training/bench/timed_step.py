@@ -67,7 +67,7 @@ class TimedStep:
         self.recipe = recipe
         self.device = device
         seed_everything(recipe.seed, deterministic=recipe.deterministic)
-        self.model = build_model(recipe.model, data.num_classes)
+        self.model = build_model(recipe.model, data.num_classes, recipe.task)
         self.task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
         self.sample = check_together(recipe, self.model, data, self.task)
         self.call = forward_of(self.task, self.model)

@@ -1,18 +1,18 @@
-"""The network a recipe names, with random weights: torchvision's, CIFAR ResNets, any callable; and its fit to data."""
+"""The network a recipe names, with random weights: a library's, CIFAR ResNets, any Python callable; its fit to data."""
 
 from __future__ import annotations
 
 import re
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from neq_cli.errors import NeqError, RecipeValueError, one_line, place_in_code
+from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line, place_in_code
 from neq_cli.freezing.model.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.recipe.entrypoints import load_entrypoint
@@ -20,14 +20,25 @@ from neq_cli.training.loop.tasks import main_output
 from neq_cli.training.models import cifar_resnet
 from neq_cli.training.models.builder import Builder
 from neq_cli.training.models.meta import parameters_without_numbers, without_numbers
+from neq_cli.training.models.of_timm import find_timm
 from neq_cli.training.models.of_torchvision import find_torchvision
+from neq_cli.training.models.of_transformers import find_transformers
 
 if TYPE_CHECKING:
     from neq_cli.training.data.parts import Data
 
+LIBRARIES: Mapping[str, Callable[[str, str | None], Builder]] = {
+    "timm": lambda name, task: find_timm(name),
+    "transformers": find_transformers,
+}
+"""Whose models are called LIBRARY/NAME: functions of the name, and of the recipe's task where that is known."""
 
-def find_builder(section: ModelSection) -> Builder:
-    """Return the builder that ``section`` names; RecipeValueError where there is none."""
+
+def find_builder(section: ModelSection, task: str | None = None) -> Builder:
+    """Return the builder that ``section`` names; RecipeValueError where there is none.
+
+    ``task`` is the recipe's; a builder whose network depends on it cannot build without.
+    """
     if section.entrypoint is not None:
         make = load_entrypoint(section.entrypoint, "model.entrypoint")
         return Builder(section.entrypoint, make)
@@ -35,7 +46,13 @@ def find_builder(section: ModelSection) -> Builder:
     if name.lower() in cifar_resnet.NAMES:
         depth = int(name.lower().removeprefix("resnet"))
         return Builder(name.lower(), partial(cifar_resnet.cifar_resnet, depth))
-    return find_torchvision(name, list(cifar_resnet.NAMES))
+    library, slash, rest = name.partition("/")
+    if not slash:
+        return find_torchvision(name, list(cifar_resnet.NAMES))
+    if library not in LIBRARIES:
+        hint = did_you_mean(library, LIBRARIES) or f"; known are {' and '.join(LIBRARIES)}"
+        raise RecipeValueError("model.name", f"no library '{library}' of models{hint}")
+    return LIBRARIES[library](rest, task)
 
 
 def kwargs_problems(section: ModelSection, builder: Builder) -> list[tuple[str, str]]:
@@ -46,26 +63,26 @@ def kwargs_problems(section: ModelSection, builder: Builder) -> list[tuple[str, 
     return [(argument, text) for argument, text in problems if argument != count or argument in section.kwargs]
 
 
-def build_model(section: ModelSection, num_classes: int | None = None) -> nn.Module:
+def build_model(section: ModelSection, num_classes: int | None = None, task: str | None = None) -> nn.Module:
     """Build the network on the CPU with random weights from the global generator, which the caller seeds.
 
-    ``num_classes`` of the data is passed on where ``section.kwargs`` does not give it and the builder takes it.
-    Neither ``weights`` nor ``checkpoint`` is opened here: see ``weights.load_weights``.
+    ``num_classes`` of the data is passed on where ``section.kwargs`` does not give it and the builder takes it;
+    ``task`` is the recipe's. Neither ``weights`` nor ``checkpoint`` is opened here: see ``weights.load_weights``.
     """
-    builder = find_builder(section)
+    builder = find_builder(section, task)
     for argument, problem in kwargs_problems(section, builder):
         raise RecipeValueError(f"model.kwargs.{argument}", problem)
     return call_builder(section, builder, _completed(section, builder, num_classes))
 
 
-def build_on_meta(section: ModelSection, num_classes: int | None = None) -> nn.Module:
+def build_on_meta(section: ModelSection, num_classes: int | None = None, task: str | None = None) -> nn.Module:
     """Build the network as ``build_model`` does, on the meta device: without numbers, nor memory for them."""
     try:
         with parameters_without_numbers():
-            model = build_model(section, num_classes)
+            model = build_model(section, num_classes, task)
     except RecipeValueError:  # some read a weight while they are built; and if that is not it, this says so again
         with torch.device("cpu"):
-            model = build_model(section, num_classes)
+            model = build_model(section, num_classes, task)
     return without_numbers(model)
 
 
@@ -177,6 +194,6 @@ def _mend(model: nn.Module, channels: int, error: Exception) -> str:
     if first is not None and first.in_channels != channels:
         return (
             f"; its first convolution expects {first.in_channels} channels and the data has {channels} "
-            "(model.kwargs.in_channels where the model has it)"
+            "(model.kwargs.in_channels, in_chans or num_channels, whichever the model has)"
         )
-    return "; try another data.image_size"
+    return "; try another data.image_size, or model.kwargs.img_size or image_size where the model has one"

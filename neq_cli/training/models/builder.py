@@ -1,10 +1,10 @@
-"""What makes a recipe's network, and what that tells of arguments and weights; libraries have their own."""
+"""What makes a recipe's network, and what that tells of arguments, weights and images; libraries have their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,14 +14,34 @@ from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs
 
 
 @dataclass(frozen=True)
+class ImageDefaults:
+    """The images that a model is configured for: pixels of a side, mean and std per channel; None: it says nothing."""
+
+    size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def side_of(size: Any) -> int | None:
+    """Return the side of the square that a number, or a list of height and width, stands for; None for all else."""
+    sides = [*size] if isinstance(size, list | tuple) and size else [size]
+    return sides[0] if isinstance(sides[0], int) and all(side == sides[0] for side in sides) else None
+
+
+@dataclass(frozen=True)
 class Builder:
     """A callable that returns the network, and the name that messages use: of an entrypoint, or of neq's own."""
 
     name: str
     make: Callable[..., nn.Module]
 
-    classes_argument = "num_classes"
+    classes_argument: ClassVar[str] = "num_classes"
     """The argument that says how many classes the network tells apart."""
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether the network depends on the recipe's task."""
+        return False
 
     @property
     def accepted(self) -> set[str]:
@@ -51,3 +71,7 @@ class Builder:
         Those that it has in another shape may be among them. RecipeValueError where they are not to be had.
         """
         raise NotImplementedError(f"{self.name} has no weights by name")  # find_weights has said so
+
+    def image_defaults(self, section: ModelSection) -> ImageDefaults:
+        """Return what the model's own configuration says of images; nothing is opened but small files of settings."""
+        return ImageDefaults()

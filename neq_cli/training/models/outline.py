@@ -7,7 +7,7 @@ from torch import nn
 
 from neq_cli.recipe import DataSection, ModelSection
 from neq_cli.training.data.catalogue import Shape, sample_shape
-from neq_cli.training.models.build import build_model, first_convolution, misfit
+from neq_cli.training.models.build import build_model, find_builder, first_convolution, misfit
 from neq_cli.training.models.outputs import main_output
 
 
@@ -23,18 +23,18 @@ def images_shape(section: DataSection, model: nn.Module) -> Shape | None:
     return (first.in_channels if first is not None else 3, section.image_size, section.image_size)
 
 
-def count_outputs(section: ModelSection, outline: nn.Module, name: str, shape: Shape) -> int:
+def count_outputs(section: ModelSection, outline: nn.Module, name: str, shape: Shape, task: str | None = None) -> int:
     """Return how many classes the model tells apart, tried on an image of ``name``; NeqError where it takes none.
 
     ``outline`` is the model as ``build_on_meta`` returns it.
     """
-    given = section.kwargs.get("num_classes")
+    given = section.kwargs.get(find_builder(section, task).classes_argument)
     if isinstance(given, int):
         return given
     try:
         return _count(outline, shape)
     except Exception:  # it may only be that the meta device has no numbers to read
-        model = build_model(section)
+        model = build_model(section, task=task)
     try:
         return _count(model, shape)
     except Exception as error:

@@ -18,14 +18,14 @@ from neq_cli.training.models.of_torchvision import find_backbone_weights as _fin
 from neq_cli.training.models.state_files import checkpoint_path, read_state
 
 
-def load_weights(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
-    """Load what ``section.weights`` or ``section.checkpoint`` names into ``model``.
+def load_weights(model: nn.Module, section: ModelSection, task: str | None = None) -> tuple[str, ...]:
+    """Load what ``section.weights`` or ``section.checkpoint`` names into ``model``, built for ``task``.
 
     Returns notes on what was not loaded: a library's weights go wherever their shapes fit, so that a model with another
     number of classes keeps its own last layer. A checkpoint must fit entirely. Raises RecipeValueError.
     """
     if section.weights is not None:
-        return _load_published(model, section)
+        return _load_published(model, section, task)
     if section.checkpoint is not None:
         return _load_checkpoint(model, section)
     if section.weights_backbone is not None:
@@ -55,8 +55,8 @@ def find_checkpoint(checkpoint: str) -> Path:
     return path
 
 
-def _load_published(model: nn.Module, section: ModelSection) -> tuple[str, ...]:
-    loaded = find_builder(section).published(section, model)
+def _load_published(model: nn.Module, section: ModelSection, task: str | None) -> tuple[str, ...]:
+    loaded = find_builder(section, task).published(section, model)
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in loaded.items() if name in own and own[name].shape == tensor.shape}
     # BatchNorm's counters are missing from old files; every other tensor left out starts from scratch.

@@ -193,7 +193,7 @@ def test_a_mistake_in_the_models_own_code_is_not_laid_to_the_images_size() -> No
             build_model(ModelSection(name="resnet8"), 4),
             data(channels=1),
             "does not take an image of pictures, 1x8x8: RuntimeError: .*first convolution expects 3 channels "
-            r"and the data has 1 \(model.kwargs.in_channels where the model has it\)",
+            r"and the data has 1 \(model.kwargs.in_channels, in_chans or num_channels, whichever the model has\)",
         ),
         (build_model(ModelSection(name="alexnet"), 4), data(size=8), "does not take .* try another data.image_size"),
         (build_model(ModelSection(name="resnet8"), 3), data(), "model: 3 outputs for the 4 classes of pictures"),
