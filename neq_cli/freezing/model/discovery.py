@@ -31,9 +31,9 @@ class Discovery:
         self.parameters = dict(model.named_parameters())
         self.layers = {layer.weight: layer for layer in neurons.layers.values()}
         self.uses: dict[str, set[Use]] = {}
-        self.summands: dict[
-            str, set[tuple[str, int]]
-        ] = {}  # by the name of what is added: to which product, from where
+        # By the name of what is added: to which product, from which neuron on, each time.
+        self.summands: dict[str, list[tuple[str, int]]] = {}
+        self.times_used: Mapping[str, int] = {}
         self.rows: dict[str, tuple[Rows, ...]] = {}
         self.families: dict[str, Family | None] = {}
 
@@ -45,6 +45,7 @@ class Discovery:
                 hook = module.register_forward_hook(self._trying(name), prepend=True, with_kwargs=True)
                 stack.callback(hook.remove)
             uses = stack.enter_context(Uses(self.parameters, self._on_product, self._on_summand))
+            self.times_used = uses.times_used
             stack.enter_context(uses.seeing_linear())
             yield
 
@@ -62,8 +63,10 @@ class Discovery:
             if len(found) == 1 and (name in silent or (name in outside and name not in taken))
         }
         for name, found in self.summands.items():
-            if name in outside and name not in taken and name not in uses and len(found) == 1:
-                weight, first = next(iter(found))
+            # What is used in another way as well, as a token that is also attended to, is no bias.
+            only_so = len(set(found)) == 1 and len(found) == self.times_used[name]
+            if name in outside and name not in taken and name not in uses and only_so:
+                weight, first = found[0]
                 if more := self._summand(name, weight, first, uses):
                     rows[weight] = (*rows.get(weight, ()), more)
         known = {name.rpartition(".")[0] for name in (*uses, *of_families)}
@@ -84,7 +87,7 @@ class Discovery:
         self.uses.setdefault(product.name, set()).add(product.use)
 
     def _on_summand(self, weight: str, name: str, first: int) -> None:
-        self.summands.setdefault(name, set()).add((weight, first))
+        self.summands.setdefault(name, []).append((weight, first))
 
     def _summand(self, name: str, weight: str, first: int, uses: Mapping[str, Use]) -> Rows | None:
         """Return the rows that what is added has in the layer of ``weight``; None where they are none of its."""

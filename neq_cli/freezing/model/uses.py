@@ -6,6 +6,7 @@ element by element. Functions are known by their names: what PyTorch calls them 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Uses(TorchFunctionMode):
         self._bases: dict[int, list[tuple[str, Tensor, tuple[int | None, ...]]]] = {}
         self._joined: list[tuple[Tensor, list[tuple[str, int]]]] = []  # vectors put together of parameters and others
         self._product: Product | None = None  # the last, which something may be added to
+        self.times_used: Counter[str] = Counter()  # in how many calls, views and what is made of one alone left out
         self._gathered: Tensor | None = None  # which rows the last gathering took
         self.by_linear = False  # whether torch.nn.functional.linear runs
         for name, parameter in parameters.items():
@@ -92,6 +94,7 @@ class Uses(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         operands = [*arguments, *(keywords[key] for key in _KEYWORDS if key in (keywords or {}))]
         if isinstance(output, Tensor):
+            self._count(operands, output)
             if name in _BY_ELEMENT:
                 self._derive(operands, output)
             if name in _SUMS and self._product is not None:
@@ -156,6 +159,14 @@ class Uses(TorchFunctionMode):
     def _remember(self, name: str, base: Tensor, dimensions: tuple[int | None, ...]) -> None:
         if base.layout is torch.strided:
             self._bases.setdefault(_memory(base), []).append((name, base, dimensions))
+
+    def _count(self, operands: list[Any], output: Tensor) -> None:
+        several = [one for each in operands for one in (each if isinstance(each, tuple | list) else (each,))]
+        tensors = [one for one in several if isinstance(one, Tensor)]
+        memory = _memory(output)
+        for tensor in tensors if len(tensors) > 1 else ():
+            if _memory(tensor) != memory and (factor := self.factor(tensor)):
+                self.times_used[factor.name] += 1
 
     def _derive(self, operands: list[Any], output: Tensor) -> None:
         tensors = [one for one in operands if isinstance(one, Tensor)]

@@ -169,3 +169,15 @@ def test_biases_that_are_put_together() -> None:
     with torch.no_grad(), Uses(parameters, lambda _: None, lambda *one: found.append(one)):
         nn.functional.linear(torch.randn(2, 3), weight, torch.cat([query, torch.zeros(4), value]))
     assert found == [("weight", "query", 0), ("weight", "value", 8)]
+
+
+def test_how_often_a_parameter_is_used_tells_a_bias_from_what_is_more() -> None:
+    weight, token = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(1, 1, 4))
+    found: list[tuple[str, str, int]] = []
+    uses = Uses({"weight": weight, "token": token}, lambda _: None, lambda *one: found.append(one))
+    with torch.no_grad(), uses:
+        tokens = token.expand(2, -1, -1)
+        made = nn.functional.linear(torch.cat([tokens, torch.randn(2, 3, 4)], 1)[:, :1], weight)
+        made + tokens  # the residual of a class token, as CaiT has it
+    assert found == [("weight", "token", 0)]
+    assert uses.times_used == {"token": 2, "weight": 1}
