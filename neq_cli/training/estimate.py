@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from neq_cli.errors import RecipeValueError
+from neq_cli.errors import NeqError, RecipeValueError
+from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.coverage import Coverage, coverage_of
 from neq_cli.recipe import FrontPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
@@ -17,7 +18,7 @@ from neq_cli.training.data.parts import load_data
 from neq_cli.training.loop.calling import probe_call
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.machine.device import seed_everything
-from neq_cli.training.models.build import build_model, build_on_meta
+from neq_cli.training.models.build import build_model, build_on_meta, misfit
 from neq_cli.training.models.outline import images_shape
 from neq_cli.training.policies import chosen_share, match, mean_front_flops, mean_stochastic_flops
 from neq_cli.training.sample import Sample, check_together
@@ -44,7 +45,7 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     counts as dense. Raises RecipeError where the data does not tell the size of its images.
     """
     model, sample = _outline(recipe)
-    anatomy = sample.anatomy(model, recipe.exclude)
+    anatomy = _look(recipe, model, sample)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe, notes = match(recipe, model, sample, matched_flops)
     paper, executed = dense.paper, dense.executed
@@ -68,7 +69,19 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
 def estimate_coverage(recipe: Recipe) -> Coverage:
     """Return what share of the recipe's model are neurons, built as ``estimate_flops`` does."""
     model, sample = _outline(recipe)
-    return coverage_of(sample.anatomy(model, recipe.exclude), dict(model.named_parameters()))
+    return coverage_of(_look(recipe, model, sample), dict(model.named_parameters()))
+
+
+def _look(recipe: Recipe, model: nn.Module, sample: Sample) -> Anatomy:
+    """Return what a look at ``model`` tells; NeqError, one line, where it does not take what the data has."""
+    try:
+        return sample.anatomy(model, recipe.exclude)
+    except NeqError:
+        raise
+    except Exception as error:
+        if sample.given:  # tried already: the mistake is another one
+            raise
+        raise misfit(model, recipe.data.name or "the data", sample.batch.shape[1:], error) from error
 
 
 def _outline(recipe: Recipe) -> tuple[nn.Module, Sample]:

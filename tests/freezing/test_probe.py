@@ -13,7 +13,7 @@ from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformerBlock, SwinTransformerBlockV2
 
 from neq_cli import Baseline, Freezer, NEq, Observation
-from neq_cli.freezing import probe as probe_module
+from neq_cli.freezing import comparison
 from neq_cli.freezing.equilibrium import Definition
 
 # No net here rounds a value more than 500 times on its way, no neuron has more than 1,000 outputs. Observations are
@@ -480,8 +480,8 @@ def test_probe_in_several_batches_equals_one_batch() -> None:
 def test_summing_in_small_pieces_equals_one_piece(definition: Definition, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float32)  # the same outputs each time, of which sums are to be in double precision
     found = []
-    for piece in (probe_module.CHUNK, 200, 1):
-        monkeypatch.setattr(probe_module, "CHUNK", piece)
+    for piece in (comparison.CHUNK, 200, 1):
+        monkeypatch.setattr(comparison, "CHUNK", piece)
         torch.manual_seed(3)
         net, probe = ConvNet(), torch.randn(7, 3, 8, 8)
         freezer = freezer_for(net, probe, NEq(definition=definition))

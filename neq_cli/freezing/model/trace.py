@@ -1,12 +1,8 @@
-"""One sample runs through the model once and shows call order, output layers, multiply-adds and output axes.
-
-Products are counted by hand, with torch's formulas: its FlopCounterMode would need the backward pass to run.
-"""
+"""One sample runs through the model once and shows call order, output layers, multiply-adds and output axes."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.flop_counter import flop_registry
 
 from neq_cli.freezing.model.axes import Call as LayerArguments
 from neq_cli.freezing.model.axes import computes_its_own_way, find_axis
@@ -26,7 +20,7 @@ from neq_cli.freezing.model.discovery import Discovery
 from neq_cli.freezing.model.layers import NOTHING_FOUND, Found, Layer
 from neq_cli.freezing.model.neurons import Neurons
 from neq_cli.freezing.model.observing import LayerCall, map_tensors, results_in, tensors_in, undisturbed, watch_calls
-from neq_cli.freezing.model.recurrent import multiply_adds
+from neq_cli.freezing.model.products import Products, multiplied_with, multiply_adds
 from neq_cli.freezing.model.restoring import found_again
 
 NOT_KNOWN = "?"
@@ -148,7 +142,7 @@ def _trace_gradients(
             trace.order.append(name)
         trace.elements[name] = trace.elements.get(name, 0) + output.numel()
         if layer.cost not in ("norm", "lookup"):
-            count = _multiply_adds(layer, parameters[layer.weight], inputs, output)
+            count = multiply_adds(layer, parameters[layer.weight], inputs, output)
             trace.multiply_adds[name] = trace.multiply_adds.get(name, 0) + count
             if layer.weight not in products.skipped:  # computed from others, as a parametrised one is
                 gradients = inputs.requires_grad + parameters[layer.weight].requires_grad
@@ -180,7 +174,7 @@ def _trace_gradients(
         name: parameter.detach().requires_grad_(parameter.requires_grad) for name, parameter in model.named_parameters()
     }
     names = {module: name for name, module in model.named_modules()}
-    products = _Products({one: parameters[one] for one in _multiplied_with(layers.values())})
+    products = Products({one: parameters[one] for one in multiplied_with(layers.values())})
     with (
         _keeping_track(model, running),
         _bare_modules_seen(model, producers, bare),
@@ -228,56 +222,6 @@ def _with_those_scaled(
             use = layers[name].use
             pending.extend(before[name] if use is not None and use.cost == "norm" else ())
     return frozenset(found)
-
-
-def _multiply_adds(layer: Layer, weight: Tensor, inputs: Tensor, output: Tensor) -> int:
-    if layer.cost == "recurrent":
-        return multiply_adds(layer, weight, inputs)
-    # A transposed convolution sends each input element, any other layer each output element, through this many.
-    if layer.cost == "transposed":
-        return weight[0].numel() * inputs.numel()
-    return weight.numel() // layer.neurons * output.numel()
-
-
-def _multiplied_with(layers: Iterable[Layer]) -> Iterator[str]:
-    """Yield the names of the parameters whose products are layers' own."""
-    for layer in layers:
-        if layer.cost not in ("norm", "lookup"):
-            yield layer.weight
-        if layer.cost == "recurrent":
-            yield layer.weight.replace("weight_ih", "weight_hh")
-
-
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the multiply-adds that the backward pass of all products and convolutions inside will take.
-
-    But for those with one of ``weights``, by name, that are met as they are.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.weights = {_memory(weight): name for name, weight in weights.items()}
-        self.skipped: set[str] = set()
-        self.backward: defaultdict[str, int] = defaultdict(int)  # by the layer called last
-        self.last = ""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        formula = flop_registry.get(function._overloadpacket)
-        if formula is not None:
-            # What addmm and baddbmm add comes first, a convolution's bias last: only the two factors cost products,
-            # one for each that needs a gradient. The formulas take two per multiply-add.
-            factors = arguments[1:3] if "add" in function._overloadpacket.__name__ else arguments[:2]
-            if own := [self.weights[place] for place in map(_memory, factors) if place in self.weights]:
-                self.skipped.update(own)
-                return result
-            forward = formula(*arguments, **(keywords or {}), out_val=result) // 2
-            self.backward[self.last] += forward * sum(factor.requires_grad for factor in factors)
-        return result
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from neq_cli.freezing.model.factors import Factor, Factors, memory_of
 from neq_cli.freezing.model.layers import Use
 from neq_cli.freezing.model.layouts import RowLayout
 
@@ -33,20 +34,6 @@ _BY_ELEMENT = {
 
 _KEYWORDS = ("tensors", "input", "other", "mat2", "mat_a", "mat_b", "weight", "dim", "index", "bias", "offs")
 """Operands that are given by keyword, in the order in which functions take them."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A tensor that is a parameter, a view of one or computed from one by element.
-
-    ``dimensions``: of the parameter, by those of the tensor; None for one that is none of them. ``expert``: which place
-    along dimension 0, where the tensor has only that one. ``own``: it is in the parameter's own memory.
-    """
-
-    name: str
-    dimensions: tuple[int | None, ...]
-    own: bool
-    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,15 +66,12 @@ class Uses(TorchFunctionMode):
         super().__init__()
         self.parameters = parameters
         self.on_product, self.on_summand = on_product, on_summand
-        # By the memory that they lie in: bases, with the parameter's dimensions by their own.
-        self._bases: dict[int, list[tuple[str, Tensor, tuple[int | None, ...]]]] = {}
+        self.factors = Factors(parameters)
         self._joined: list[tuple[Tensor, list[tuple[str, int]]]] = []  # vectors put together of parameters and others
         self._product: Product | None = None  # the last, which something may be added to
         self.times_used: Counter[str] = Counter()  # in how many calls, views and what is made of one alone left out
         self._gathered: Tensor | None = None  # which rows the last gathering took
         self.by_linear = False  # whether torch.nn.functional.linear runs
-        for name, parameter in parameters.items():
-            self._remember(name, parameter, tuple(range(parameter.dim())))
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         output = function(*arguments, **(keywords or {}))
@@ -130,57 +114,25 @@ class Uses(TorchFunctionMode):
         finally:
             nn.functional.linear = stock
 
-    def factor(self, tensor: Any) -> Factor | None:
-        """Return what of which parameter ``tensor`` is; None where it is none."""
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or not tensor.numel():
-            return None
-        for name, base, known in self._bases.get(_memory(tensor), ()):
-            offset = int(tensor.storage_offset() - base.storage_offset())
-            if 0 <= offset < base.numel():
-                return self._factor(tensor, name, base, known, offset)
-        return None
-
-    def _factor(
-        self, tensor: Tensor, name: str, base: Tensor, known: tuple[int | None, ...], offset: int
-    ) -> Factor | None:
-        by_stride = {base.stride(i): (known[i], base.shape[i]) for i in range(base.dim()) if base.shape[i] > 1}
-        found = [by_stride.get(tensor.stride(i), (None, 0)) for i in range(tensor.dim())]
-        dimensions = tuple(
-            place if size == tensor.shape[i] and size > 1 else None for i, (place, size) in enumerate(found)
-        )
-        own = base is self.parameters[name]
-        missing = {place for place, _ in by_stride.values()} - set(dimensions)
-        if not missing and not offset:
-            return Factor(name, dimensions, own)
-        if missing == {0} and base.dim() > 1 and offset % base.stride(0) == 0:
-            return Factor(name, dimensions, own, offset // base.stride(0))
-        return None
-
-    def _remember(self, name: str, base: Tensor, dimensions: tuple[int | None, ...]) -> None:
-        if base.layout is torch.strided:
-            self._bases.setdefault(_memory(base), []).append((name, base, dimensions))
-
     def _count(self, operands: list[Any], output: Tensor) -> None:
         several = [one for each in operands for one in (each if isinstance(each, tuple | list) else (each,))]
         tensors = [one for one in several if isinstance(one, Tensor)]
-        memory = _memory(output)
+        memory = memory_of(output)
         for tensor in tensors if len(tensors) > 1 else ():
-            if _memory(tensor) != memory and (factor := self.factor(tensor)):
+            if memory_of(tensor) != memory and (factor := self.factors.of(tensor)):
                 self.times_used[factor.name] += 1
 
     def _derive(self, operands: list[Any], output: Tensor) -> None:
         tensors = [one for one in operands if isinstance(one, Tensor)]
-        factor = self.factor(tensors[0]) if len(tensors) == 1 else None
-        new = factor is not None and output.shape == tensors[0].shape and _memory(output) != _memory(tensors[0])
-        if factor is not None and new and factor.expert is None:
-            self._remember(factor.name, output, factor.dimensions)
+        if len(tensors) == 1:
+            self.factors.derive(tensors[0], output)
 
     def _join(self, parts: Any, output: Tensor) -> None:
         if not isinstance(parts, (tuple, list)) or any(part.dim() != 1 for part in parts):
             return
         found, first = [], 0
         for part in parts:
-            factor = self.factor(part)
+            factor = self.factors.of(part)
             if factor is not None and factor.expert is None:
                 found.append((factor.name, first))
             first += len(part)
@@ -199,7 +151,7 @@ class Uses(TorchFunctionMode):
 
     def _scales(self, operands: list[Any], output: Tensor) -> Iterator[Product]:
         pairs = [(operands[0], operands[-1]), (operands[-1], operands[0])]
-        factors = [self.factor(one) for one, _ in pairs]
+        factors = [self.factors.of(one) for one, _ in pairs]
         for factor, (own, other) in zip(factors, pairs, strict=True):
             # What a vector alone is scaled by comes from no sample.
             if factor is None or not isinstance(other, Tensor) or other.dim() < 2 or None not in factors:
@@ -218,8 +170,8 @@ class Uses(TorchFunctionMode):
 
     def _products(self, name: str, operands: list[Any], output: Tensor) -> Iterator[Product]:
         first, second = operands[:2]
-        factor = self.factor(second)
-        if factor is not None and self.factor(first) is not None:
+        factor = self.factors.of(second)
+        if factor is not None and self.factors.of(first) is not None:
             return  # a weight that is computed from two
         if name in _CONVOLUTIONS:
             if factor is not None and factor.expert is None and factor.dimensions[0] == 0:
@@ -246,7 +198,7 @@ class Uses(TorchFunctionMode):
     ) -> Iterator[Product]:
         """Yield the products of ``weight``, whose dimension ``rows`` makes ``axis`` of the output, and ``along`` is
         summed over."""
-        factor = self.factor(weight)
+        factor = self.factors.of(weight)
         if factor is None or weight.dim() < 2 or weight.dim() > 3:
             return
         shape = self.parameters[factor.name].shape
@@ -279,7 +231,7 @@ class Uses(TorchFunctionMode):
                 yield Product(factor.name, use, expert * outputs, other[expert], output[expert])
 
     def _biased(self, operands: list[Any]) -> None:
-        weight = self.factor(operands[1])
+        weight = self.factors.of(operands[1])
         if weight is None or len(operands) < 3:
             return
         for joined, parts in self._joined:
@@ -295,12 +247,8 @@ class Uses(TorchFunctionMode):
 
     def _sum(self, name: str, summand: Any, axis: int) -> None:
         """Tell of a vector, or one expert's, that is added along ``axis`` to a product with the parameter ``name``."""
-        factor = self.factor(summand)
+        factor = self.factors.of(summand)
         if factor is not None:
             places = [i - summand.dim() for i, place in enumerate(factor.dimensions) if place is not None]
             if places == [axis]:
                 self.on_summand(name, factor.name, 0)
-
-
-def _memory(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
