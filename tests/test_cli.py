@@ -356,6 +356,20 @@ def test_coverage_of_a_run_is_that_of_its_recipe(
     assert "by an earlier version" in complaint(capsys, "inspect", "run", "--coverage")
 
 
+@pytest.mark.parametrize("command", [["flops"], ["validate", "--coverage"]])
+def test_a_model_that_does_not_take_the_images_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("vit.yaml").write_text(
+        "model: {name: vit_b_16}\ndata: {name: image_folder, root: ., image_size: 32}\n"
+        "epochs: 1\noptimizer: {name: sgd, lr: 0.1}\n"
+    )
+    line = complaint(capsys, command[0], "vit.yaml", *command[1:])
+    assert line.startswith("model: does not take an image of image_folder, 3x32x32: AssertionError: ")
+    assert line.endswith("try another data.image_size, or model.kwargs.img_size or image_size where the model has one")
+
+
 @pytest.mark.parametrize("verb", ["compare", "inspect"])
 def test_a_narrow_window_loses_no_column_of_a_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: tuple[Path, str, str], verb: str
