@@ -34,7 +34,7 @@ def owners(freezer: Freezer) -> dict[str, list[tuple[str, Tensor]]]:
     for name, layer in freezer.layers.items():
         for rows in layer.rows:
             number = row_of_each(rows, freezer.model.get_parameter(rows.parameter).shape) - rows.start
-            neuron = number + getattr(rows, "first", 0)
+            neuron = number + rows.first
             neuron = torch.where((number >= 0) & (number < rows.count), neuron, -1)
             found.setdefault(rows.parameter, []).append((name, neuron))
     return found

@@ -27,7 +27,10 @@ def test_phi_is_the_cosine_of_what_modules_put_out(case: Case) -> None:
             parameter.add_(torch.randn_like(parameter) * parameter.abs().mean(), alpha=0.2)
     after = outputs_of(case, model, item, freezer.layers)
     freezer.step()
-    expected = {name: cosine(after[name], old) for name, old in before.items()}
+    # An expert that is a module gets other tokens from a router that has changed: nothing there can be compared.
+    rerouted = {name for name, old in before.items() if name not in after or after[name].shape != old.shape}
+    assert all(freezer.dynamics[name].phi.isnan().all() for name in rerouted)
+    expected = {name: cosine(after[name], old) for name, old in before.items() if name not in rerouted}
     assert len(expected) >= len(freezer.layers) / 4
     single = case.precision == torch.float32
     # What cannot be computed in double precision is a few layers deep only.
