@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "commands": (*GROUND, "recipe", "training", "runs", "jobs"),
     "cli": (*GROUND, "commands"),
     "__main__": ("cli",),
-    "": ("freezing", "freed_memory"),  # the names that users import
+    "": ("freezing", "freed_memory", "jobs", "runs"),  # the names that users import
 }
 WITHOUT_TORCH = (*GROUND, "recipe", "runs", "commands", "cli")
 """Rooms that never import torch by themselves, so that `neq --help` is quick and runs are read where there is none."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
@@ -50,18 +49,9 @@ def with_device(overrides: Sequence[str] | None, device: str | None) -> list[str
 
 def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
-    from neq_cli.recipe.entrypoints import add_import_folder
-    from neq_cli.recipe.keys import warnings
-    from neq_cli.recipe.load import find_recipe, load_recipe
-    from neq_cli.training.checks import check_section
-    from neq_cli.training.models.image_defaults import with_image_defaults
+    from neq_cli.jobs.prepare import load as load_checked
 
-    # Before the checks: they import entrypoints, which may lie beside the recipe.
-    add_import_folder(find_recipe(reference).parent)
-    loaded = load_recipe(reference, overrides or (), checks=[check_section], complete=with_image_defaults)
-    for warning in warnings(loaded.recipe) if warn else ():
-        complain(f"warning: {warning}")
-    return loaded
+    return load_checked(reference, overrides or (), warn=warn)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from neq_cli.freezing.model.calling import Call, give_shapes, has_no_shapes, inp
 from neq_cli.freezing.model.layers import Layer, everything
 from neq_cli.freezing.model.neurons import find_neurons
 from neq_cli.freezing.model.observing import is_compiled, is_wrapped, outside_inference_mode, unwrap
+from neq_cli.freezing.passed import Passed
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
 from neq_cli.freezing.probe import copied, device_of, first_probe_input, similarity
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
@@ -118,6 +120,8 @@ class Freezer:
         self.call, self.sample = call, sample
         self._agreement = Agreement(process_group)
         self.epoch = 0
+        self.passed: Passed | None = None  # what the last step() ended
+        self._bookkept = 0.0  # of `bookkeeping_seconds`, when it did
         self.notes: list[str] = []
         if row_wise:
             kind = type(self.optimizer).__name__
@@ -151,7 +155,9 @@ class Freezer:
         Returns the observations by layer, in forward order; their ``trainable`` is the new set. Raises FreezingError
         where the policy answers with an unknown layer, a wrong shape or a wrong type; then nothing has changed.
         """
+        started = time.perf_counter()
         self._agreement.check(self._held(), "frozen sets")
+        trained, flops = dict(self.trainable), self.flops()  # now that it is known which kernels ran
         self._look_anew()
         phi = similarity(
             self.model,
@@ -172,7 +178,11 @@ class Freezer:
         self._remember(snapshot(self.model))
         self._put_in_force(trainable)
         self._agreement.check(self._held(), "frozen sets")
-        return observe(dynamics, trainable)
+        observations = observe(dynamics, trainable)
+        within, self._bookkept = self.bookkeeping_seconds - self._bookkept, self.bookkeeping_seconds
+        seconds = within + time.perf_counter() - started
+        self.passed = Passed(self.epoch, trained, flops, observations, seconds)
+        return observations
 
     @property
     def anatomy(self) -> Anatomy:

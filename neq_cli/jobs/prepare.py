@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from neq_cli.complaints import complain
 from neq_cli.errors import RecipeError, RecipeValueError, RunDirectoryError
 from neq_cli.events import Compiling
 from neq_cli.recipe import Recipe, StochasticPolicy
-from neq_cli.recipe.load import LoadedRecipe
+from neq_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
 from neq_cli.runs.store.run import read_run
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.startup import Startup
@@ -26,6 +27,21 @@ if TYPE_CHECKING:
     from neq_cli.runs.views.tables.costs import BenchProgress
     from neq_cli.training.processes.joined import Processes
     from neq_cli.training.session import Session
+
+
+def load(reference: str, overrides: Sequence[str] = (), *, warn: bool = True) -> LoadedRecipe:
+    """Return the checked recipe; its warnings go to stderr, unless another process says them."""
+    from neq_cli.recipe.entrypoints import add_import_folder
+    from neq_cli.recipe.keys import warnings
+    from neq_cli.training.checks import check_section
+    from neq_cli.training.models.image_defaults import with_image_defaults
+
+    # Before the checks: they import entrypoints, which may lie beside the recipe.
+    add_import_folder(find_recipe(reference).parent)
+    loaded = load_recipe(reference, overrides, checks=[check_section], complete=with_image_defaults)
+    for warning in warnings(loaded.recipe) if warn else ():
+        complain(f"warning: {warning}")
+    return loaded
 
 
 def prepared(

@@ -1,214 +1,196 @@
-"""Records a session in its run directory while it trains: epochs, checkpoints, kernel choices, and how it ended."""
+"""A run directory written from any training loop; and what of it `neq train` and other loops have in common."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from numbers import Real
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import RunDirectoryError, Terminated, TrainingError, described
-from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
-from neq_cli.jobs.stop_requests import StopRequests
-from neq_cli.recipe.load import dump_recipe
-from neq_cli.recipe.shipped import python_files
-from neq_cli.runs.store.disk import atomic_write, writing
-from neq_cli.runs.store.paths import default_run_directory
+from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
+from neq_cli.events import EpochRecord, RunResumed, RunStarted
+from neq_cli.recipe.recorded import RECORDED
+from neq_cli.recipe.yaml import write_yaml
+from neq_cli.runs.store.disk import writing
+from neq_cli.runs.store.run import past_epochs, read_run
 from neq_cli.runs.store.writer import RunWriter
-from neq_cli.runs.views.live.progress import Progress
+from neq_cli.runs.views.live.progress import Mode, Progress, Silent, choose_progress
 
 if TYPE_CHECKING:
+    import torch
+
+    from neq_cli.freezing import Freezer
     from neq_cli.freezing.backward.dispatch import Dispatch
-    from neq_cli.training.session import Session
 
-
-def is_better(score: float, best: float | None, *, lower: bool) -> bool:
-    """Whether ``score`` is better than the ``best`` so far, None for none; NaN, which was not measured, never is."""
-    if math.isnan(score):
-        return False
-    return best is None or (score < best if lower else score > best)
-
-
-def create_directory(chosen: Path | None, name: str, session: Session) -> RunWriter:
-    """Make the run directory of ``session``: ``chosen``, or one named after the recipe, the time and the seed."""
-    recipe, about = dump_recipe(session.recipe), environment_of(session)
-    if chosen is not None:
-        return RunWriter.create(chosen, recipe, about)
-    attempts = 10
-    while True:
-        attempts -= 1
-        try:
-            return RunWriter.create(default_run_directory(name, session.recipe.seed, datetime.now()), recipe, about)
-        except RunDirectoryError:
-            # Another run that began in the same second may have taken the name.
-            if not attempts:
-                raise
-
-
-def environment_of(session: Session) -> dict[str, Any]:
-    """Return what environment.json says of the session: machine, versions, data and processes."""
-    from neq_cli.training.machine.device import environment
-
-    trainer = session.trainer
-    about = {
-        "data": dict(session.data_content),
-        "processes": trainer.processes.count,
-        "coverage": trainer.freezer.coverage().to_dict(),
-    }
-    matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
-    return {**environment(trainer.device), **about, **matched}
-
-
-def write_beginning(writer: RunWriter, session: Session, directory: Path) -> None:
-    """Write what is known before the first step: the Python files that the recipe names, and the notes."""
-    for source in python_files(session.recipe, directory):
-        writer.write_source(source.name, source.read_bytes())
-    writer.write_started(session.started)
+_OWN = ("epoch", "neurons", "frozen", "epoch_seconds", "probe_seconds")
+_FIRST, _LAST = ("lr", "train_loss"), ("images_per_second",)
+"""Columns that displays and reports look for, before and behind the others; empty where a loop does not tell them."""
 
 
 class Recorder:
-    """Follows a session to its end. ``writer`` is None in all but the first of several processes.
+    """Writes the run directory of a training loop of one's own, for ``neq inspect``, ``compare`` and ``report``.
 
-    ``best`` is the best score so far, None where there is none. All processes follow together.
+    Make it once the Freezer stands and use it as a context manager, whose end tells how the run ended; call ``epoch``
+    after every ``freezer.step()``. ``name``, ``seed`` and ``settings`` (plain values, nested as one likes) are what
+    runs are told apart by: those that differ in ``seed`` alone are one configuration. ``metric``: the column that tells
+    how good the model is, ``lower_is_better`` where it is an error. ``epochs``: how many are planned, if that is known.
+
+    ``resume=True`` goes on in a directory that the loop recorded before, once the Freezer has the state it saved
+    (``load_state_dict``): what was recorded after that is removed. ``progress``: "rich", "plain" or "auto" as in
+    `neq train`, which need ``epochs``. One process at a time writes a directory; of several that train together, the
+    first does. Raises FreezingError for what is wrong in a call, RunDirectoryError for what is wrong on the disk.
     """
 
     def __init__(
         self,
-        session: Session,
-        writer: RunWriter | None,
-        progress: Progress,
-        requests: StopRequests,
-        best: float | None = None,
+        freezer: Freezer,
+        run_directory: str | Path,
+        *,
+        name: str,
+        metric: str,
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        lower_is_better: bool = False,
+        epochs: int | None = None,
+        resume: bool = False,
+        progress: Mode = "off",
     ) -> None:
-        self.session = session
-        self.trainer = session.trainer
-        self.writer = writer
-        self.progress = progress
-        self.requests = requests
-        self.best = best
-        self.saved = time.monotonic()
-        self.timed = 0.0  # seconds that went into timing kernels
-        self.trainer.wish = self._wish
+        if progress != "off" and epochs is None:
+            raise FreezingError(f"Recorder: progress {progress!r} tells how long the rest will take; give epochs too")
+        self.freezer = freezer
+        self.metric = metric
+        self.path = Path(run_directory)
+        self.writer: RunWriter | None = None
+        self.progress: Progress = Silent()
+        self._columns: tuple[str, ...] = ()  # those that the loop tells
+        self._recorded = 0  # epochs
+        self._stack = ExitStack()
+        if _rank() == 0:
+            started = _started(freezer, name, metric, epochs, lower_is_better=lower_is_better)
+            recipe = {**RECORDED, "name": name, "seed": seed, "epochs": epochs, **_method(freezer)}
+            yaml = write_yaml({**recipe, "settings": _plain(settings or {}, "settings")})
+            try:
+                self._open(yaml, started, resume=resume, progress=progress)
+            except BaseException:
+                self._stack.close()
+                raise
+        self._since = time.perf_counter()
 
-    def follow(self) -> None:
-        """Train to the end. Raises Terminated where a signal asked to stop, once all is saved."""
-        if self.writer is not None:
-            _keep_kernel_choices(self.session, self.writer)
-        dispatch = self.trainer.freezer.dispatch
-        dispatch.on_timing = lambda: self.progress.show(Preparing("timing kernels", len(dispatch.choices)))
-        for record in self.trainer.run():
-            # Nothing is lost while the first images are waited for, which may take minutes.
-            self.requests.set_at_once(isinstance(record, StepProgress) and record.phase == "load")
-            if isinstance(record, Pause):
-                self._pause(record)
-                continue
-            if isinstance(record, EpochRecord):
-                self._write_epoch(record)
-                self._say_what_took(record)
-            self.progress.show(record)
-            if isinstance(record, EpochRecord):
-                self._stop_if_asked(record)
-        if self.trainer.epoch < self.session.recipe.epochs:
-            self._say_why_it_ended()
-        if self.writer is not None:
-            _save_weights(self.session, self.writer)
+    def epoch(self, **columns: float) -> None:
+        """Record the epoch that ``freezer.step()`` has just ended, with numbers that go into metrics.csv by name.
 
-    def _say_why_it_ended(self) -> None:
-        wanted, epochs = self.session.recipe.stop_when_frozen, self.session.recipe.epochs
-        stood = "1 epoch" if wanted == 1 else f"{wanted} epochs"
-        note = (
-            f"stop_when_frozen: all that may freeze has stood still for {stood}; "
-            f"ended after epoch {self.trainer.epoch} of {epochs}"
-        )
-        self.progress.message(note)
-        if self.writer is not None:
-            self.writer.write_note(note)
-
-    def _say_what_took(self, record: EpochRecord) -> None:
-        """Say what the epoch took that others need not, where it was much."""
-        startup, timed = self.trainer.startup, self.trainer.freezer.dispatch.seconds
-        startup.add("timing kernels", timed - self.timed)
-        self.timed = timed
-        took = startup.summary()
-        if took:
-            self.progress.message(f"epoch {record.epoch} spent {took} on what others need not")
-
-    def _wish(self) -> int:
-        from neq_cli.training.loop.trainer import GO_ON, SAVE, STOP
-
-        if self.requests.received is not None:
-            return STOP
-        # The first process's clock decides.
-        due = time.monotonic() - self.saved >= 60 * self.session.recipe.checkpoint_minutes
-        return SAVE if due and self.trainer.processes.first else GO_ON
-
-    def _pause(self, record: Pause) -> None:
-        if record.stop:
-            self.progress.message(
-                f"{self.requests.received or 'stop'}: saving epoch {record.epoch}, step {record.step}"
-            )
-        self._save()
-        if record.stop:
-            self._stop()
-
-    def _write_epoch(self, record: EpochRecord) -> None:
-        if self.writer is not None:
-            self.writer.write_epoch(record)
-        score = record.metrics[self.session.started.metric]
-        improved = is_better(score, self.best, lower=self.session.started.lower_is_better)
-        self.best = score if improved else self.best
-        # The last file of an epoch is the last checkpoint: with it, the epoch need not be trained again.
-        self._save(best=improved)
-
-    def _stop_if_asked(self, record: EpochRecord) -> None:
-        """Stop between two epochs; a run that is trained to its end goes on to it."""
-        stop = self.trainer.processes.largest(int(self.requests.received is not None))
-        if stop and record.epoch < self.session.recipe.epochs:
-            self._stop()
-
-    def _stop(self) -> None:
-        path = self.writer.path if self.writer is not None else None
-        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on" if path else "")
-
-    def _save(self, *, best: bool = False) -> None:
-        """Write the checkpoints; the last one before becomes the previous one once the next is whole."""
-        from neq_cli.training.loop.checkpoint import save_state
-
-        state = self.trainer.state_dict()  # which all processes take part in
-        self.saved = time.monotonic()
+        The same ones every time; what is left out, or NaN, is an empty cell.
+        """
+        passed = self.freezer.passed
         if self.writer is None:
             return
-        last, previous = self.writer.checkpoint_path("last"), self.writer.checkpoint_path("previous")
+        if passed is None or passed.epoch != self._recorded + 1:
+            raise FreezingError(
+                f"Recorder.epoch: {self._recorded} epochs are recorded and the Freezer has seen {self.freezer.epoch}; "
+                "call it once after every freezer.step()"
+            )
+        from neq_cli.training.loop.epoch_record import layer_states, what_trained
 
-        def write_and_move_on(partial: Path) -> None:
-            save_state(state, partial)
-            if last.exists():
-                last.replace(previous)
+        now = time.perf_counter()
+        layers = layer_states(self.freezer, passed)
+        metrics = {
+            **self._checked(columns),
+            **what_trained(layers, passed),
+            "epoch_seconds": now - self._since,
+            "probe_seconds": passed.probe_seconds,
+        }
+        record = EpochRecord(passed.epoch, {"epoch": passed.epoch, **metrics}, layers)
+        self.writer.write_epoch(record)
+        self._recorded, self._since = passed.epoch, now
+        self.progress.show(record)
 
-        with self.trainer.processes.undisturbed():
-            if best:
-                path = self.writer.checkpoint_path("best")
-                with writing(path):
-                    atomic_write(path, lambda partial: save_state(state, partial))
-            with writing(last):
-                atomic_write(last, write_and_move_on)
+    def note(self, text: str) -> None:
+        """Add a line to what the run says of itself."""
+        if self.writer is not None:
+            self.writer.write_note(text)
+
+    def close(self) -> None:
+        """End the run as finished."""
+        self.__exit__(None, None, None)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.freezer.dispatch.on_choice = None
+        self._stack.__exit__(kind, error, traceback)
+        self.writer = None
+
+    def _open(self, recipe_yaml: str, started: RunStarted, *, resume: bool, progress: Mode) -> None:
+        from neq_cli.freezing.probe import device_of
+
+        environment = environment_of(self.freezer, device_of(self.freezer.model), _processes())
+        epoch = self.freezer.epoch
+        if resume:
+            writer = self._stack.enter_context(RunWriter.reopen(self.path))
+            if writer.is_new and epoch:
+                raise FreezingError(
+                    f"Recorder: {self.path}: nothing is recorded there, and the Freezer has seen {epoch} epochs; give "
+                    "the directory that its earlier epochs are in"
+                )
+            with writing(self.path):
+                writer.rewind(epoch, recipe_yaml if writer.is_new else None, environment)
+        elif epoch:
+            raise FreezingError(
+                f"Recorder: the Freezer has seen {epoch} epochs that are recorded nowhere; make the Recorder before "
+                "the first step(), or give resume=True and the directory that they are in"
+            )
+        else:
+            writer = self._stack.enter_context(RunWriter.create(self.path, recipe_yaml, environment))
+        self._stack.enter_context(status_of(writer))
+        writer.write_started(started)
+        keep_kernel_choices(self.freezer, writer)
+        self.writer, self._recorded = writer, epoch
+        self.progress = self._stack.enter_context(choose_progress(progress))
+        self.progress.show(started)
+        if epoch:
+            past = past_epochs(read_run(self.path))
+            own = {*_OWN, *(column for column in past[-1].metrics if column.startswith("flops_"))}
+            self._columns = tuple(column for column in past[-1].metrics if column not in own)
+            self.progress.show(RunResumed(tuple(past)))
+
+    def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:
+        own = [column for column in columns if column in _OWN or column.startswith("flops_")]
+        if own:
+            raise FreezingError(f"Recorder.epoch: {own[0]}: is what the Recorder tells itself; give it another name")
+        for column, value in columns.items():
+            if not isinstance(value, Real) and not (hasattr(value, "item") and getattr(value, "ndim", 1) == 0):
+                raise FreezingError(f"Recorder.epoch: {column}: is a {type(value).__name__}; give a number")
+        given = {column: float(value) for column, value in columns.items()}
+        if not self._columns:
+            if self.metric not in given:
+                hint = did_you_mean(self.metric, given) or f"; it has {', '.join(given) or 'none'}"
+                raise FreezingError(f"Recorder.epoch: no column {self.metric!r}, which the run is judged by{hint}")
+            others = [column for column in given if column not in (*_FIRST, *_LAST)]
+            self._columns = (*_FIRST, *others, *_LAST)
+        new = [column for column in given if column not in self._columns]
+        if new:
+            raise FreezingError(
+                f"Recorder.epoch: {new[0]}: is new in epoch {self._recorded + 1}; give it from the first epoch on"
+            )
+        return {column: given.get(column, math.nan) for column in self._columns}
 
 
-def _save_weights(session: Session, writer: RunWriter) -> None:
-    from neq_cli.training.loop.checkpoint import save_weights
+def environment_of(freezer: Freezer, device: torch.device, processes: int) -> dict[str, Any]:
+    """Return what environment.json says of the machine, the versions, and what of the model are neurons."""
+    from neq_cli.training.machine.device import environment
 
-    weights = session.trainer.tested_model.state_dict()
-    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
-    with writing(writer.weights_path):
-        atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))
+    return {**environment(device), "processes": processes, "coverage": freezer.coverage().to_dict()}
 
 
-def _keep_kernel_choices(session: Session, writer: RunWriter) -> None:
+def keep_kernel_choices(freezer: Freezer, writer: RunWriter) -> None:
     """Have every choice of a kernel written before it is first used, and what is dense whatever the choice."""
-    freezer = session.trainer.freezer
 
     def write(dispatch: Dispatch) -> None:
         dense = {} if freezer.backward == "dense" else freezer.anatomy.dense_because
@@ -239,3 +221,60 @@ def status_of(writer: RunWriter | None) -> Iterator[None]:
         raise
     else:
         writer.finish()
+
+
+def _started(freezer: Freezer, name: str, metric: str, epochs: int | None, *, lower_is_better: bool) -> RunStarted:
+    from neq_cli.freezing.probe import device_of
+    from neq_cli.training.machine.device import describe_device
+    from neq_cli.training.policies import describe_policy, section_of
+
+    section = section_of(freezer.policy)
+    return RunStarted(
+        recipe_name=name,
+        description=type(freezer.model).__name__,
+        policy=type(freezer.policy).__name__ if section is None else describe_policy(section),
+        device=describe_device(device_of(freezer.model), _processes()),
+        epochs=epochs or 0,
+        steps_per_epoch=0,
+        metric=metric,
+        layers={layer.name: layer.neurons for layer in freezer.layers.values()},
+        notes=(*freezer.notes, f"coverage: {freezer.coverage()}"),
+        epsilon=getattr(freezer.policy, "epsilon", None),
+        lower_is_better=lower_is_better,
+    )
+
+
+def _method(freezer: Freezer) -> dict[str, Any]:
+    """Return the policy and the backward mode as a recipe has them."""
+    from neq_cli.training.policies import section_of
+
+    section, kind = section_of(freezer.policy), type(freezer.policy)
+    policy = {"entrypoint": f"{kind.__module__}:{kind.__qualname__}"} if section is None else section.model_dump()
+    return {"policy": policy, "backward": freezer.backward}
+
+
+def _plain(value: Any, place: str) -> Any:
+    """Return ``value`` in what YAML can hold; FreezingError that names the place of what it cannot."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each, f"{place}.{key}") for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each, f"{place}[{number}]") for number, each in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    raise FreezingError(
+        f"Recorder: {place}: is a {type(value).__name__}; give numbers, text, lists and mappings of them"
+    )
+
+
+def _rank() -> int:
+    import torch.distributed as distributed
+
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _processes() -> int:
+    import torch.distributed as distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from neq_cli.events import EpochRecord, RunResumed
 from neq_cli.jobs.earlier_kernels import choices_beside
+from neq_cli.jobs.follower import Follower, about, create_directory, write_beginning
 from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
-from neq_cli.jobs.recorder import Recorder, create_directory, environment_of, status_of, write_beginning
+from neq_cli.jobs.recorder import status_of
 from neq_cli.jobs.resume import Start, finished_already, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.recipe.load import LoadedRecipe, dump_recipe
@@ -76,7 +77,7 @@ def train(
         past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
         _show_beginning(progress, session, startup, past)
         with compiling_told(session.recipe, progress.show):
-            Recorder(session, writer, progress, requests, _best(session, past)).follow()
+            Follower(session, writer, progress, requests, _best(session, past)).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path
@@ -115,7 +116,7 @@ def _build(loaded: LoadedRecipe, start: Start, processes: Processes, startup: St
 
 def _rewind(writer: RunWriter, session: Session, start: Start) -> None:
     """Bring a run directory back to where the session goes on from, without the checkpoints that are damaged."""
-    writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), environment_of(session))
+    writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), about(session))
     for path in start.damaged:
         with writing(path, ELSEWHERE):
             path.unlink()

@@ -14,6 +14,7 @@ from neq_cli.errors import RecipeError, RecipeValueError, did_you_mean
 from neq_cli.recipe.describe import shown
 from neq_cli.recipe.document import Document, Located, Override, Place
 from neq_cli.recipe.keys import Check, Recipe
+from neq_cli.recipe.recorded import is_recorded
 from neq_cli.recipe.validate import valid_parts, validate
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
 from neq_cli.text import escaped
@@ -34,6 +35,12 @@ def shipped_directory() -> Path:
 def shipped_names() -> list[str]:
     """Return the names of the shipped recipes, sorted."""
     return sorted(path.stem for path in shipped_directory().glob("[!.]*.yaml"))
+
+
+def _refuse_recorded(document: Document, file: str) -> None:
+    if is_recorded(document.values):
+        mend = "run that loop, and to go on with it give its Recorder resume=True"
+        raise RecipeError([f"{escaped(file)}: was recorded from a training loop that neq does not know; {mend}"])
 
 
 def find_recipe(reference: str) -> Path:
@@ -112,6 +119,7 @@ def load_recipe(
     path = find_recipe(reference)
     file = path.name if path.parent == shipped_directory() else reference
     document = _read(_text_of(path, file), file)
+    _refuse_recorded(document, file)
     document.override(overrides)
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:

@@ -75,6 +75,22 @@ def build_policy(section: PolicySection, seed: int, epochs: int) -> Policy:
     return policy
 
 
+def section_of(policy: Policy) -> PolicySection | None:
+    """Return what a recipe says for ``policy``; None for one of a user's own class."""
+    if type(policy) is Baseline:
+        return BaselinePolicy()
+    if type(policy) is NEq:
+        keys = ("epsilon", "mu", "definition", "scope", "share", "thaw_at_lr_drop", "front_mode")
+        return NEqPolicy(**{key: getattr(policy, key) for key in keys})
+    if type(policy) is Stochastic:
+        return StochasticPolicy(kind="stochastic", p=policy.p, scope=policy.scope)
+    if type(policy) is Front:
+        return FrontPolicy(kind="front", start=policy.start, level=policy.level)
+    if type(policy) is Budget:
+        return BudgetPolicy(kind="budget", flops=policy.flops, mu=policy.mu)
+    return None
+
+
 def chosen_share(section: StochasticPolicy) -> float:
     """Return p itself, or what ``match:`` came to."""
     if section.share is None:

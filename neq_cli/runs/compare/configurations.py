@@ -10,6 +10,7 @@ from typing import Any
 
 from neq_cli.recipe.keys import NAMES_NO_CONFIGURATION
 from neq_cli.recipe.policy_keys import MATCH, matched_run
+from neq_cli.recipe.recorded import is_recorded
 from neq_cli.runs.compare.statistics import mean_known, summarise
 from neq_cli.runs.store.run import Run
 from neq_cli.text import printable
@@ -146,7 +147,9 @@ def written(setting: str) -> str:
 
 
 def model_and_data(run: Run) -> str:
-    """Name both in a few words: ``resnet32 on CIFAR10``."""
+    """Name both in a few words: ``resnet32 on CIFAR10``; of a loop of somebody's own, the class of the model."""
+    if is_recorded(run.recipe):
+        return printable(run.environment.get("description", "a model"), 100)
     model = run.setting("model.name") or run.setting("model.entrypoint") or "unknown model"
     data = run.setting("data.name") or run.setting("data.entrypoint") or "unknown data"
     return f"{_short(model)} on {_short(data)}"

@@ -103,7 +103,7 @@ def curve(runs: Sequence[Run], values: Callable[[Run], NDArray[np.float64]]) -> 
 
 def learning_rate(runs: Sequence[Run]) -> LearningRate | None:
     """Find the steps of the learning rate in the longest run; None where no run tells its learning rate."""
-    told = [run for run in runs if "lr" in run.metrics[0]]
+    told = [run for run in runs if "lr" in run.rows[0]]
     if not told:
         return None
     rates = max(told, key=lambda run: run.epochs).column("lr").tolist()

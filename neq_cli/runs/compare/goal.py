@@ -49,7 +49,7 @@ def goal(runs: Sequence[Run], baseline: Sequence[Run], target: float, equal_seco
 
 def training_flops(run: Run) -> NDArray[np.float64]:
     """Return each epoch's multiply-adds on one sample, forward and backward as executed; NaN where not told."""
-    if "flops_forward" not in run.metrics[0]:  # of an earlier version
+    if "flops_forward" not in run.rows[0]:  # of an earlier version
         return np.full(run.epochs, math.nan)
     return run.column("flops_forward") + run.column("flops_executed")
 

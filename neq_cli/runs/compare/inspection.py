@@ -204,7 +204,7 @@ def _notes(notes: object) -> tuple[str, ...]:
 
 
 def _summary(run: Run, epoch: int) -> dict[str, Any]:
-    columns = {name: run.column(name)[:epoch] for name in run.metrics[0]}
+    columns = {name: run.column(name)[:epoch] for name in run.rows[0]}
     means = {name: mean_known(values) for name, values in columns.items()}
     measured = columns[run.metric]
     known = np.flatnonzero(~np.isnan(measured))

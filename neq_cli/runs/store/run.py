@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, LayerState
+from neq_cli.recipe.recorded import is_recorded
 from neq_cli.runs.store.lock import is_alive
 from neq_cli.runs.store.neurons import NEURON_FIELDS, read_neurons
 from neq_cli.runs.store.paths import STATES, RunFiles
@@ -40,13 +41,16 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class Run:
-    """A run with at least one finished epoch. ``layers`` and ``neurons`` read their files when called."""
+    """A run with at least one finished epoch; ``rows`` of metrics.csv, NaN where not measured.
+
+    ``layers`` and ``neurons`` read their files when called.
+    """
 
     path: Path
     recipe: dict[str, Any]  # plain values, not validated
     environment: dict[str, Any]
     status: RunStatus
-    metrics: tuple[dict[str, Number], ...]  # rows of metrics.csv; NaN where not measured
+    rows: tuple[dict[str, Number], ...]
 
     @property
     def files(self) -> RunFiles:
@@ -55,11 +59,13 @@ class Run:
     @property
     def epochs(self) -> int:
         """Finished epochs."""
-        return len(self.metrics)
+        return len(self.rows)
 
     @property
     def epochs_planned(self) -> int:
-        return int(self.recipe["epochs"])
+        """How many epochs the run is meant to have; those it has where it was recorded without saying so."""
+        planned = self.recipe.get("epochs")
+        return self.epochs if planned is None else int(planned)
 
     @property
     def recipe_name(self) -> str:
@@ -72,7 +78,7 @@ class Run:
         """The column that tells how good the model is. RunDirectoryError where there is none."""
         named = self.environment.get("metric")
         for column in (named, *KNOWN_METRICS):
-            if isinstance(column, str) and column in self.metrics[0]:
+            if isinstance(column, str) and column in self.rows[0]:
                 return column
         raise RunDirectoryError(f"{printable(self.files.metrics)}: no column {' or '.join(KNOWN_METRICS)}")
 
@@ -90,9 +96,14 @@ class Run:
             value = value[part]
         return value
 
+    @property
+    def metrics(self) -> dict[str, NDArray[np.float64]]:
+        """The columns of metrics.csv by name, each [epochs]; NaN where not measured."""
+        return {name: self.column(name) for name in self.rows[0]}
+
     def column(self, name: str) -> NDArray[np.float64]:
         """Return a column of metrics.csv, [epochs]."""
-        return np.array([row[name] for row in self.metrics], dtype=np.float64)
+        return np.array([row[name] for row in self.rows], dtype=np.float64)
 
     def layers(self, epoch: int) -> tuple[LayerRow, ...]:
         """Return the rows of layers.csv of an epoch, in forward order."""
@@ -114,7 +125,8 @@ def read_run(path: Path) -> Run:
     _check_is_run(files)
     recipe = read_yaml(files.recipe)
     epochs = recipe.get("epochs")
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or not 1 <= epochs <= _MOST_EPOCHS:
+    untold = epochs is None and is_recorded(recipe)
+    if not untold and (not isinstance(epochs, int) or isinstance(epochs, bool) or not 1 <= epochs <= _MOST_EPOCHS):
         raise damaged(files.recipe, f"epochs: {printable(repr(epochs), 60)} is not a whole number above 0")
     environment = read_json(files.environment) if _is_there(files.environment) else {}
     status = _read_status(files.status)  # before the metrics, so that a run read as finished is read whole
@@ -165,7 +177,7 @@ def _is_there(path: Path) -> bool:
 
 def past_epochs(run: Run) -> tuple[EpochRecord, ...]:
     """Return the records of all finished epochs; the last has its layers, unless their files cannot be read."""
-    *earlier, last = run.metrics
+    *earlier, last = run.rows
     epochs = [EpochRecord(int(row["epoch"]), row, ()) for row in earlier]
     return (*epochs, EpochRecord(int(last["epoch"]), last, _layers(run)))
 

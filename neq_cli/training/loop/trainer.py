@@ -111,11 +111,9 @@ class Trainer:
             self.so_far = RunningEpoch(epoch, self.task.new_totals(self.device))
         so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        trained = dict(self.freezer.trainable)
         for record in self._train(so_far):
             so_far.seconds = before + time.perf_counter() - started
             yield record
-        flops = self.freezer.flops()  # now that it is known which kernels ran
         # Buffers, such as batch norm's statistics, are each process's own during an epoch.
         self.processes.copy_from_first(self.model.buffers())
         if self.step.averaged is not None:
@@ -129,7 +127,7 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()  # first: a policy may go by the next epoch's learning rate
         probe_started = time.perf_counter()
-        observations = self.freezer.step()
+        self.freezer.step()
         probe_seconds = so_far.bookkeeping_seconds + time.perf_counter() - probe_started
         self.epoch, self.so_far = epoch, None
         self.startup.finish()
@@ -137,9 +135,6 @@ class Trainer:
             so_far,
             Scores(learning_rate, trained_on, tested_on),
             self.freezer,
-            observations,
-            trained,
-            flops,
             epoch_seconds=before + time.perf_counter() - started,
             probe_seconds=probe_seconds,
         )

@@ -433,7 +433,7 @@ def test_numbers_are_those_that_are_written(runs: list[Path], text: str, value: 
     if value is None:
         assert "metrics.csv:3: lr: " in err
     else:
-        assert read_run(runs[0]).metrics[1]["lr"] == value
+        assert read_run(runs[0]).rows[1]["lr"] == value
 
 
 def test_a_row_torn_within_quotes_is_left_out(make_run: Callable[..., Run]) -> None:

@@ -66,11 +66,11 @@ def test_what_was_written_is_read_back(make_run: Callable[..., Run], records: An
     assert (run.epochs, run.epochs_planned, run.metric, run.recipe_name) == (3, 3, "test_top1", "digits")
     assert (run.environment["torch"], run.environment["notes"]) == ("2.15", ["a note"])
     assert (run.setting("optimizer.lr"), run.setting("optimizer.name.no"), run.setting("nothing")) == (0.1, None, None)
-    for row, record in zip(run.metrics, expected, strict=True):
+    for row, record in zip(run.rows, expected, strict=True):
         assert list(row) == list(record.metrics)
         assert all(row[key] == value or math.isnan(value) for key, value in record.metrics.items())
         assert isinstance(row["neurons"], int)
-    assert math.isnan(run.metrics[1]["test_top1"])
+    assert math.isnan(run.rows[1]["test_top1"])
     np.testing.assert_array_equal(run.column("test_top1"), [0.1 + 0.2, np.nan, 1e-300])
     for record in expected:
         assert [(row.layer, row.neurons, row.frozen, row.flops_paper) for row in run.layers(record.epoch)] == [

@@ -183,7 +183,8 @@ def can_show_frames(console: Console) -> bool:
 
 def started_line(started: RunStarted) -> str:
     """The run in one line."""
-    length = f"{started.epochs} epochs of {started.steps_per_epoch} steps"
+    steps = f" of {started.steps_per_epoch} steps" if started.steps_per_epoch else ""
+    length = f"{started.epochs} epochs{steps}"
     size = f"{sum(started.layers.values())} neurons in {len(started.layers)} layers"
     return f"{started.recipe_name}: {started.description}, {started.policy}, {started.device}, {length}, {size}"
 

@@ -1,0 +1,199 @@
+"""Follows a session while it trains, and has it recorded: epochs, checkpoints, and that it stops where it was asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neq_cli.errors import RunDirectoryError
+from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
+from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
+from neq_cli.jobs.stop_requests import StopRequests
+from neq_cli.recipe.load import dump_recipe
+from neq_cli.recipe.shipped import python_files
+from neq_cli.runs.store.disk import atomic_write, writing
+from neq_cli.runs.store.paths import default_run_directory
+from neq_cli.runs.store.writer import RunWriter
+from neq_cli.runs.views.live.progress import Progress
+
+if TYPE_CHECKING:
+    from neq_cli.training.session import Session
+
+
+def is_better(score: float, best: float | None, *, lower: bool) -> bool:
+    """Whether ``score`` is better than the ``best`` so far, None for none; NaN, which was not measured, never is."""
+    if math.isnan(score):
+        return False
+    return best is None or (score < best if lower else score > best)
+
+
+def create_directory(chosen: Path | None, name: str, session: Session) -> RunWriter:
+    """Make the run directory of ``session``: ``chosen``, or one named after the recipe, the time and the seed."""
+    recipe, environment = dump_recipe(session.recipe), about(session)
+    if chosen is not None:
+        return RunWriter.create(chosen, recipe, environment)
+    attempts = 10
+    while True:
+        attempts -= 1
+        try:
+            path = default_run_directory(name, session.recipe.seed, datetime.now())
+            return RunWriter.create(path, recipe, environment)
+        except RunDirectoryError:
+            # Another run that began in the same second may have taken the name.
+            if not attempts:
+                raise
+
+
+def about(session: Session) -> dict[str, Any]:
+    """Return what environment.json says of the session: machine, versions, data and processes."""
+    trainer = session.trainer
+    matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
+    said = environment_of(trainer.freezer, trainer.device, trainer.processes.count)
+    return {**said, "data": dict(session.data_content), **matched}
+
+
+def write_beginning(writer: RunWriter, session: Session, directory: Path) -> None:
+    """Write what is known before the first step: the Python files that the recipe names, and the notes."""
+    for source in python_files(session.recipe, directory):
+        writer.write_source(source.name, source.read_bytes())
+    writer.write_started(session.started)
+
+
+class Follower:
+    """Follows a session to its end. ``writer`` is None in all but the first of several processes.
+
+    ``best`` is the best score so far, None where there is none. All processes follow together.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        writer: RunWriter | None,
+        progress: Progress,
+        requests: StopRequests,
+        best: float | None = None,
+    ) -> None:
+        self.session = session
+        self.trainer = session.trainer
+        self.writer = writer
+        self.progress = progress
+        self.requests = requests
+        self.best = best
+        self.saved = time.monotonic()
+        self.timed = 0.0  # seconds that went into timing kernels
+        self.trainer.wish = self._wish
+
+    def follow(self) -> None:
+        """Train to the end. Raises Terminated where a signal asked to stop, once all is saved."""
+        if self.writer is not None:
+            keep_kernel_choices(self.trainer.freezer, self.writer)
+        dispatch = self.trainer.freezer.dispatch
+        dispatch.on_timing = lambda: self.progress.show(Preparing("timing kernels", len(dispatch.choices)))
+        for record in self.trainer.run():
+            # Nothing is lost while the first images are waited for, which may take minutes.
+            self.requests.set_at_once(isinstance(record, StepProgress) and record.phase == "load")
+            if isinstance(record, Pause):
+                self._pause(record)
+                continue
+            if isinstance(record, EpochRecord):
+                self._write_epoch(record)
+                self._say_what_took(record)
+            self.progress.show(record)
+            if isinstance(record, EpochRecord):
+                self._stop_if_asked(record)
+        if self.trainer.epoch < self.session.recipe.epochs:
+            self._say_why_it_ended()
+        if self.writer is not None:
+            _save_weights(self.session, self.writer)
+
+    def _say_why_it_ended(self) -> None:
+        wanted, epochs = self.session.recipe.stop_when_frozen, self.session.recipe.epochs
+        stood = "1 epoch" if wanted == 1 else f"{wanted} epochs"
+        note = (
+            f"stop_when_frozen: all that may freeze has stood still for {stood}; "
+            f"ended after epoch {self.trainer.epoch} of {epochs}"
+        )
+        self.progress.message(note)
+        if self.writer is not None:
+            self.writer.write_note(note)
+
+    def _say_what_took(self, record: EpochRecord) -> None:
+        """Say what the epoch took that others need not, where it was much."""
+        startup, timed = self.trainer.startup, self.trainer.freezer.dispatch.seconds
+        startup.add("timing kernels", timed - self.timed)
+        self.timed = timed
+        took = startup.summary()
+        if took:
+            self.progress.message(f"epoch {record.epoch} spent {took} on what others need not")
+
+    def _wish(self) -> int:
+        from neq_cli.training.loop.trainer import GO_ON, SAVE, STOP
+
+        if self.requests.received is not None:
+            return STOP
+        # The first process's clock decides.
+        due = time.monotonic() - self.saved >= 60 * self.session.recipe.checkpoint_minutes
+        return SAVE if due and self.trainer.processes.first else GO_ON
+
+    def _pause(self, record: Pause) -> None:
+        if record.stop:
+            self.progress.message(
+                f"{self.requests.received or 'stop'}: saving epoch {record.epoch}, step {record.step}"
+            )
+        self._save()
+        if record.stop:
+            self._stop()
+
+    def _write_epoch(self, record: EpochRecord) -> None:
+        if self.writer is not None:
+            self.writer.write_epoch(record)
+        score = record.metrics[self.session.started.metric]
+        improved = is_better(score, self.best, lower=self.session.started.lower_is_better)
+        self.best = score if improved else self.best
+        # The last file of an epoch is the last checkpoint: with it, the epoch need not be trained again.
+        self._save(best=improved)
+
+    def _stop_if_asked(self, record: EpochRecord) -> None:
+        """Stop between two epochs; a run that is trained to its end goes on to it."""
+        stop = self.trainer.processes.largest(int(self.requests.received is not None))
+        if stop and record.epoch < self.session.recipe.epochs:
+            self._stop()
+
+    def _stop(self) -> None:
+        path = self.writer.path if self.writer is not None else None
+        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on" if path else "")
+
+    def _save(self, *, best: bool = False) -> None:
+        """Write the checkpoints; the last one before becomes the previous one once the next is whole."""
+        from neq_cli.training.loop.checkpoint import save_state
+
+        state = self.trainer.state_dict()  # which all processes take part in
+        self.saved = time.monotonic()
+        if self.writer is None:
+            return
+        last, previous = self.writer.checkpoint_path("last"), self.writer.checkpoint_path("previous")
+
+        def write_and_move_on(partial: Path) -> None:
+            save_state(state, partial)
+            if last.exists():
+                last.replace(previous)
+
+        with self.trainer.processes.undisturbed():
+            if best:
+                path = self.writer.checkpoint_path("best")
+                with writing(path):
+                    atomic_write(path, lambda partial: save_state(state, partial))
+            with writing(last):
+                atomic_write(last, write_and_move_on)
+
+
+def _save_weights(session: Session, writer: RunWriter) -> None:
+    from neq_cli.training.loop.checkpoint import save_weights
+
+    weights = session.trainer.tested_model.state_dict()
+    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
+    with writing(writer.weights_path):
+        atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))
