@@ -17,7 +17,7 @@ from neq_cli.complaints import complain
 from neq_cli.errors import RecipeError, RecipeValueError, RunDirectoryError
 from neq_cli.events import Compiling
 from neq_cli.recipe import Recipe, StochasticPolicy
-from neq_cli.recipe.load import LoadedRecipe, find_recipe, load_recipe
+from neq_cli.recipe.load import LoadedRecipe
 from neq_cli.runs.store.run import read_run
 from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.startup import Startup
@@ -33,6 +33,7 @@ def load(reference: str, overrides: Sequence[str] = (), *, warn: bool = True) ->
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.keys import warnings
+    from neq_cli.recipe.load import find_recipe, load_recipe
     from neq_cli.training.checks import check_section
     from neq_cli.training.models.image_defaults import with_image_defaults
 

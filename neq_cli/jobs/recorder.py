@@ -167,7 +167,7 @@ class Recorder:
         for column, value in columns.items():
             if not isinstance(value, Real) and not (hasattr(value, "item") and getattr(value, "ndim", 1) == 0):
                 raise FreezingError(f"Recorder.epoch: {column}: is a {type(value).__name__}; give a number")
-        given = {column: float(value) for column, value in columns.items()}
+        given = {column: float(value.item() if hasattr(value, "item") else value) for column, value in columns.items()}
         if not self._columns:
             if self.metric not in given:
                 hint = did_you_mean(self.metric, given) or f"; it has {', '.join(given) or 'none'}"

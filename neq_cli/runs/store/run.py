@@ -87,6 +87,11 @@ class Run:
         """Whether the smallest value of ``metric`` is the best one; higher is better where the run does not tell."""
         return self.environment.get("metric_better") == "lower"
 
+    def _repr_html_(self) -> str:
+        from neq_cli.runs.views.notebook import run_as_html  # only a notebook asks
+
+        return run_as_html(self)
+
     def setting(self, key: str) -> Any:
         """Return the recipe's value at a dotted key, None where it has none."""
         value: Any = self.recipe
@@ -114,13 +119,14 @@ class Run:
         return read_neurons(self.files.neurons(epoch), fields)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: str | Path) -> Run:
     """Read a run directory, its table of epochs included.
 
     What was torn when the run was killed (a last line without its end, layers and neurons of an epoch that has no row
     in metrics.csv) is not part of the run. Raises RunDirectoryError, naming file and line, for everything else that
     is not as ``neq train`` writes it, and for a run without a finished epoch.
     """
+    path = Path(path)
     files = RunFiles(path)
     _check_is_run(files)
     recipe = read_yaml(files.recipe)
