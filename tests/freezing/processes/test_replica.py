@@ -259,6 +259,40 @@ def test_rows_that_step_alone_do_so_in_many_processes(workers: Any, optimizer: s
     compare(alone, workers(2, trained_as_if_large, "exact", optimizer, wrap, 2, options), WEIGHTS)
 
 
+class ByHand(nn.Module):
+    """Hidden units, a scale of one axis, stacked experts, and a bias that stands beside a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.scale = nn.LSTM(4, 6, batch_first=True), nn.Parameter(torch.randn(6))
+        self.experts = nn.Parameter(torch.randn(3, 5, 6) / 2)
+        self.shift, self.head = nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.recurrent(images.flatten(2).reshape(len(images), 8, 4))[0].mean(1) * self.scale
+        # By their inputs, so that who goes where does not hang on how samples are shared out.
+        chosen = (images.flatten(1)[:, 0] > 0).long() + (images.flatten(1)[:, 1] > 0).long()
+        mixed = hidden.new_zeros(len(hidden), 5)
+        for expert in chosen.unique():
+            own = torch.where(chosen == expert)[0]
+            mixed = mixed.index_add(0, own, nn.functional.linear(hidden[own], self.experts[expert]))
+        return self.head(torch.tanh(mixed + self.shift))
+
+
+BY_HAND: list[Mapping[str, float]] = [
+    {"": 0.5}, {"": 0.3}, {"recurrent.l0": 0, "": 0.5}, {"experts": 0, "scale": 0, "recurrent.l0": 0.5}, {}, {"": 0.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap", ["replica", "before"])
+@pytest.mark.parametrize("mode", ["exact", "truncated"])
+def test_layers_that_no_module_calls_train_in_many_processes_as_in_one(workers: Any, mode: str, wrap: str) -> None:
+    options = {"make": ByHand, "script": BY_HAND}
+    alone = trained(mode, "sgd", "", 1, options)
+    # In the processes' part of a batch an expert may get no sample, and still has a gradient, of zeros.
+    compare(alone, workers(2, trained, mode, "sgd", wrap, 1, options), WEIGHTS)
+
+
 class Beside(nn.Module):
     """Parameters outside neurons: before layers, inside one that computes its own way, beside layers, at the end."""
 
