@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CHANGELOG.md", "neq_cli/README.md", "recipes/README.md", "recipes/studies.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "neq_cli/README.md",
+    "neq_cli/integrations/README.md",
+    "recipes/README.md",
+    "recipes/studies.md",
+)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 
 

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "training": (*GROUND, "recipe", "freezing"),
     "runs": (*GROUND, "recipe"),
     "jobs": (*GROUND, "recipe", "freezing", "training", "runs"),
+    "integrations": (*GROUND, "freezing", "jobs"),
     "commands": (*GROUND, "recipe", "training", "runs", "jobs"),
     "cli": (*GROUND, "commands"),
     "__main__": ("cli",),
