@@ -59,8 +59,8 @@ class NEqCallback(Callback):
     metrics logged by the first observation, or in the sanity check: a metric that was not logged since the observation
     before is an empty cell. What the module logs in its own ``on_train_epoch_end`` comes too late. ``metric``, by
     which the run is judged, is the sanity check's first unless given, "train_loss" where there was none;
-    ``lower_is_better`` unless given where its name has "loss" or "error". ``name`` (the module's class), ``seed``
-    (that of ``seed_everything``) and ``settings`` are the Recorder's.
+    ``lower_is_better`` unless given where its name has "loss", "error" or "perplexity". ``name`` (the module's class),
+    ``seed`` (that of ``seed_everything``) and ``settings`` are the Recorder's.
 
     Made when training starts, after optimisers and checkpoints are loaded, and detached when it ends; ``freezers``
     holds them. Kernels are timed, but chosen by rule under ``Trainer(deterministic=True)`` and several processes, so
@@ -253,19 +253,16 @@ class NEqCallback(Callback):
             watch.freezer.step()
         if self.run_directory is None:
             return
-        metrics = self._logged.row(
-            trainer.callback_metrics
-        )  # in all processes, since Lightning may reduce them over all
+        # In all processes, since Lightning may reduce what is logged over all of them.
+        metrics = self._logged.row(trainer.callback_metrics)
+        place = {"step": trainer.global_step, "passed_epochs": passed_epochs}
         for watch in self._watches:
             if watch.recorder is not None:
-                place = {"step": trainer.global_step, "passed_epochs": passed_epochs}
                 watch.recorder.epoch(lr=watch.learning_rate, **place, **metrics)
                 if watch.freezer.epoch == 1 and math.isnan(metrics[watch.recorder.metric]):
                     told = ", ".join(name for name in metrics if not math.isnan(metrics[name])) or "nothing"
-                    watch.recorder.note(
-                        f"metric: {watch.recorder.metric!r}, which the run is judged by, was not logged by the first "
-                        f"observation; {told} was"
-                    )
+                    judged = f"metric: {watch.recorder.metric!r}, which the run is judged by"
+                    watch.recorder.note(f"{judged}, was not logged by the first observation; {told} was")
 
     def _end(self, error: BaseException | None) -> None:
         if self._training:

@@ -27,6 +27,7 @@ pytest.importorskip("lightning.pytorch", reason="needs lightning; pip install 'n
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from neq_cli.integrations.lightning import NEqCallback
 
@@ -456,6 +457,17 @@ def test_a_failed_start_keeps_the_state_that_was_loaded(tmp_path: Path) -> None:
     assert same(broken.state_dict(), saved)
 
 
+def test_a_fit_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+    callback = NEqCallback(PROBE, NEq(0.2))
+    states = []
+    for name in ("first", "second"):
+        fit(trainer_of(tmp_path / name, callback), Net())
+        states.append(callback.state_dict())
+        callback.on_exception(None, None, ValueError("after training has ended"))  # changes nothing more
+    assert same(*states)
+    assert len(callback.freezers) == 1
+
+
 def test_a_metric_that_nobody_logs_is_a_note(tmp_path: Path) -> None:
     fit(trainer_of(tmp_path, NEqCallback(PROBE, run_directory=tmp_path / "run", metric="val_top"), epochs=1), Net())
     notes = json.loads((tmp_path / "run" / "environment.json").read_text())["notes"]
@@ -550,7 +562,12 @@ def test_how_training_ended_is_told_and_everything_is_put_back(tmp_path: Path) -
                 raise self.error
             return super().training_step(batch, batch_idx)
 
-    for error, status in ((ValueError("no luck"), "failed"), (KeyboardInterrupt(), "interrupted: SIGINT")):
+    ends = {
+        "failed": ValueError("no luck"),
+        "interrupted: SIGINT": KeyboardInterrupt(),
+        "interrupted: SIGTERM": SIGTERMException(),
+    }
+    for status, error in ends.items():
         module = Fails()
         module.error = error
         handler = signal.getsignal(signal.SIGINT)
