@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -133,7 +133,8 @@ def read_choice(state: Mapping[str, Any]) -> KernelChoice:
 
 
 def _kernel(name: str) -> Kernel:
-    for kernel in ("dense", "sliced", "rounded", "pointwise"):
+    known: tuple[Kernel, ...] = get_args(Kernel)
+    for kernel in known:
         if kernel == name:
             return kernel
     raise ValueError(f"no kernel {name!r}")

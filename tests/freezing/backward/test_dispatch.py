@@ -342,3 +342,12 @@ def test_timing_is_announced(timed: Callable[..., Timed]) -> None:
     for _ in range(2):
         choose(dispatch, run)
     assert said == [0]
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sliced", "rounded", "rounded64", "pointwise", "indexed"])
+def test_every_kernel_is_read_back(kernel: Kernel) -> None:
+    dispatch = Dispatch()
+    dispatch.choices["a kind of call"] = KernelChoice(kernel, {kernel: 1.0, "dense": 2.0})
+    again = Dispatch()
+    again.load_state_dict(json.loads(json.dumps(dispatch.state_dict())))
+    assert again.choices == dispatch.choices
