@@ -74,7 +74,8 @@ class Freezer:
     ``torch.jit.trace`` and ``torch.export`` run is computed so without it.
 
     A model wrapped in DistributedDataParallel keeps every layer in its graph, for the wrapper to find it there; that
-    costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost.
+    costs what is saved by not propagating errors that nobody needs. ``Replica`` does not have that cost. ``wrapped``
+    says whether it is, where the one given is the model inside (default: whether the one given is wrapped).
 
     ``row_wise`` vouches for an optimiser that is not known, which would be tried: that what it does to a row depends on
     that row alone. ``probe_snapshot``: the weights that the next probe compares with are kept where the model is, or on
@@ -95,6 +96,7 @@ class Freezer:
         backward: BackwardMode = "exact",
         dispatch: Dispatch | None = None,
         compiled: bool | None = None,
+        wrapped: bool | None = None,
         exclude: Sequence[str] = (),
         probe_autocast: torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
@@ -130,7 +132,8 @@ class Freezer:
         self.backward: BackwardMode = backward
         self.dispatch = Dispatch() if dispatch is None else dispatch
         self.compiled = is_compiled(model) if compiled is None else compiled
-        self._exclude, self._row_wise, self._wrapped = exclude, row_wise, is_wrapped(model)
+        self._exclude, self._row_wise = exclude, row_wise
+        self._wrapped = is_wrapped(model) if wrapped is None else wrapped
         if has_no_shapes(self.model):
             give_shapes(self.model, self._looked_at_with(), call)
         self._standing = standing(self.model, self.optimizer)
