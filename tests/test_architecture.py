@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": (*GROUND, "recipe", "freezing"),
     "runs": (*GROUND, "recipe"),
     "jobs": (*GROUND, "recipe", "freezing", "training", "runs"),
-    "integrations": (*GROUND, "freezing", "jobs"),
+    "integrations": (*GROUND, "freezing", "training", "runs", "jobs"),
     "commands": (*GROUND, "recipe", "training", "runs", "jobs"),
     "cli": (*GROUND, "commands"),
     "__main__": ("cli",),
