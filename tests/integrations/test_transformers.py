@@ -23,6 +23,7 @@ from neq_cli.freezing.backward.dispatch import Dispatch
 pytest.importorskip("transformers", reason="no transformers")
 pytest.importorskip("accelerate", reason="no accelerate, which Trainer needs")
 
+import transformers
 from integrations.transformers_trainings import Stops, arguments, callback, model, rows, trainer
 from transformers import (
     Seq2SeqTrainer,
@@ -255,6 +256,7 @@ def test_killed_in_an_epoch_and_resumed(tmp_path: Path) -> None:
     assert_same(all_of(made[1], own[1], tmp_path / "b"), all_of(made[0], own[0], tmp_path / "a"))
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="its Trainer cannot resume by gloo on a CPU")
 def test_two_processes_hold_the_same_sets_and_resume(tmp_path: Path) -> None:
     changes = {"save_strategy": "epoch", "ddp_backend": "gloo", "per_device_train_batch_size": 2}
     orders = [
