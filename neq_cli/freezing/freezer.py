@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from neq_cli.freezing.passed import Passed
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
 from neq_cli.freezing.probe import copied, device_of, first_probe_input, similarity
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
-from neq_cli.freezing.rows.optimizers import unwrap_optimizer
+from neq_cli.freezing.rows.optimizers import largest_learning_rate, unwrap_optimizer
 from neq_cli.freezing.state import State, check_state, fixed_tensors, load_policy
 
 if TYPE_CHECKING:
@@ -380,7 +379,7 @@ class Freezer:
 
     def _chosen(self, dynamics: Mapping[str, Dynamics]) -> dict[str, Tensor]:
         if hasattr(self.policy, "look"):
-            self.policy.look(self.anatomy, _learning_rate(self.optimizer))
+            self.policy.look(self.anatomy, largest_learning_rate(self.optimizer))
         chosen = self.policy.choose(observe(dynamics, self.trainable), self.epoch + 1)
         return settle(chosen, type(self.policy).__name__, self.anatomy, dynamics)
 
@@ -400,8 +399,3 @@ def _check_choice(name: str, value: object, known: Sequence[str], what: str) -> 
     if value not in known:
         hint = did_you_mean(str(value), known) or f"; use {', '.join(known)}"
         raise FreezingError(f"{name}: {value!r} is not {what}{hint}")
-
-
-def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the largest of the groups' learning rates; NaN where the optimiser has none."""
-    return max((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), default=math.nan)

@@ -22,6 +22,7 @@ from neq_cli.errors import FreezingError, NeqError, Terminated, one_line
 from neq_cli.freezing import Freezer, NEq, Policy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode
+from neq_cli.freezing.rows.optimizers import largest_learning_rate
 from neq_cli.integrations.lightning_checks import check_arguments, check_trainer
 from neq_cli.integrations.logged import LoggedMetrics, lower_is_better
 from neq_cli.jobs.recorder import Recorder
@@ -126,7 +127,7 @@ class NEqCallback(Callback):
         if state is not None:
             self._logged.load_state_dict(state["logged"])
         for number, optimizer in enumerate(optimizers):
-            watch = _Watch(self._freezer(trainer, optimizer), _learning_rate(optimizer))
+            watch = _Watch(self._freezer(trainer, optimizer), largest_learning_rate(optimizer))
             self._watches.append(watch)
             if state is not None:
                 watch.freezer.dispatch.load_state_dict(state["dispatch"][number])
@@ -242,7 +243,7 @@ class NEqCallback(Callback):
 
     def _look_at_learning_rates(self) -> None:
         for watch in self._watches:
-            watch.learning_rate = _learning_rate(watch.freezer.optimizer)
+            watch.learning_rate = largest_learning_rate(watch.freezer.optimizer)
 
     def _look_at_metrics(self, trainer: Any) -> None:
         if self.run_directory is not None:
@@ -295,8 +296,3 @@ class _Share:
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.convert, islice(self.items, self.process, None, self.processes))
-
-
-def _learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the largest of the groups' learning rates; NaN where the optimiser has none."""
-    return max((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), default=float("nan"))

@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-_TAKEN = ("epoch", "lr", "step", "passed_epochs", "neurons", "frozen", "epoch_seconds", "probe_seconds")
-"""Columns of another meaning: metrics of these names, and of flops_..., are not taken over."""
+from neq_cli.jobs.recorder import is_own
+
+_TAKEN = ("lr", "step", "passed_epochs")
+"""Columns of another meaning: metrics of these names, and of the Recorder's own columns', are not taken over."""
 
 
 class LoggedMetrics:
@@ -69,7 +71,7 @@ def _numbers(logged: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_taken(name: str) -> bool:
-    return name in _TAKEN or name.startswith("flops_")
+    return name in _TAKEN or is_own(name)
 
 
 def _is_number(value: Any) -> bool:

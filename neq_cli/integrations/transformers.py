@@ -20,7 +20,8 @@ from neq_cli.errors import FreezingError, TrainingError, did_you_mean
 from neq_cli.freezing import Freezer, NEq, Observation, Policy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode
-from neq_cli.freezing.rows.optimizers import unwrap_optimizer
+from neq_cli.freezing.processes.counting import process_count, process_number
+from neq_cli.freezing.rows.optimizers import largest_learning_rate, unwrap_optimizer
 from neq_cli.integrations.probe_rows import check_batches, check_probe, columns_taken, ready_batches
 from neq_cli.integrations.trainer_arguments import check_arguments, evaluates, judged_by, settings_of
 from neq_cli.integrations.trainer_files import fingerprint, is_beside, load_beside, save_beside
@@ -135,8 +136,7 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the learning rate of the step: the scheduler moves on before the step's end is told."""
-        rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups if "lr" in group]
-        self._learning_rate = max(rates, default=float("nan"))
+        self._learning_rate = largest_learning_rate(kwargs["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the row of the observation before, now that all is logged and evaluated."""
@@ -179,14 +179,14 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         batches = ready_batches(model, self.probe, self.batch_size, collate, kept, args.seed)
         if "call" not in self.freezer_options:
             check_batches(batches)
-        options, together = dict(self.freezer_options), _processes() > 1
+        options, together = dict(self.freezer_options), process_count() > 1
         if together:  # each by its own timings would not be found again when rank 0's are loaded
             options.setdefault("dispatch", Dispatch(fixed=True))
         try:
             self.freezer = Freezer(
                 model,
                 optimizer,
-                batches[distributed.get_rank() :: _processes()] if together else batches,
+                batches[process_number() :: process_count()],
                 self.policy,
                 backward=self.backward,
                 compiled=args.torch_compile,
@@ -303,7 +303,3 @@ def _ends_epoch(state: Any) -> bool:
 
 def _folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -59,6 +59,8 @@ class Recorder:
         resume: bool = False,
         progress: Mode = "off",
     ) -> None:
+        from neq_cli.freezing.processes.counting import process_number
+
         if progress != "off" and epochs is None:
             raise FreezingError(f"Recorder: progress {progress!r} tells how long the rest will take; give epochs too")
         self.freezer = freezer
@@ -69,7 +71,7 @@ class Recorder:
         self._columns: tuple[str, ...] = ()  # those that the loop tells
         self._recorded = 0  # epochs
         self._stack = ExitStack()
-        if _rank() == 0:
+        if process_number() == 0:
             started = _started(freezer, name, metric, epochs, lower_is_better=lower_is_better)
             recipe = {**RECORDED, "name": name, "seed": seed, "epochs": epochs, **_method(freezer)}
             yaml = write_yaml({**recipe, "settings": _plain(settings or {}, "settings")})
@@ -129,8 +131,9 @@ class Recorder:
 
     def _open(self, recipe_yaml: str, started: RunStarted, *, resume: bool, progress: Mode) -> None:
         from neq_cli.freezing.probe import device_of
+        from neq_cli.freezing.processes.counting import process_count
 
-        environment = environment_of(self.freezer, device_of(self.freezer.model), _processes())
+        environment = environment_of(self.freezer, device_of(self.freezer.model), process_count())
         epoch = self.freezer.epoch
         if resume:
             writer = self._stack.enter_context(RunWriter.reopen(self.path))
@@ -156,13 +159,11 @@ class Recorder:
         self.progress.show(started)
         if epoch:
             past = past_epochs(read_run(self.path))
-            own = {*_OWN, *(column for column in past[-1].metrics if column.startswith("flops_"))}
-            self._columns = tuple(column for column in past[-1].metrics if column not in own)
+            self._columns = tuple(column for column in past[-1].metrics if not is_own(column))
             self.progress.show(RunResumed(tuple(past)))
 
     def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:
-        own = [column for column in columns if column in _OWN or column.startswith("flops_")]
-        if own:
+        if own := [column for column in columns if is_own(column)]:
             raise FreezingError(f"Recorder.epoch: {own[0]}: is what the Recorder tells itself; give it another name")
         for column, value in columns.items():
             if not isinstance(value, Real) and not (hasattr(value, "item") and getattr(value, "ndim", 1) == 0):
@@ -180,6 +181,11 @@ class Recorder:
                 f"Recorder.epoch: {new[0]}: is new in epoch {self._recorded + 1}; give it from the first epoch on"
             )
         return {column: given.get(column, math.nan) for column in self._columns}
+
+
+def is_own(column: str) -> bool:
+    """Return whether a column is one that the Recorder tells itself."""
+    return column in _OWN or column.startswith("flops_")
 
 
 def environment_of(freezer: Freezer, device: torch.device, processes: int) -> dict[str, Any]:
@@ -225,6 +231,7 @@ def status_of(writer: RunWriter | None) -> Iterator[None]:
 
 def _started(freezer: Freezer, name: str, metric: str, epochs: int | None, *, lower_is_better: bool) -> RunStarted:
     from neq_cli.freezing.probe import device_of
+    from neq_cli.freezing.processes.counting import process_count
     from neq_cli.training.machine.device import describe_device
     from neq_cli.training.policies import describe_policy, section_of
 
@@ -233,7 +240,7 @@ def _started(freezer: Freezer, name: str, metric: str, epochs: int | None, *, lo
         recipe_name=name,
         description=type(freezer.model).__name__,
         policy=type(freezer.policy).__name__ if section is None else describe_policy(section),
-        device=describe_device(device_of(freezer.model), _processes()),
+        device=describe_device(device_of(freezer.model), process_count()),
         epochs=epochs or 0,
         steps_per_epoch=0,
         metric=metric,
@@ -266,15 +273,3 @@ def _plain(value: Any, place: str) -> Any:
     raise FreezingError(
         f"Recorder: {place}: is a {type(value).__name__}; give numbers, text, lists and mappings of them"
     )
-
-
-def _rank() -> int:
-    import torch.distributed as distributed
-
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def _processes() -> int:
-    import torch.distributed as distributed
-
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -27,14 +27,14 @@ def computes_its_own_way(layer: Layer) -> bool:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerArguments:
     """What a module was called with."""
 
     arguments: tuple[Any, ...]
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_axis(layer: Layer, parameters: Mapping[str, Tensor], at_hand: Call) -> int | None:
+def find_axis(layer: Layer, parameters: Mapping[str, Tensor], at_hand: LayerArguments) -> int | None:
     """Change several neurons' parameters, one at a time, and see along which axis only that neuron's index changes.
 
     ``parameters`` are the model's by name; they stay what they are. The layer is called as it was (``at_hand``) and
@@ -71,7 +71,7 @@ def with_found_axes(neurons: Neurons, order: Sequence[str], axes: Mapping[str, i
     return replace(neurons, layers=layers)
 
 
-def _calls(at_hand: Call) -> Iterator[Call]:
+def _calls(at_hand: LayerArguments) -> Iterator[LayerArguments]:
     yield at_hand
     generator = torch.Generator().manual_seed(0)
 
@@ -80,10 +80,10 @@ def _calls(at_hand: Call) -> Iterator[Call]:
             return tensor
         return torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
 
-    yield Call(*map_tensors(noise, (at_hand.arguments, dict(at_hand.keywords))))
+    yield LayerArguments(*map_tensors(noise, (at_hand.arguments, dict(at_hand.keywords))))
 
 
-def _changes(layer: Layer, parameters: Mapping[str, Tensor], call: Call) -> Iterator[tuple[int, Tensor]]:
+def _changes(layer: Layer, parameters: Mapping[str, Tensor], call: LayerArguments) -> Iterator[tuple[int, Tensor]]:
     """Yield neurons and which elements of the output change with them: bool, of the output's shape; none if silent."""
     module = layer.module
     kept = dict(module._parameters)

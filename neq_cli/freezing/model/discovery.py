@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from neq_cli.freezing.families import Family
-from neq_cli.freezing.model.axes import Call, find_axis
+from neq_cli.freezing.model.axes import LayerArguments, find_axis
 from neq_cli.freezing.model.layers import Found, Layer, Rows, Use
 from neq_cli.freezing.model.layouts import Cost, RowLayout
 from neq_cli.freezing.model.module_layers import is_sparse
@@ -73,7 +73,7 @@ class Discovery:
         in_vain = frozenset(name for name, family in self.families.items() if family is None and name not in known)
         return Found(uses, rows, families, in_vain)
 
-    def look_for_rows(self, layer: Layer, axis: int, call: Call) -> None:
+    def look_for_rows(self, layer: Layer, axis: int, call: LayerArguments) -> None:
         """Try parameters of the layer's module that are none of its rows: a class may have more than the stock one."""
         for parameter in layer.module._parameters.values():
             name = next((name for name, one in self.parameters.items() if one is parameter), "")
@@ -118,11 +118,11 @@ class Discovery:
             known = {key for key in module._parameters if f"{dot}{key}" in self.uses}
             products = {key for key in known for use in self.uses[f"{dot}{key}"] if use.cost != "norm"}
             if not products:  # else they are known by what is done with them, and for what it costs
-                self.families[name] = self._family(name, module, Call(arguments, keywords), output)
+                self.families[name] = self._family(name, module, LayerArguments(arguments, keywords), output)
 
         return hook
 
-    def _family(self, name: str, module: nn.Module, call: Call, output: Tensor) -> Family | None:
+    def _family(self, name: str, module: nn.Module, call: LayerArguments, output: Tensor) -> Family | None:
         dot = f"{name}." if name else ""
         own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
         answers: dict[tuple[int, int], dict[str, RowLayout]] = {}  # by axis and number of rows

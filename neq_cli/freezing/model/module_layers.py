@@ -189,7 +189,7 @@ def _recurrent_units(owner: Owner, module: nn.RNNBase) -> Iterable[Layer]:
             if projection is not None:
                 rows = owner.rows_of(f"weight_hr_l{number}{end}", RowLayout())
                 name = f"{owner.dot}hr_l{number}{end}"
-                yield _functional(owner, name, recurrent_kind(module), "linear", projection, rows)
+                yield _functional(owner, name, _recurrent_kind(module), "linear", projection, rows)
 
 
 def _units(owner: Owner, name: str, end: str, hidden: int) -> Iterable[Layer]:
@@ -201,7 +201,7 @@ def _units(owner: Owner, name: str, end: str, hidden: int) -> Iterable[Layer]:
     layout = RowLayout("gates", gates) if gates > 1 else RowLayout()
     keys = (f"{part}{end}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     rows = tuple(row for key in keys for row in owner.rows_of(key, layout))
-    yield replace(_functional(owner, name, recurrent_kind(owner.module), "recurrent", weight, rows), neurons=hidden)
+    yield replace(_functional(owner, name, _recurrent_kind(owner.module), "recurrent", weight, rows), neurons=hidden)
 
 
 def _functional(owner: Owner, name: str, kind: str, cost: Cost, weight: nn.Parameter, rows: tuple[Rows, ...]) -> Layer:
@@ -209,7 +209,7 @@ def _functional(owner: Owner, name: str, kind: str, cost: Cost, weight: nn.Param
     return Layer(name, kind, cost, owner.module, weight.shape[0], weight_name, rows, -1, functional=True)
 
 
-def recurrent_kind(module: nn.Module) -> str:
+def _recurrent_kind(module: nn.Module) -> str:
     """Return which of torch's recurrent classes a module is of."""
     kinds = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
     return next((kind.__name__ for kind in kinds if isinstance(module, kind)), type(module).__name__)

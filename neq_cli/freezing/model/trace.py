@@ -13,8 +13,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointFunction
 
-from neq_cli.freezing.model.axes import Call as LayerArguments
-from neq_cli.freezing.model.axes import computes_its_own_way, find_axis
+from neq_cli.freezing.model.axes import LayerArguments, computes_its_own_way, find_axis
 from neq_cli.freezing.model.calling import Call, call_model, call_with_parameters, refused
 from neq_cli.freezing.model.discovery import Discovery
 from neq_cli.freezing.model.layers import NOTHING_FOUND, Found, Layer

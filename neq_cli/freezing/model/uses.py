@@ -24,7 +24,10 @@ _SCALES = {"mul", "mul_", "multiply", "multiply_"}
 _PRODUCTS = {"matmul", "mm", "bmm", "linear"}
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+_MULTIPLYING = _PRODUCTS | _GROUPED | _CONVOLUTIONS
+_BIASED = {"linear", *_CONVOLUTIONS}
 _SUMS = {"add", "add_"}
+_JOINS = {"cat", "concat", "concatenate"}
 # From each element of a parameter one of the result, and nothing else.
 _BY_ELEMENT = {
     *("abs", "add", "bfloat16", "clamp", "clone", "contiguous", "detach", "div", "double", "exp", "float", "half"),
@@ -58,14 +61,19 @@ OnSummand = Callable[[str, str, int], None]
 
 
 class Uses(TorchFunctionMode):
-    """Tells of every product with one of ``parameters``, by name, and of the parameters that are added to it."""
+    """Tells of every product with one of ``parameters``, by name, and, where that is asked for, of what is added to it.
+
+    Who only watches products known already, as the probe does in every batch, asks for nothing more.
+    """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], on_product: OnProduct, on_summand: OnSummand = lambda *_: None
+        self, parameters: Mapping[str, Tensor], on_product: OnProduct, on_summand: OnSummand | None = None
     ) -> None:
         super().__init__()
         self.parameters = parameters
-        self.on_product, self.on_summand = on_product, on_summand
+        self.on_product = on_product
+        self.looks_for_summands = on_summand is not None
+        self.on_summand: OnSummand = on_summand or (lambda *_: None)
         self.factors = Factors(parameters)
         self._joined: list[tuple[Tensor, list[tuple[str, int]]]] = []  # vectors put together of parameters and others
         self._product: Product | None = None  # the last, which something may be added to
@@ -78,23 +86,27 @@ class Uses(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         operands = [*arguments, *(keywords[key] for key in _KEYWORDS if key in (keywords or {}))]
         if isinstance(output, Tensor):
-            self._count(operands, output)
+            if self.looks_for_summands:
+                self._look_for_summands(name, operands, output)
             if name in _BY_ELEMENT:
                 self._derive(operands, output)
-            if name in _SUMS and self._product is not None:
-                self._add(self._product, operands)
-            if name in ("cat", "concat", "concatenate"):
-                self._join(operands[0], output)
-            elif name in ("__getitem__", "index_select"):
+            if name in ("__getitem__", "index_select"):
                 self._gather(operands, output)
             elif name in _SCALES:
                 self._tell(self._scales(operands, output))
-            elif name in _PRODUCTS | _GROUPED | _CONVOLUTIONS:
+            elif name in _MULTIPLYING:
                 self._product = None
                 self._tell(self._products(name, operands, output))
-                if name in {"linear", *_CONVOLUTIONS}:
+                if name in _BIASED and self.looks_for_summands:
                     self._biased(operands)
         return output
+
+    def _look_for_summands(self, name: str, operands: list[Any], output: Tensor) -> None:
+        self._count(operands, output)
+        if name in _SUMS and self._product is not None:
+            self._add(self._product, operands)
+        if name in _JOINS:
+            self._join(operands[0], output)
 
     @contextmanager
     def seeing_linear(self) -> Iterator[None]:

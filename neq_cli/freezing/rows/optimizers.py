@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MethodType
@@ -173,3 +174,8 @@ def row_state(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> dict[
             )
     # A parameter of one element is all row; a scalar beside it is told apart by its number of dimensions.
     return {key: value for key, value in tensors.items() if value.shape == parameter.shape}
+
+
+def largest_learning_rate(optimizer: Optimizer) -> float:
+    """Return the largest of the groups' learning rates; NaN where the optimiser has none."""
+    return max((float(group["lr"]) for group in optimizer.param_groups if "lr" in group), default=math.nan)
