@@ -25,6 +25,7 @@ class RunStarted:
     epsilon: float | None = None  # the |velocity| below which the policy freezes; None where it goes by something else
     lower_is_better: bool = False  # of the metric
     counted: str = "img"  # what the speed counts, in a few letters: "img", "items"
+    unit: str = "epoch"  # what the records are of, and all that is called epoch below: "epoch" or "observation"
 
 
 @dataclass(frozen=True)

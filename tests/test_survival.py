@@ -180,6 +180,10 @@ def test_a_run_killed_six_times_ends_as_one_left_alone(neq: Start, same_run: Sta
     assert_survives(neq, same_run, folder, 6, 1, "epochs=7")
 
 
+def test_a_run_observed_by_steps_and_killed_ends_as_one_left_alone(neq: Start, same_run: Start, folder: Path) -> None:
+    assert_survives(neq, same_run, folder, 4, 2, "epochs=5", "probe_every=7", "gradient_accumulation=3")
+
+
 def test_the_recipe_of_these_tests_freezes_slices_and_pauses(neq: Start, folder: Path) -> None:
     run = folder / "run"
     process = neq("train", "rich.yaml", "-o", run)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
+from neq_cli.jobs.probe_cost import ProbeCost
 from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.recipe.load import dump_recipe
@@ -18,6 +20,7 @@ from neq_cli.runs.store.disk import atomic_write, writing
 from neq_cli.runs.store.paths import default_run_directory
 from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Progress
+from neq_cli.text import counted
 
 if TYPE_CHECKING:
     from neq_cli.training.session import Session
@@ -65,7 +68,8 @@ def write_beginning(writer: RunWriter, session: Session, directory: Path) -> Non
 class Follower:
     """Follows a session to its end. ``writer`` is None in all but the first of several processes.
 
-    ``best`` is the best score so far, None where there is none. All processes follow together.
+    ``past`` are the epochs of earlier calls, and ``best`` is the best score of those, None where there is none. All
+    processes follow together.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Follower:
         writer: RunWriter | None,
         progress: Progress,
         requests: StopRequests,
+        past: Sequence[EpochRecord] = (),
         best: float | None = None,
     ) -> None:
         self.session = session
@@ -83,7 +88,11 @@ class Follower:
         self.requests = requests
         self.best = best
         self.saved = time.monotonic()
+        self.unit = session.started.unit  # what its records are of
         self.timed = 0.0  # seconds that went into timing kernels
+        less = "raise probe_every, or lower" if self.unit == "observation" else "lower"
+        mend = f"{less} data.probe_size"
+        self.probe_cost = ProbeCost(self.unit, mend, [record.metrics for record in past])
         self.trainer.wish = self._wish
 
     def follow(self) -> None:
@@ -101,21 +110,27 @@ class Follower:
             if isinstance(record, EpochRecord):
                 self._write_epoch(record)
                 self._say_what_took(record)
+                self._say(self.probe_cost.note(record.metrics))
             self.progress.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
-        if self.trainer.epoch < self.session.recipe.epochs:
+        if self.trainer.passes < self.session.recipe.epochs:
             self._say_why_it_ended()
         if self.writer is not None:
             _save_weights(self.session, self.writer)
 
     def _say_why_it_ended(self) -> None:
-        wanted, epochs = self.session.recipe.stop_when_frozen, self.session.recipe.epochs
-        stood = "1 epoch" if wanted == 1 else f"{wanted} epochs"
+        stood = counted(self.session.recipe.stop_when_frozen or 0, self.unit)
         note = (
             f"stop_when_frozen: all that may freeze has stood still for {stood}; "
-            f"ended after epoch {self.trainer.epoch} of {epochs}"
+            f"ended after {self.unit} {self.trainer.epoch} of {self.trainer.planned}"
         )
+        self._say(note)
+
+    def _say(self, note: str | None) -> None:
+        """Tell the user, and whoever looks at the run later; None is nothing."""
+        if note is None:
+            return
         self.progress.message(note)
         if self.writer is not None:
             self.writer.write_note(note)
@@ -127,7 +142,7 @@ class Follower:
         self.timed = timed
         took = startup.summary()
         if took:
-            self.progress.message(f"epoch {record.epoch} spent {took} on what others need not")
+            self.progress.message(f"{self.unit} {record.epoch} spent {took} on what others need not")
 
     def _wish(self) -> int:
         from neq_cli.training.loop.trainer import GO_ON, SAVE, STOP
@@ -141,7 +156,7 @@ class Follower:
     def _pause(self, record: Pause) -> None:
         if record.stop:
             self.progress.message(
-                f"{self.requests.received or 'stop'}: saving epoch {record.epoch}, step {record.step}"
+                f"{self.requests.received or 'stop'}: saving {self.unit} {record.epoch}, step {record.step}"
             )
         self._save()
         if record.stop:
@@ -159,7 +174,7 @@ class Follower:
     def _stop_if_asked(self, record: EpochRecord) -> None:
         """Stop between two epochs; a run that is trained to its end goes on to it."""
         stop = self.trainer.processes.largest(int(self.requests.received is not None))
-        if stop and record.epoch < self.session.recipe.epochs:
+        if stop and not self.trainer.ended:
             self._stop()
 
     def _stop(self) -> None:

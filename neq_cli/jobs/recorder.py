@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
 from neq_cli.events import EpochRecord, RunResumed, RunStarted
+from neq_cli.jobs.probe_cost import ProbeCost
 from neq_cli.recipe.recorded import RECORDED
 from neq_cli.recipe.yaml import write_yaml
 from neq_cli.runs.store.disk import writing
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from neq_cli.freezing import Freezer
     from neq_cli.freezing.backward.dispatch import Dispatch
 
+_LESS = "call freezer.step() less often, or give the Freezer fewer inputs to probe with"
 _OWN = ("epoch", "neurons", "frozen", "epoch_seconds", "probe_seconds")
 _FIRST, _LAST = ("lr", "train_loss"), ("images_per_second",)
 """Columns that displays and reports look for, before and behind the others; empty where a loop does not tell them."""
@@ -70,6 +72,7 @@ class Recorder:
         self.progress: Progress = Silent()
         self._columns: tuple[str, ...] = ()  # those that the loop tells
         self._recorded = 0  # epochs
+        self._probe_cost = ProbeCost("epoch", _LESS)
         self._stack = ExitStack()
         if process_number() == 0:
             started = _started(freezer, name, metric, epochs, lower_is_better=lower_is_better)
@@ -109,6 +112,9 @@ class Recorder:
         self.writer.write_epoch(record)
         self._recorded, self._since = passed.epoch, now
         self.progress.show(record)
+        if (note := self._probe_cost.note(record.metrics)) is not None:
+            self.progress.message(note)
+            self.writer.write_note(note)
 
     def note(self, text: str) -> None:
         """Add a line to what the run says of itself."""
@@ -160,6 +166,7 @@ class Recorder:
         if epoch:
             past = past_epochs(read_run(self.path))
             self._columns = tuple(column for column in past[-1].metrics if not is_own(column))
+            self._probe_cost = ProbeCost("epoch", _LESS, [record.metrics for record in past])
             self.progress.show(RunResumed(tuple(past)))
 
     def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:

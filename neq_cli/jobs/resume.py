@@ -45,7 +45,7 @@ def resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tup
     if start.state is not None:
         so_far = start.state["so_far"]
         within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
-        said += f" after epoch {start.state['epoch']}{within}"
+        said += f" after {start.recipe.unit} {start.state['epoch']}{within}"
     return writer, replace(start, messages=(said, *start.messages))
 
 
@@ -91,7 +91,7 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     finished = (
         status.get("state") == "finished"
         and state is not None
-        and (state["epoch"] >= recipe.epochs or ended_at_rest(stored, recipe, state["epoch"]))
+        and (state["passes"] >= recipe.epochs or ended_at_rest(stored, recipe, state["passes"]))
     )
     if state is not None:
         if not finished:
@@ -106,7 +106,7 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
 
 def _epochs_problems(stored: Recipe, recipe: Recipe, state: Mapping[str, Any]) -> list[Problem]:
     """Return what is wrong with ``epochs`` where more are trained than ``recipe`` asks for."""
-    trained = state["epoch"] + (state["so_far"] is not None)
+    trained = state["passes"] + (state["so_far"] is not None)
     if recipe.epochs >= trained:
         return []
     said = f"{recipe.epochs}, but epoch {trained} is trained, on the way to {stored.epochs}"
@@ -140,7 +140,7 @@ def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[s
         if not path.exists():
             continue
         try:
-            state = load_state(path)
+            state = _completed(load_state(path))
             _check(path, state)
         except RunDirectoryError as error:
             problems.append(str(error))
@@ -171,7 +171,7 @@ def finished_already(writer: RunWriter, start: Start) -> str:
     run = read_run(writer.path)
     scores = run.column(run.metric)
     last = float(next((score for score in scores[::-1] if score == score), math.nan))  # the last that was measured
-    epoch = start.state["epoch"] if start.state is not None else 0
+    epoch = start.state["passes"] if start.state is not None else 0
     reached = f"{counted(epoch, 'epoch')}, {printable(run.metric)} {format_metric(last, run.metric)}"
     if epoch > start.recipe.epochs:
         reached += f", the {start.recipe.epochs} asked for among them"
@@ -182,12 +182,22 @@ def finished_already(writer: RunWriter, start: Start) -> str:
     return f"finished already: {writer.path}: {reached}; {more} would extend it"
 
 
+def _completed(state: Any) -> Any:
+    """Return ``state`` with what an earlier neq did not tell, which observed at the end of every pass."""
+    if not isinstance(state, dict):
+        return state
+    so_far = state.get("so_far")
+    if isinstance(so_far, dict):
+        so_far = {"pass_steps": so_far.get("steps"), "pass_images": so_far.get("images"), **so_far}
+    return {"passes": state.get("epoch"), "updates": 0, **state, "so_far": so_far}
+
+
 def _check(path: Path, state: object) -> None:
     """Raise RunDirectoryError unless ``state`` has what is looked at before the model is built."""
     so_far = state.get("so_far") if isinstance(state, dict) else None
-    counts = [state.get("epoch")] if isinstance(state, dict) else [None]
+    counts = [state.get(key) for key in ("epoch", "passes", "updates")] if isinstance(state, dict) else [None]
     if isinstance(so_far, dict):
-        counts += [so_far.get(key) for key in ("epoch", "steps", "images")]
+        counts += [so_far.get(key) for key in ("epoch", "steps", "images", "pass_steps", "pass_images")]
     if not all(type(count) is int and 0 <= count < 2**48 for count in counts):
         raise damaged(path, "not the state of a run")
     assert isinstance(state, dict)

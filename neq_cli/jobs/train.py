@@ -77,7 +77,7 @@ def train(
         past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
         _show_beginning(progress, session, startup, past)
         with compiling_told(session.recipe, progress.show):
-            Follower(session, writer, progress, requests, _best(session, past)).follow()
+            Follower(session, writer, progress, requests, past, _best(session, past)).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path
@@ -109,9 +109,8 @@ def _build(loaded: LoadedRecipe, start: Start, processes: Processes, startup: St
         startup=startup,
     )
     started = replace(session.started, notes=(*session.started.notes, *start.earlier.notes))
-    session = replace(session, started=started)
     restore(session, start)
-    return session
+    return replace(session, started=replace(started, epochs=session.trainer.planned))
 
 
 def _rewind(writer: RunWriter, session: Session, start: Start) -> None:

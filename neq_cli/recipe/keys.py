@@ -27,6 +27,7 @@ from neq_cli.recipe.values import (
     PixelRange,
     Positive,
     PositivePerChannel,
+    ProbeEvery,
     Section,
     Share,
     Snapshot,
@@ -285,10 +286,17 @@ class Recipe(Section):
         default=None, description="decay of averaged weights, which are tested; null: none", examples=[0.999]
     )
     eval_every: Annotated[Count, COURSE] = Field(
-        default=1, description="epochs between tests; the last is always tested"
+        default=1, description="epochs, or observations of probe_every, between tests; the last is always tested"
     )
     checkpoint_minutes: Annotated[Positive, SURROUNDINGS] = Field(
-        default=15.0, description="minutes between checkpoints within an epoch; one follows every epoch anyway"
+        default=15.0,
+        description="minutes between checkpoints within an epoch; one follows every epoch or observation anyway",
+    )
+    probe_every: Annotated[ProbeEvery, RESULT] = Field(
+        default="epoch",
+        description="when neurons are observed, sets chosen and rows written: after every epoch, or so many optimiser "
+        "steps",
+        examples=[500],
     )
     probe_snapshot: Annotated[Snapshot, SURROUNDINGS] = Field(
         default="device",
@@ -297,8 +305,8 @@ class Recipe(Section):
     )
     stop_when_frozen: Annotated[Count | None, COURSE] = Field(
         default=None,
-        description="end once all that may freeze has been frozen for so many epochs, after the last drop of the "
-        "learning rate; null: train all epochs",
+        description="end once all that may freeze has been frozen for so many epochs, or observations of "
+        "probe_every, after the last drop of the learning rate; null: train all epochs",
         examples=[3],
     )
     sync_batchnorm: Annotated[bool, RESULT] = Field(
@@ -314,6 +322,11 @@ class Recipe(Section):
     device: Annotated[Device, SURROUNDINGS] = Field(
         default="auto", description="auto takes cuda, then mps, then cpu; or a torch device"
     )
+
+    @property
+    def unit(self) -> str:
+        """What an observation ends, and rows of metrics.csv are called: "epoch", or "observation" itself."""
+        return "epoch" if self.probe_every == "epoch" else "observation"
 
     @property
     def task_is_own(self) -> bool:

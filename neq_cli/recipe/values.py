@@ -49,6 +49,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
 Entrypoint = Annotated[str, Field(pattern=f"^{_CALLABLE}$"), Words("pkg.mod:callable")]
+ProbeEvery = Annotated[
+    Literal["epoch"] | Count, Words("epoch, or a whole number of optimiser steps above 0", ("epoch",))
+]
 Task = Annotated[
     str,
     Field(pattern=f"^(classification|segmentation|{_CALLABLE})$"),

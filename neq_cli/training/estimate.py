@@ -47,13 +47,15 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     model, sample = _outline(recipe)
     anatomy = _look(recipe, model, sample)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
-    recipe, notes = match(recipe, model, sample, matched_flops)
+    recipe, notes = match(recipe, model, sample, matched_flops, recipe.epochs)
     paper, executed = dense.paper, dense.executed
     policy, epochs, mode = recipe.policy, recipe.epochs, recipe.backward
     if isinstance(policy, StochasticPolicy):
         paper, executed = mean_stochastic_flops(anatomy, chosen_share(policy), epochs, mode, policy.scope)
     if isinstance(policy, FrontPolicy):
         paper, executed = mean_front_flops(anatomy, policy, epochs, mode)
+    if isinstance(policy, StochasticPolicy | FrontPolicy) and recipe.probe_every != "epoch":
+        notes = [*notes, f"probe_every: {recipe.probe_every}: averaged as if it were epoch; only data tells its steps"]
     layers = {
         name: {
             "kind": layer.kind,

@@ -189,8 +189,13 @@ def matching_note(policy: StochasticPolicy, anatomy: Anatomy, paper_flops: float
     )
 
 
-def match(recipe: Recipe, model: nn.Module, sample: Sample, matched_flops: float | None) -> tuple[Recipe, list[str]]:
-    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask."""
+def match(
+    recipe: Recipe, model: nn.Module, sample: Sample, matched_flops: float | None, observations: int
+) -> tuple[Recipe, list[str]]:
+    """Return ``recipe`` with the p that ``p: match:RUN_DIR`` comes to, and how near; as it is where it does not ask.
+
+    ``observations`` is how many the run has; it trains everything before the first.
+    """
     policy = recipe.policy
     if not isinstance(policy, StochasticPolicy) or policy.run_to_match is None:
         return recipe, []
@@ -204,8 +209,8 @@ def match(recipe: Recipe, model: nn.Module, sample: Sample, matched_flops: float
             f"'{policy.p}' has {matched_flops:.6g} mean FLOPs, and this model {dense:.6g} with nothing frozen; "
             "match a run of the same model on images of the same size",
         )
-    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, recipe.epochs, policy.scope)})
-    note = matching_note(matched, anatomy, matched_flops, recipe.epochs)
+    matched = policy.model_copy(update={"matched_p": matching_p(anatomy, matched_flops, observations, policy.scope)})
+    note = matching_note(matched, anatomy, matched_flops, observations)
     return recipe.model_copy(update={"policy": matched}), [note]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from neq_cli.errors import FreezingError, RecipeError, RecipeValueError
 from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
-from neq_cli.freezing import Freezer
+from neq_cli.freezing import Freezer, Policy
 from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.backward.dispatch import Dispatch, KernelChoice
 from neq_cli.freezing.backward.sliced import BackwardMode
@@ -22,6 +22,7 @@ from neq_cli.training.batches.loaders import Loaders, make_loaders
 from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.catalogue import Shape
 from neq_cli.training.data.parts import Data, load_data
+from neq_cli.training.loop.course import Course
 from neq_cli.training.loop.optimizers import build_optimizer, build_scheduler, scheduler_notes
 from neq_cli.training.loop.step import AUTOCAST
 from neq_cli.training.loop.tasks import build_task, lower_is_better
@@ -92,11 +93,15 @@ def prepare(
     recipe, model, layout_notes = _lay_out(recipe, model, image_shape, device, processes, startup)
     # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
-    recipe, match_notes = match(recipe, model, sample, matched_flops)
+    observations = Course.of(recipe, len(loaders.train)).observations
+    recipe, match_notes = match(recipe, model, sample, matched_flops, observations)
     # The others would wait for a kind of call that the first process may never meet: its batches have other shapes.
     by_rule = data.as_it_is and processes.count > 1
     dispatch = Dispatch(fixed=recipe.deterministic or by_rule, agree=processes.kernel, known=earlier)
-    freezer = _make_freezer(recipe, model, optimizer, loaders, sample, dispatch, choices or {}, processes, startup)
+    policy = build_policy(recipe.policy, recipe.seed, observations)
+    freezer = _make_freezer(
+        recipe, model, optimizer, policy, loaders, sample, dispatch, choices or {}, processes, startup
+    )
     trainer = Trainer(
         recipe=recipe,
         device=device,
@@ -120,8 +125,8 @@ def prepare(
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
         policy=describe_policy(recipe.policy),
         device=describe_device(device, processes.count),
-        epochs=recipe.epochs,
-        steps_per_epoch=len(loaders.train),
+        epochs=observations,
+        steps_per_epoch=trainer.course.probe_every or len(loaders.train),
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
         notes=(
@@ -135,6 +140,7 @@ def prepare(
         epsilon=recipe.policy.epsilon if isinstance(recipe.policy, NEqPolicy) else None,
         lower_is_better=lower_is_better(task),
         counted="items" if data.as_it_is else "img",
+        unit=recipe.unit,
     )
     return Session(recipe, trainer, started, _content(data), matched_flops)
 
@@ -194,6 +200,7 @@ def _make_freezer(
     recipe: Recipe,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    policy: Policy,
     loaders: Loaders,
     sample: Sample,
     dispatch: Dispatch,
@@ -209,7 +216,7 @@ def _make_freezer(
                 model,
                 optimizer,
                 loaders.probe,
-                build_policy(recipe.policy, recipe.seed, recipe.epochs),
+                policy,
                 backward=recipe.backward,
                 dispatch=dispatch,
                 compiled=recipe.compile,

@@ -190,8 +190,8 @@ zzz: 1
         "cifar10.yaml:23: zzz: unknown key; known: description, model, data, task, epochs, batch_size, "
         "optimizer, scheduler, policy, exclude, backward, precision, channels_last, compile, cuda_graph, "
         "gradient_accumulation, "
-        "clip_grad_norm, label_smoothing, ema, eval_every, checkpoint_minutes, probe_snapshot, stop_when_frozen, "
-        "sync_batchnorm, seed, "
+        "clip_grad_norm, label_smoothing, ema, eval_every, checkpoint_minutes, probe_every, probe_snapshot, "
+        "stop_when_frozen, sync_batchnorm, seed, "
         "deterministic, device",
     ]
 

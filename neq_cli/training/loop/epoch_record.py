@@ -26,13 +26,20 @@ class Scores:
 
 
 def epoch_record(
-    trained: RunningEpoch, scores: Scores, freezer: Freezer, *, epoch_seconds: float, probe_seconds: float
+    trained: RunningEpoch,
+    scores: Scores,
+    freezer: Freezer,
+    *,
+    place: Mapping[str, float | int],
+    epoch_seconds: float,
+    probe_seconds: float,
 ) -> EpochRecord:
-    """Return the record of the epoch that ``freezer.step()`` has just ended."""
+    """Return the record of the epoch that ``freezer.step()`` has just ended; ``place`` are columns that say where."""
     passed = passed_of(freezer)
     layers = layer_states(freezer, passed)
     metrics = {
         "epoch": trained.epoch,
+        **place,
         "lr": scores.learning_rate,
         **{f"train_{name}": value for name, value in scores.train.items()},
         **{f"test_{name}": value for name, value in scores.test.items()},

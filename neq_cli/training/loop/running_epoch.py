@@ -1,7 +1,11 @@
-"""An epoch that is half trained: what it has come to in this process, before and after interruptions; its clock."""
+"""An epoch that is half trained: what it has come to in this process, before and after interruptions; its clock.
+
+An epoch is what lies between two observations: a pass over the training data, or ``probe_every`` optimiser steps.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -10,8 +14,8 @@ from torch import Tensor
 from neq_cli.freezing import Freezer
 from neq_cli.training.loop.step import TrainingStep
 
-PLAIN = ("epoch", "steps", "images", "train_seconds", "seconds", "bookkeeping_seconds", "bytes_sent")
-"""The fields that are plain numbers, the same in all processes."""
+_NUMBERS = ("epoch", "steps", "updates", "images", "pass_steps", "pass_images", "bytes_sent")
+_FLOATS = ("train_seconds", "seconds", "bookkeeping_seconds", "lr")
 
 
 @dataclass
@@ -20,12 +24,30 @@ class RunningEpoch:
 
     epoch: int
     totals: Tensor  # the task's, of this process
-    steps: int = 0
+    steps: int = 0  # batches
+    updates: int = 0  # optimiser steps
     images: int = 0  # over all processes
+    pass_steps: int = 0  # those of the pass over the training data that runs, which may have begun earlier
+    pass_images: int = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
     bookkeeping_seconds: float = 0.0
     bytes_sent: int = 0
+    lr: float = math.nan  # the one it started with
+
+    def add(self, images: int, *, update: bool) -> None:
+        """Take note of one more batch, of ``images`` over all processes, and whether the optimiser stepped."""
+        self.steps, self.images = self.steps + 1, self.images + images
+        self.pass_steps, self.pass_images = self.pass_steps + 1, self.pass_images + images
+        self.updates += update
+
+    def next(self, totals: Tensor) -> RunningEpoch:
+        """Return the epoch after this one, within the same pass."""
+        return RunningEpoch(self.epoch + 1, totals, pass_steps=self.pass_steps, pass_images=self.pass_images)
+
+    def to_plain(self) -> dict[str, float | int]:
+        """Return what is a plain number, the same in all processes."""
+        return {key: getattr(self, key) for key in (*_NUMBERS, *_FLOATS)}
 
 
 class Clock:

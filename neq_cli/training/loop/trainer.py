@@ -20,9 +20,10 @@ from neq_cli.training.batches.loaders import Loaders
 from neq_cli.training.errors import divergence_mend
 from neq_cli.training.loop.calling import parts_of
 from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
+from neq_cli.training.loop.course import Course
 from neq_cli.training.loop.epoch_record import Scores, epoch_record
 from neq_cli.training.loop.optimizers import last_drop
-from neq_cli.training.loop.running_epoch import PLAIN, Clock, RunningEpoch
+from neq_cli.training.loop.running_epoch import Clock, RunningEpoch
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task, checked_results
 from neq_cli.training.machine.full_memory import full_memory_named
@@ -35,12 +36,17 @@ PROGRESS_SECONDS = 0.25
 GO_ON, SAVE, STOP = 0, 1, 2
 """What may be wished for between two steps; of several processes' wishes the largest counts."""
 
+_NONE = 2**53
+"""In place of the number of a step, greater than any."""
+
 
 @dataclass
 class Trainer:
     """A run in progress: everything that training changes, built by ``neq_cli.training.session``.
 
-    ``wish`` is asked between steps whether to ``SAVE`` or ``STOP``; what all agree on is yielded as ``Pause``.
+    ``epoch`` counts what observations have ended: passes over the training data, or ``probe_every`` optimiser steps;
+    ``passes`` those over the data alone. ``wish`` is asked between steps whether to ``SAVE`` or ``STOP``; what all
+    agree on is yielded as ``Pause``.
     """
 
     recipe: Recipe
@@ -57,11 +63,13 @@ class Trainer:
     wish: Callable[[], int] = lambda: GO_ON
 
     def __post_init__(self) -> None:
-        self.epoch = 0
+        self.epoch = self.passes = self.updates = 0
         self.so_far: RunningEpoch | None = None
+        self.batches: Iterator[Any] | None = None  # of the pass that runs
         self.loaded = False
         self.agreement = Agreement(self.processes)
-        self.last_drop = last_drop(self.recipe.scheduler, self.recipe.epochs)
+        self.course = Course.of(self.recipe, len(self.loaders.train))
+        self.begun_before_drop = self.course.begun_before(last_drop(self.recipe.scheduler, self.recipe.epochs))
         forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
         replica = None
         if self.processes.group is not None:
@@ -85,32 +93,43 @@ class Trainer:
         return self.step.tested_model
 
     @property
-    def rests(self) -> bool:
-        """Whether ``stop_when_frozen`` ends the run here: nothing has learnt for long enough, at a rate that stays."""
-        return self._rested(self.epoch)
+    def ended(self) -> bool:
+        """Whether nothing is left to train: all passes are made, or ``stop_when_frozen`` ends the run here."""
+        return self.passes >= self.recipe.epochs or self._rested(self.epoch)
+
+    @property
+    def planned(self) -> int:
+        """How many observations there are when all is trained; more than a straight run has where one was extended."""
+        every = self.course.probe_every
+        if every is None:
+            return self.recipe.epochs
+        begun = self.updates - (self.so_far.updates if self.so_far is not None else 0)
+        return self.epoch - (begun - self.course.passes * self.course.updates) // every
 
     def _rested(self, epoch: int, more: int = 0) -> bool:
+        """Whether nothing has learnt for long enough, at a rate that stays."""
         wanted, rest = self.recipe.stop_when_frozen, self.freezer.at_rest + more
-        return wanted is not None and min(rest, epoch + 1 - self.last_drop) >= wanted
+        return wanted is not None and min(rest, epoch - self.begun_before_drop) >= wanted
 
     def run(self) -> Iterator[Record | Pause]:
-        """Train what is left; yields progress, pauses and one ``EpochRecord`` per epoch.
+        """Train what is left; yields progress, pauses and one ``EpochRecord`` per observation.
 
         Raises TrainingError where the loss is not finite, memory is full or the policy's answer is wrong.
         """
-        while self.epoch < self.recipe.epochs and not self.rests:
-            epoch = self.epoch + 1
+        while not self.ended:
+            place = f"{self.recipe.unit} {self.epoch + 1}"
             try:
-                with full_memory_named(f"epoch {epoch}"):
-                    yield from self._run_epoch(epoch)
+                with full_memory_named(place):
+                    yield from self._run_epoch(self.epoch + 1)
             except FreezingError as error:
-                raise TrainingError(f"epoch {epoch}: {error}") from error
+                raise TrainingError(f"{place}: {error}") from error
 
     def _run_epoch(self, epoch: int) -> Iterator[Record | Pause]:
         if self.so_far is None:
             self.so_far = RunningEpoch(epoch, self.task.new_totals(self.device))
         so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
-        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        if math.isnan(so_far.lr):
+            so_far.lr = float(self.optimizer.param_groups[0]["lr"])
         for record in self._train(so_far):
             so_far.seconds = before + time.perf_counter() - started
             yield record
@@ -120,71 +139,124 @@ class Trainer:
             self.processes.copy_from_first(self.step.averaged.buffers())
         trained_on = checked_results(self.task, self.processes.sum(so_far.totals.clone()))
         tested_on: Mapping[str, float] = dict.fromkeys(trained_on, math.nan)  # tables have the same columns every epoch
-        may_be_last = epoch == self.recipe.epochs or (self.freezer.all_frozen and self._rested(epoch, 1))
-        if epoch % self.recipe.eval_every == 0 or may_be_last:
+        pass_ends = not self._left(so_far)
+        is_last = pass_ends and self.passes + 1 == self.recipe.epochs
+        if epoch % self.recipe.eval_every == 0 or is_last or (self.freezer.all_frozen and self._rested(epoch, 1)):
             tested_on = yield from self._test(so_far)
         yield StepProgress(epoch, 0, 1, "probe", math.nan, trained_on["loss"])
-        if self.scheduler is not None:
-            self.scheduler.step()  # first: a policy may go by the next epoch's learning rate
+        place = self._place(so_far)
+        if pass_ends:
+            self._end_pass(so_far)  # first: a policy may go by the next epoch's learning rate
         probe_started = time.perf_counter()
         self.freezer.step()
         probe_seconds = so_far.bookkeeping_seconds + time.perf_counter() - probe_started
-        self.epoch, self.so_far = epoch, None
+        self.epoch = epoch
+        self.so_far = None if pass_ends else so_far.next(self.task.new_totals(self.device))
         self.startup.finish()
         yield epoch_record(
             so_far,
-            Scores(learning_rate, trained_on, tested_on),
+            Scores(so_far.lr, trained_on, tested_on),
             self.freezer,
+            place=place,
             epoch_seconds=before + time.perf_counter() - started,
             probe_seconds=probe_seconds,
         )
 
+    def _place(self, so_far: RunningEpoch) -> dict[str, float | int]:
+        """Return the columns that tell where an observation by steps is taken; none where each ends a pass."""
+        if self.course.probe_every is None:
+            return {}
+        images = so_far.pass_images + self._left(so_far) * self._images_per_step
+        return {"step": self.updates, "passed_epochs": self.passes + so_far.pass_images / images}
+
+    def _left(self, so_far: RunningEpoch) -> int:
+        """Return how many batches of the pass are left to this process, and to each other one."""
+        return self.loaders.steps(so_far.pass_images)
+
+    def _end_pass(self, so_far: RunningEpoch) -> None:
+        self.passes += 1
+        so_far.pass_steps = so_far.pass_images = 0
+        self.batches = None
+        if self.scheduler is not None:
+            self.scheduler.step()
+
     def _train(self, so_far: RunningEpoch) -> Iterator[Record | Pause]:
-        """The rest of a pass over the training data."""
-        epoch, group, images = so_far.epoch, self.recipe.gradient_accumulation, self._images_per_step
-        steps = so_far.steps + self.loaders.steps(so_far.images)
-        if so_far.steps == steps:
+        """All steps up to the next observation."""
+        yield from self._train_pass(so_far)
+        while not self._complete(so_far):  # steps that reach over the end of a pass
+            self._end_pass(so_far)
+            yield from self._train_pass(so_far)
+
+    def _complete(self, so_far: RunningEpoch) -> bool:
+        """Whether all is trained that the observation is to follow."""
+        every = self.course.probe_every
+        if every is not None and so_far.updates >= every:
+            return True
+        return not self._left(so_far) and (every is None or self.passes + 1 == self.recipe.epochs)
+
+    def _train_pass(self, so_far: RunningEpoch) -> Iterator[Record | Pause]:
+        """Train until the observation or, before that, the end of the pass."""
+        left = self._left(so_far)
+        if not left or self._complete(so_far):
             return
+        epoch, group, images = so_far.epoch, self.recipe.gradient_accumulation, self._images_per_step
+        steps = so_far.pass_steps + left
         self.model.train()
-        self.loaders.start_epoch(epoch, so_far.images)
-        batches = iter(self.loaders.train)
+        if self.batches is None:
+            self.loaders.start_epoch(self.passes + 1, so_far.pass_images)
+            self.batches = iter(self.loaders.train)
         if not self.loaded:  # the first batch may wait for all images to be decoded
-            yield StepProgress(epoch, so_far.steps, steps, "load", math.nan, math.nan)
-        batch: Any = next(batches)
+            yield self._progress(so_far, "load")
+        batch: Any = next(self.batches)
         self.loaded = True
-        yield StepProgress(epoch, so_far.steps, steps, "train", math.nan, math.nan)
+        yield self._progress(so_far, "train")
         self.step.begin_epoch(so_far.totals)
         clock = Clock(so_far, self.step, self.freezer)
         # The first step whose loss was not finite, kept on the device: looking at every loss would wait every step.
-        first_bad = torch.full((), steps + 1, device=self.device)
+        first_bad = torch.full((), _NONE, device=self.device)
         shown = time.perf_counter()
-        while batch is not None:
-            step = so_far.steps + 1
+        while True:
+            step = so_far.pass_steps + 1
             update = step % group == 0 or step == steps
             # The last group of an epoch may be smaller.
             in_group = min(group, steps - (step - 1) // group * group)
             with self.startup.step(compiled=self.recipe.compile):
                 loss = self.step.train(*parts_of(batch), batches=in_group, update=update)
-            so_far.steps, so_far.images = step, so_far.images + images
-            first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=step))
-            agreed = GO_ON
+            so_far.add(images, update=update)
+            self.updates += update
+            first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=so_far.steps))
+            agreed, ends = GO_ON, self._complete(so_far) or step == steps
             if update:
-                agreed = self.agreement.of(self.wish()) if step < steps else self.agreement.finish()
+                agreed = self.agreement.of(self.wish()) if not ends else self.agreement.finish()
             now = time.perf_counter()
-            if now - shown >= PROGRESS_SECONDS or agreed or step == steps:
-                self._check_finite(epoch, first_bad, steps)
+            if now - shown >= PROGRESS_SECONDS or agreed or ends:
+                self._check_finite(so_far, first_bad)
                 clock.read()
-            if agreed or step == steps:
-                self._check_weights(epoch, step)
+            if agreed or ends:
+                self._check_weights(so_far)
             if agreed:
-                yield Pause(epoch, step, stop=agreed == STOP)
+                yield Pause(epoch, so_far.steps, stop=agreed == STOP)
                 clock.start()
             if now - shown >= PROGRESS_SECONDS:
                 shown = now
                 speed = so_far.images / so_far.train_seconds
-                loss_so_far = checked_results(self.task, so_far.totals)["loss"]
-                yield StepProgress(epoch, step, steps, "train", speed, loss_so_far)
-            batch = next(batches, None)
+                yield self._progress(so_far, "train", speed, checked_results(self.task, so_far.totals)["loss"])
+            if ends:
+                break
+            batch = next(self.batches)
+        if step == steps:
+            next(self.batches, None)  # which lets go of what the pass held
+
+    def _progress(
+        self, so_far: RunningEpoch, phase: str, images_per_second: float = math.nan, loss: float = math.nan
+    ) -> StepProgress:
+        """Return where the training stands, in batches of a pass or in the optimiser steps that are observed."""
+        if self.course.probe_every is None:
+            step, steps = so_far.steps, so_far.steps + self._left(so_far)
+        else:
+            step, left = so_far.updates, self.course.passes * self.course.updates - self.updates
+            steps = min(self.course.probe_every, step + left)
+        return StepProgress(so_far.epoch, step, steps, phase, images_per_second, loss)
 
     @property
     def _images_per_step(self) -> int:
@@ -214,19 +286,21 @@ class Trainer:
         model.train()
         return checked_results(self.task, self.processes.sum(totals))
 
-    def _check_finite(self, epoch: int, first_bad: Tensor, steps: int) -> None:
+    def _check_finite(self, so_far: RunningEpoch, first_bad: Tensor) -> None:
         step = int(first_bad.item())
-        if step <= steps:
-            unchanged = epoch == 1 and step <= self.recipe.gradient_accumulation
+        if step < _NONE:
+            unchanged = so_far.epoch == 1 and step <= self.recipe.gradient_accumulation
             what = "the loss is not a finite number" + ("" if unchanged else " any more")
-            raise TrainingError(f"epoch {epoch}, step {step}: {what}; {divergence_mend(self.recipe, unchanged)}")
+            place = f"{self.recipe.unit} {so_far.epoch}, step {step}"
+            raise TrainingError(f"{place}: {what}; {divergence_mend(self.recipe, unchanged)}")
 
-    def _check_weights(self, epoch: int, step: int) -> None:
+    def _check_weights(self, so_far: RunningEpoch) -> None:
         """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
         sound = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
         if not bool(sound):
             mend = divergence_mend(self.recipe)
-            raise TrainingError(f"epoch {epoch}, step {step}: the weights are not finite numbers any more; {mend}")
+            place = f"{self.recipe.unit} {so_far.epoch}, step {so_far.steps}"
+            raise TrainingError(f"{place}: the weights are not finite numbers any more; {mend}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.
@@ -237,13 +311,15 @@ class Trainer:
         own = {"random": random_states(), "totals": None if so_far is None else so_far.totals.cpu()}
         return {
             "epoch": self.epoch,
+            "passes": self.passes,
+            "updates": self.updates,
             "model": self.model.state_dict(),
             "averaged": averaged.state_dict() if averaged is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
             "scaler": self.step.scaler.state_dict(),
             "freezer": self.freezer.state_dict(),
-            "so_far": None if so_far is None else {key: getattr(so_far, key) for key in PLAIN},
+            "so_far": None if so_far is None else so_far.to_plain(),
             "processes": self.processes.gathered(own),
         }
 
@@ -253,6 +329,8 @@ class Trainer:
         Raises whatever a state that is not of this recipe leads to; then the trainer is of no further use.
         """
         self.epoch = int(state["epoch"])
+        self.passes, self.updates = int(state["passes"]), int(state["updates"])
+        self.batches = None
         self.model.load_state_dict(state["model"])
         if self.step.averaged is not None:
             self.step.averaged.load_state_dict(state["averaged"])
