@@ -25,7 +25,7 @@ from neq_cli.recipe.load import load_recipe, shipped_directory, shipped_names
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.text import format_flops
 from neq_cli.training.checks import check_section
-from neq_cli.training.loop.optimizers import build_scheduler
+from neq_cli.training.loop.schedules import build_scheduler
 
 RNG = np.random.default_rng(1)
 

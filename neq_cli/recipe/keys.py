@@ -226,19 +226,23 @@ class OptimizerSection(_ArgumentsSection):
 
 
 class SchedulerSection(_ArgumentsSection):
-    """A torch.optim.lr_scheduler, stepped once per epoch. Further keys are its arguments, such as `milestones`."""
+    """A torch.optim.lr_scheduler. Further keys are its arguments, such as `milestones`, counted in its interval."""
 
     name: Annotated[str, RESULT] = Field(
-        default="constant", description="constant, multistep, cosine, step, polynomial, ... or the class's name"
+        default="constant", description="constant, multistep, cosine, onecycle, plateau, ... or the class's name"
     )
     warmup_epochs: Annotated[int, Field(ge=0), RESULT] = Field(
         default=0, description="epochs of linear warm-up before it"
+    )
+    interval: Annotated[Literal["epoch", "step"], RESULT] = Field(
+        default="epoch", description="the rate changes after every epoch, or every optimiser step; plateau: after tests"
     )
 
     @property
     def length_argument(self) -> str | None:
         """The argument that says how long the schedule is: where it is not given, it follows from the epochs."""
         lengths = {"cosine": "T_max", "cosineannealing": "T_max", "polynomial": "total_iters", "linear": "total_iters"}
+        lengths["onecycle"] = "total_steps"
         return lengths.get(self.name.lower().removesuffix("lr"))
 
 

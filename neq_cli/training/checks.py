@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from neq_cli.errors import RecipeValueError
 from neq_cli.recipe import (
@@ -22,7 +23,7 @@ from neq_cli.recipe import (
 from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs, load_entrypoint
 from neq_cli.training.data import catalogue
 from neq_cli.training.loop import optimizers as optim
-from neq_cli.training.loop import tasks
+from neq_cli.training.loop import schedules, tasks
 from neq_cli.training.models import build as models
 from neq_cli.training.models import weights
 from neq_cli.training.models.state_files import checkpoint_path
@@ -140,8 +141,8 @@ def _optimizer(section: OptimizerSection) -> Iterator[Problem]:
 
 
 def _scheduler(section: SchedulerSection) -> Iterator[Problem]:
-    # No argument is wrong for one length of run and right for another.
-    yield from _argument_problems("", lambda: optim.scheduler_problems(section, section.warmup_epochs + 1))
+    # No argument is wrong for one length of run and right for another, of those that are long enough for OneCycleLR.
+    yield from _argument_problems("", lambda: schedules.scheduler_problems(section, section.warmup_epochs + 10))
 
 
 def _policy(section: CustomPolicy) -> Iterator[Problem]:
@@ -158,6 +159,7 @@ def _recipe(recipe: Recipe) -> Iterator[Problem]:
     yield from _classes(recipe)
     yield from _masks(recipe)
     yield from _graph(recipe)
+    yield from _rest(recipe)
     yield from _task(recipe)
 
 
@@ -190,6 +192,13 @@ def _graph(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("cuda_graph", "fp16 has to look at every step's gradients to scale them; use precision=bf16")
     if recipe.cuda_graph and recipe.gradient_accumulation > 1:
         yield Problem("cuda_graph", "a captured step is one batch; use gradient_accumulation=1")
+    if recipe.cuda_graph and recipe.scheduler.interval == "step":
+        yield Problem("cuda_graph", "a captured step has the learning rate of its epoch; use scheduler.interval=epoch")
+
+
+def _rest(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.stop_when_frozen is not None and schedules.find_scheduler(recipe.scheduler.name) is ReduceLROnPlateau:
+        yield Problem("stop_when_frozen", "no drop of ReduceLROnPlateau is known to be the last; use another schedule")
 
 
 def _task(recipe: Recipe) -> Iterator[Problem]:

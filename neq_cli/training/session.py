@@ -23,7 +23,8 @@ from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.catalogue import Shape
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.loop.course import Course
-from neq_cli.training.loop.optimizers import build_optimizer, build_scheduler, scheduler_notes
+from neq_cli.training.loop.optimizers import build_optimizer
+from neq_cli.training.loop.schedules import Schedule, scheduler_notes
 from neq_cli.training.loop.step import AUTOCAST
 from neq_cli.training.loop.tasks import build_task, lower_is_better
 from neq_cli.training.loop.trainer import Trainer
@@ -93,12 +94,12 @@ def prepare(
     recipe, model, layout_notes = _lay_out(recipe, model, image_shape, device, processes, startup)
     # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
-    observations = Course.of(recipe, len(loaders.train)).observations
-    recipe, match_notes = match(recipe, model, sample, matched_flops, observations)
+    course = Course.of(recipe, len(loaders.train))
+    recipe, match_notes = match(recipe, model, sample, matched_flops, course.observations)
     # The others would wait for a kind of call that the first process may never meet: its batches have other shapes.
     by_rule = data.as_it_is and processes.count > 1
     dispatch = Dispatch(fixed=recipe.deterministic or by_rule, agree=processes.kernel, known=earlier)
-    policy = build_policy(recipe.policy, recipe.seed, observations)
+    policy = build_policy(recipe.policy, recipe.seed, course.observations)
     freezer = _make_freezer(
         recipe, model, optimizer, policy, loaders, sample, dispatch, choices or {}, processes, startup
     )
@@ -110,14 +111,17 @@ def prepare(
         loaders=loaders,
         task=task,
         optimizer=optimizer,
-        scheduler=build_scheduler(recipe.scheduler, optimizer, recipe.epochs),
+        course=course,
+        schedule=Schedule(
+            recipe.scheduler, optimizer, recipe.epochs, course.updates, lower_is_better=lower_is_better(task)
+        ),
         freezer=freezer,
         processes=processes,
         startup=startup,
     )
     _seed_apart(recipe, processes)
     told = [loaders.note, *notes, *weights_notes, *sample.notes, *data.notes]
-    told += scheduler_notes(recipe.scheduler, recipe.epochs)
+    told += scheduler_notes(recipe.scheduler, recipe.epochs, course.updates)
     if by_rule and not recipe.deterministic:
         told.append("kernels: by rule, not timed, as the processes' batches may differ in shape")
     started = RunStarted(
@@ -125,8 +129,8 @@ def prepare(
         description=f"{recipe.model.name or recipe.model.entrypoint} on {data.name}",
         policy=describe_policy(recipe.policy),
         device=describe_device(device, processes.count),
-        epochs=observations,
-        steps_per_epoch=trainer.course.probe_every or len(loaders.train),
+        epochs=course.observations,
+        steps_per_epoch=course.probe_every or len(loaders.train),
         metric=trainer.task.metric,
         layers={name: layer.neurons for name, layer in freezer.layers.items()},
         notes=(

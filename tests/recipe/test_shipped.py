@@ -52,7 +52,7 @@ def test_none_warns(name: str) -> None:
 PAPER: dict[str, Any] = {  # section 4.1
     "epochs": 250,
     "batch_size": 100,
-    "scheduler": {"name": "multistep", "warmup_epochs": 0, "milestones": [100, 150], "gamma": 0.1},
+    "scheduler": {"name": "multistep", "warmup_epochs": 0, "interval": "epoch", "milestones": [100, 150], "gamma": 0.1},
     "policy": {
         "kind": "neq",
         "epsilon": 0.001,

@@ -116,7 +116,7 @@ def test_flops_of_another_model_are_refused(flops: float) -> None:
     with pytest.raises(
         RecipeError, match=r"^policy.p: 'match:a' has .* match a run of the same model on images of the same size$"
     ):
-        match(recipe, prepare(make_recipe(), "small").trainer.model, Sample(torch.zeros(1, 1, 8, 8)), flops)
+        match(recipe, prepare(make_recipe(), "small").trainer.model, Sample(torch.zeros(1, 1, 8, 8)), flops, 3)
 
 
 def test_the_papers_numbers() -> None:

@@ -177,4 +177,6 @@ def _epochs_problem(stored: Recipe, wanted: Recipe, key: str, begun: str) -> Pro
     length = _values(stored)[key]
     schedule = f"the schedule {printable(shown(stored.scheduler.name))} is laid out for {printable(shown(length))}"
     said = f"{wanted.epochs}, but {begun} with {stored.epochs}, and {schedule}"
+    if stored.scheduler.interval == "step":  # only the data says how many steps that are
+        return Problem("epochs", f"{said} epochs; leave it")
     return Problem("epochs", f"{said}; give {key}={printable(shown(length))}")

@@ -24,9 +24,8 @@ class Course:
     @property
     def observations(self) -> int:
         """How many the run has. The last follows fewer steps where they do not come out even."""
-        return self.begun_before(self.passes + 1)
+        return self.begun_before(self.passes * self.updates)
 
-    def begun_before(self, number: int) -> int:
-        """Return how many observations' steps begin before pass ``number``, counted from 1, does."""
-        before = (number - 1) * self.updates
-        return number - 1 if self.probe_every is None else -(-before // self.probe_every)
+    def begun_before(self, updates: int) -> int:
+        """Return how many observations' steps have begun once so many optimiser steps are taken."""
+        return -(-updates // (self.probe_every or self.updates))

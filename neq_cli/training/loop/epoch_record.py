@@ -18,9 +18,8 @@ _NOTHING = LayerFlops(0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Scores:
-    """What an epoch was trained with and came to; losses and metrics by name, NaN where not measured."""
+    """What an epoch came to: losses and metrics by name, NaN where not measured."""
 
-    learning_rate: float
     train: Mapping[str, float]
     test: Mapping[str, float]
 
@@ -31,16 +30,21 @@ def epoch_record(
     freezer: Freezer,
     *,
     place: Mapping[str, float | int],
+    by_step: bool,
     epoch_seconds: float,
     probe_seconds: float,
 ) -> EpochRecord:
-    """Return the record of the epoch that ``freezer.step()`` has just ended; ``place`` are columns that say where."""
+    """Return the record of the epoch that ``freezer.step()`` has just ended.
+
+    ``place`` are columns that say where; ``by_step``: the learning rate changes within it; the last is told too.
+    """
     passed = passed_of(freezer)
     layers = layer_states(freezer, passed)
     metrics = {
         "epoch": trained.epoch,
         **place,
-        "lr": scores.learning_rate,
+        "lr": trained.lr,
+        **({"lr_last": trained.last_lr} if by_step else {}),
         **{f"train_{name}": value for name, value in scores.train.items()},
         **{f"test_{name}": value for name, value in scores.test.items()},
         **what_trained(layers, passed),

@@ -15,7 +15,7 @@ from neq_cli.freezing import Freezer
 from neq_cli.training.loop.step import TrainingStep
 
 _NUMBERS = ("epoch", "steps", "updates", "images", "pass_steps", "pass_images", "bytes_sent")
-_FLOATS = ("train_seconds", "seconds", "bookkeeping_seconds", "lr")
+_FLOATS = ("train_seconds", "seconds", "bookkeeping_seconds", "lr", "last_lr")
 
 
 @dataclass
@@ -34,6 +34,7 @@ class RunningEpoch:
     bookkeeping_seconds: float = 0.0
     bytes_sent: int = 0
     lr: float = math.nan  # the one it started with
+    last_lr: float = math.nan  # that of its last step
 
     def add(self, images: int, *, update: bool) -> None:
         """Take note of one more batch, of ``images`` over all processes, and whether the optimiser stepped."""

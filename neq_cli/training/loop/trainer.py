@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neq_cli.errors import FreezingError, TrainingError
 from neq_cli.events import Pause, Record, StepProgress
@@ -17,15 +17,15 @@ from neq_cli.freezing import Freezer
 from neq_cli.freezing.processes.replica import Replica
 from neq_cli.recipe import Recipe
 from neq_cli.training.batches.loaders import Loaders
-from neq_cli.training.errors import divergence_mend
 from neq_cli.training.loop.calling import parts_of
-from neq_cli.training.loop.checkpoint import random_states, restore_formats, restore_random_states
 from neq_cli.training.loop.course import Course
+from neq_cli.training.loop.divergence import FiniteLosses, check_weights
 from neq_cli.training.loop.epoch_record import Scores, epoch_record
-from neq_cli.training.loop.optimizers import last_drop
 from neq_cli.training.loop.running_epoch import Clock, RunningEpoch
+from neq_cli.training.loop.schedules import Schedule, steps_before_last_drop
 from neq_cli.training.loop.step import TrainingStep
 from neq_cli.training.loop.tasks import Task, checked_results
+from neq_cli.training.loop.trainer_state import restore, state_of
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.processes.joined import Agreement, Processes
 from neq_cli.training.startup import Startup
@@ -35,9 +35,6 @@ PROGRESS_SECONDS = 0.25
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """What may be wished for between two steps; of several processes' wishes the largest counts."""
-
-_NONE = 2**53
-"""In place of the number of a step, greater than any."""
 
 
 @dataclass
@@ -56,7 +53,8 @@ class Trainer:
     loaders: Loaders
     task: Task
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    course: Course
+    schedule: Schedule
     freezer: Freezer
     processes: Processes = field(default_factory=Processes)
     startup: Startup = field(default_factory=Startup)
@@ -68,8 +66,10 @@ class Trainer:
         self.batches: Iterator[Any] | None = None  # of the pass that runs
         self.loaded = False
         self.agreement = Agreement(self.processes)
-        self.course = Course.of(self.recipe, len(self.loaders.train))
-        self.begun_before_drop = self.course.begun_before(last_drop(self.recipe.scheduler, self.recipe.epochs))
+        self.begun_before_drop = 0
+        if self.recipe.stop_when_frozen is not None:
+            steps = steps_before_last_drop(self.recipe.scheduler, self.course.passes, self.course.updates)
+            self.begun_before_drop = self.course.begun_before(steps)
         forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
         replica = None
         if self.processes.group is not None:
@@ -129,7 +129,7 @@ class Trainer:
             self.so_far = RunningEpoch(epoch, self.task.new_totals(self.device))
         so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
         if math.isnan(so_far.lr):
-            so_far.lr = float(self.optimizer.param_groups[0]["lr"])
+            so_far.lr = so_far.last_lr = self._learning_rate
         for record in self._train(so_far):
             so_far.seconds = before + time.perf_counter() - started
             yield record
@@ -143,6 +143,7 @@ class Trainer:
         is_last = pass_ends and self.passes + 1 == self.recipe.epochs
         if epoch % self.recipe.eval_every == 0 or is_last or (self.freezer.all_frozen and self._rested(epoch, 1)):
             tested_on = yield from self._test(so_far)
+            self.schedule.after_test(tested_on[self.task.metric.removeprefix("test_")])
         yield StepProgress(epoch, 0, 1, "probe", math.nan, trained_on["loss"])
         place = self._place(so_far)
         if pass_ends:
@@ -155,15 +156,16 @@ class Trainer:
         self.startup.finish()
         yield epoch_record(
             so_far,
-            Scores(so_far.lr, trained_on, tested_on),
+            Scores(trained_on, tested_on),
             self.freezer,
             place=place,
+            by_step=self.recipe.scheduler.interval == "step",
             epoch_seconds=before + time.perf_counter() - started,
             probe_seconds=probe_seconds,
         )
 
     def _place(self, so_far: RunningEpoch) -> dict[str, float | int]:
-        """Return the columns that tell where an observation by steps is taken; none where each ends a pass."""
+        """Return the columns that say where an observation by steps is taken; none where each ends a pass."""
         if self.course.probe_every is None:
             return {}
         images = so_far.pass_images + self._left(so_far) * self._images_per_step
@@ -177,8 +179,7 @@ class Trainer:
         self.passes += 1
         so_far.pass_steps = so_far.pass_images = 0
         self.batches = None
-        if self.scheduler is not None:
-            self.scheduler.step()
+        self.schedule.after_pass()
 
     def _train(self, so_far: RunningEpoch) -> Iterator[Record | Pause]:
         """All steps up to the next observation."""
@@ -212,8 +213,7 @@ class Trainer:
         yield self._progress(so_far, "train")
         self.step.begin_epoch(so_far.totals)
         clock = Clock(so_far, self.step, self.freezer)
-        # The first step whose loss was not finite, kept on the device: looking at every loss would wait every step.
-        first_bad = torch.full((), _NONE, device=self.device)
+        losses = FiniteLosses(self.recipe, epoch, self.device)
         shown = time.perf_counter()
         while True:
             step = so_far.pass_steps + 1
@@ -223,17 +223,21 @@ class Trainer:
             with self.startup.step(compiled=self.recipe.compile):
                 loss = self.step.train(*parts_of(batch), batches=in_group, update=update)
             so_far.add(images, update=update)
-            self.updates += update
-            first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=so_far.steps))
+            if update:
+                self.updates += 1
+                if self.recipe.scheduler.interval == "step":
+                    so_far.last_lr = self._learning_rate
+                self.schedule.after_step()
+            losses.add(loss, so_far.steps)
             agreed, ends = GO_ON, self._complete(so_far) or step == steps
             if update:
                 agreed = self.agreement.of(self.wish()) if not ends else self.agreement.finish()
             now = time.perf_counter()
             if now - shown >= PROGRESS_SECONDS or agreed or ends:
-                self._check_finite(so_far, first_bad)
+                losses.check()
                 clock.read()
             if agreed or ends:
-                self._check_weights(so_far)
+                check_weights(self.recipe, self.model, epoch, so_far.steps)
             if agreed:
                 yield Pause(epoch, so_far.steps, stop=agreed == STOP)
                 clock.start()
@@ -257,6 +261,10 @@ class Trainer:
             step, left = so_far.updates, self.course.passes * self.course.updates - self.updates
             steps = min(self.course.probe_every, step + left)
         return StepProgress(so_far.epoch, step, steps, phase, images_per_second, loss)
+
+    @property
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def _images_per_step(self) -> int:
@@ -286,78 +294,16 @@ class Trainer:
         model.train()
         return checked_results(self.task, self.processes.sum(totals))
 
-    def _check_finite(self, so_far: RunningEpoch, first_bad: Tensor) -> None:
-        step = int(first_bad.item())
-        if step < _NONE:
-            unchanged = so_far.epoch == 1 and step <= self.recipe.gradient_accumulation
-            what = "the loss is not a finite number" + ("" if unchanged else " any more")
-            place = f"{self.recipe.unit} {so_far.epoch}, step {step}"
-            raise TrainingError(f"{place}: {what}; {divergence_mend(self.recipe, unchanged)}")
-
-    def _check_weights(self, so_far: RunningEpoch) -> None:
-        """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
-        sound = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
-        if not bool(sound):
-            mend = divergence_mend(self.recipe)
-            place = f"{self.recipe.unit} {so_far.epoch}, step {so_far.steps}"
-            raise TrainingError(f"{place}: the weights are not finite numbers any more; {mend}")
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.
 
         All processes call it together; the first one's is whole.
         """
-        averaged, so_far = self.step.averaged, self.so_far
-        own = {"random": random_states(), "totals": None if so_far is None else so_far.totals.cpu()}
-        return {
-            "epoch": self.epoch,
-            "passes": self.passes,
-            "updates": self.updates,
-            "model": self.model.state_dict(),
-            "averaged": averaged.state_dict() if averaged is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
-            "scaler": self.step.scaler.state_dict(),
-            "freezer": self.freezer.state_dict(),
-            "so_far": None if so_far is None else so_far.to_plain(),
-            "processes": self.processes.gathered(own),
-        }
+        return state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict()``, on any number of processes; all of them need the state.
 
         Raises whatever a state that is not of this recipe leads to; then the trainer is of no further use.
         """
-        self.epoch = int(state["epoch"])
-        self.passes, self.updates = int(state["passes"]), int(state["updates"])
-        self.batches = None
-        self.model.load_state_dict(state["model"])
-        if self.step.averaged is not None:
-            self.step.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        restore_formats(self.optimizer)
-        if self.scheduler is not None:
-            _check_keys(state["scheduler"], self.scheduler.state_dict())
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.step.scaler.load_state_dict(state["scaler"])
-        self.freezer.load_state_dict(state["freezer"])
-        own = state["processes"]
-        self.so_far = None
-        if state["so_far"] is not None:
-            self.so_far = RunningEpoch(totals=self._own_totals(own), **state["so_far"])
-        if self.processes.rank < len(own):  # else it goes on with the numbers of its own seed
-            restore_random_states(own[self.processes.rank]["random"])
-
-    def _own_totals(self, by_process: list[Mapping[str, Any]]) -> Tensor:
-        totals = self.task.new_totals(self.device)
-        saved = [one["totals"] for one in by_process]
-        if len(saved) == self.processes.count:
-            return totals.copy_(saved[self.processes.rank])
-        return totals.copy_(torch.stack(saved).sum(0)) if self.processes.first else totals
-
-
-def _check_keys(state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """A schedule takes over any attribute it is given, so it must be given its own only."""
-    odd = set(state) ^ set(known)
-    if odd:
-        raise ValueError(f"scheduler: {', '.join(sorted(map(str, odd)))} comes or goes")
+        restore(self, state)

@@ -149,10 +149,10 @@ def test_epochs_of_a_schedule_that_was_laid_out_for_them(name: str, argument: st
 
 def test_lengths_of_schedules_are_those_that_training_fills_in() -> None:
     from neq_cli.errors import RecipeValueError
-    from neq_cli.training.loop import optimizers as optim
+    from neq_cli.training.loop import schedules
 
     known = 0
-    for name in ["constant", *optim._SHORT, *optim._SCHEDULERS]:
+    for name in ["constant", *schedules._SHORT, *schedules._SCHEDULERS]:
         with suppress(RecipeValueError):  # one that cannot be used
             argument = changed_by_epochs(name)
             schedule = {"name": name}
@@ -166,16 +166,25 @@ def test_lengths_of_schedules_are_those_that_training_fills_in() -> None:
     assert known >= 7
 
 
+@pytest.mark.parametrize("name", ["cosine", "onecycle"])
+def test_a_schedule_by_the_step_cannot_be_made_longer(name: str) -> None:
+    schedule = {"name": name, "interval": "step"}
+    assert lines(changed(scheduler=schedule), changed(scheduler=schedule, epochs=300)) == [
+        f"epochs: 300, but runs/x was begun with 250, and the schedule '{name}' is laid out for 250 epochs; leave it, "
+        "or train anew without --resume"
+    ]
+
+
 def changed_by_epochs(name: str) -> str | None:
     """Return the setting of a schedule that differs between runs of 250 and 300 epochs."""
     import torch
 
     from neq_cli.recipe import SchedulerSection
-    from neq_cli.training.loop import optimizers as optim
+    from neq_cli.training.loop import schedules
 
-    optim.find_scheduler(name)
+    schedules.find_scheduler(name)
     made = [
-        vars(optim.build_scheduler(section, torch.optim.SGD([torch.zeros(1)], lr=0.1), epochs) or object)
+        vars(schedules.build_scheduler(section, torch.optim.SGD([torch.zeros(1)], lr=0.1), epochs) or object)
         for epochs in (250, 300)
         for section in [SchedulerSection.model_validate({"name": name, **NEEDED.get(name.removesuffix("lr"), {})})]
     ]

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from neq_cli.errors import RunDirectoryError, TrainingError
@@ -35,9 +34,9 @@ from neq_cli.training.loop.checkpoint import (
     save_state,
     save_weights,
 )
-from neq_cli.training.loop.optimizers import _REFUSED_SCHEDULERS as REFUSED_SCHEDULERS
-from neq_cli.training.loop.optimizers import _SCHEDULERS as SCHEDULERS
-from neq_cli.training.loop.optimizers import OPTIMIZERS, build_optimizer, build_scheduler
+from neq_cli.training.loop.optimizers import OPTIMIZERS, build_optimizer
+from neq_cli.training.loop.schedules import _SCHEDULERS as SCHEDULERS
+from neq_cli.training.loop.schedules import REFUSED_SCHEDULERS, Schedule
 
 
 def same(first: Any, second: Any) -> bool:
@@ -240,6 +239,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "cosineannealinglr": {"eta_min": 0.01},
     "cosineannealingwarmrestarts": {"T_0": 3},
     "constant": {},
+    "onecyclelr": {"interval": "step"},
+    "cycliclr": {"interval": "step", "base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "mode": "exp_range"},
+    "reducelronplateau": {"patience": 0},
 }
 EPOCHS = 8
 
@@ -252,19 +254,20 @@ def test_every_schedule_is_tested_below() -> None:
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_goes_on_from_every_epoch(tmp_path: Path, name: str, warmup: int) -> None:
-    section = SchedulerSection(name=name, warmup_epochs=warmup, **SCHEDULES[name])
+    section = SchedulerSection(name=name, warmup_epochs=0 if name == "onecyclelr" else warmup, **SCHEDULES[name])
 
-    def make() -> tuple[torch.optim.Optimizer, LRScheduler | None]:
+    def make() -> tuple[torch.optim.Optimizer, Schedule]:
         torch.manual_seed(0)
         optimizer = build_optimizer(OptimizerSection(name="sgd", lr=0.1, momentum=0.9), nn.Linear(3, 2))
-        return optimizer, build_scheduler(section, optimizer, EPOCHS)
+        return optimizer, Schedule(section, optimizer, EPOCHS)
 
-    def epochs(optimizer: torch.optim.Optimizer, schedule: LRScheduler | None, first: int) -> Iterator[float]:
-        for _ in range(first, EPOCHS):
+    def epochs(optimizer: torch.optim.Optimizer, schedule: Schedule, first: int) -> Iterator[float]:
+        for number in range(first, EPOCHS):
             yield optimizer.param_groups[0]["lr"]
             optimizer.step()
-            if schedule is not None:
-                schedule.step()
+            schedule.after_step()
+            schedule.after_test(float(number % 3))  # better twice, and then worse
+            schedule.after_pass()
 
     whole = list(epochs(*make(), 0))
     assert name == "constant" or len(set(whole)) > 1
@@ -273,13 +276,12 @@ def test_a_schedule_goes_on_from_every_epoch(tmp_path: Path, name: str, warmup: 
     for done in range(EPOCHS):
         assert next(running) == whole[done]  # the state below is that within epoch `done` + 1, and then after it
         path = tmp_path / f"{done}.safetensors"
-        state = {"optimizer": optimizer.state_dict(), "schedule": schedule and schedule.state_dict()}
+        state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         save_state(state, path)
         resumed, resumed_schedule = make()
         state = load_state(path)
         resumed.load_state_dict(state["optimizer"])
-        if resumed_schedule is not None:
-            resumed_schedule.load_state_dict(state["schedule"])
+        resumed_schedule.load_state_dict(state["schedule"])
         assert list(epochs(resumed, resumed_schedule, done)) == whole[done:]
 
 

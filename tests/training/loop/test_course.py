@@ -192,7 +192,7 @@ def test_a_run_by_steps_is_counted_before_it_begins() -> None:
     assert (course.updates, course.observations) == (3, 3)
     for every, observations in [(1, 9), (2, 5), (3, 3), (4, 3), (8, 2), (9, 1), (10, 1)]:
         assert Course(3, 3, every).observations == observations
-    assert [Course(3, 3, 2).begun_before(number) for number in (1, 2, 3, 4)] == [0, 2, 3, 5]
+    assert [Course(3, 3, 2).begun_before(updates) for updates in (0, 1, 2, 3, 6, 9)] == [0, 1, 1, 2, 3, 5]
 
 
 def test_a_front_by_schedule_goes_by_observations() -> None:
@@ -208,3 +208,59 @@ def test_a_loss_that_is_not_finite_names_the_observation() -> None:
     trainer = make_trainer(probe_every=2, optimizer={"name": "sgd", "lr": 1e30})
     with pytest.raises(TrainingError, match=r"^observation \d, step \d: "):
         records_of(trainer)
+
+
+COSINE = {"name": "cosine", "interval": "step", "warmup_epochs": 1}
+
+
+@pytest.mark.parametrize("every", ["epoch", 4])
+def test_rows_have_the_first_and_the_last_learning_rate_of_their_steps(every: Any) -> None:
+    rates = [0.1 * (step + 1) / 6 for step in range(5)]
+    rates += [0.1 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]
+    records = records_of(make_trainer(scheduler=COSINE, probe_every=every))
+    ends = [5, 10, 15] if every == "epoch" else [4, 8, 12, 15]
+    starts = [0, *ends[:-1]]
+    assert [record.metrics["lr"] for record in records] == pytest.approx([rates[start] for start in starts])
+    assert [record.metrics["lr_last"] for record in records] == pytest.approx([rates[end - 1] for end in ends])
+    assert list(records[0].metrics).index("lr_last") == list(records[0].metrics).index("lr") + 1
+
+
+def test_accumulated_batches_are_one_step_of_a_schedule() -> None:
+    records = records_of(make_trainer(scheduler=COSINE, gradient_accumulation=2))  # 3 optimiser steps a pass
+    assert records[0].metrics["lr_last"] == pytest.approx(0.1 * 3 / 4)
+    assert records[1].metrics["lr"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [COSINE, {"name": "onecycle", "interval": "step"}, {"name": "plateau", "patience": 0, "warmup_epochs": 1}],
+    ids=lambda scheduler: scheduler["name"],
+)
+@pytest.mark.parametrize("every", ["epoch", 4])
+def test_from_wherever_it_pauses_a_schedule_goes_on_to_the_bit(scheduler: dict[str, Any], every: Any) -> None:
+    changes = {"scheduler": scheduler, "probe_every": every, "optimizer": {"name": "sgd", "lr": 0.3, "momentum": 0.9}}
+    straight = make_trainer(**changes)
+    straight.wish = lambda: SAVE
+    records = [record for record in straight.run() if isinstance(record, Pause | EpochRecord)]
+    expected = [untimed(record) for record in records if isinstance(record, EpochRecord)]
+    for stop in range(1, len(records)):
+        trainer = make_trainer(**changes)
+        trainer.wish = lambda: SAVE
+        told = (record for record in trainer.run() if isinstance(record, Pause | EpochRecord))
+        rows = [untimed(record) for record in islice(told, stop) if isinstance(record, EpochRecord)]
+        resumed = make_trainer(**changes)
+        resumed.load_state_dict(trainer.state_dict())
+        rows += [untimed(record) for record in records_of(resumed)]
+        assert rows == expected, stop
+        assert_same(straight, resumed)
+
+
+def test_a_plateau_goes_by_the_metric_that_is_tested() -> None:
+    trainer = make_trainer(
+        epochs=6,
+        eval_every=2,
+        scheduler={"name": "plateau", "patience": 0, "factor": 0.5, "threshold": 10.0},  # better: elevenfold
+    )
+    records = records_of(trainer)
+    assert [record.metrics["lr"] for record in records] == pytest.approx([0.1] * 4 + [0.05] * 2)
+    assert records[1].metrics["test_top1"] > 0
