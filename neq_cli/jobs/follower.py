@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
-from neq_cli.jobs.probe_cost import ProbeCost
 from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
+from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
 from neq_cli.recipe.load import dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.runs.store.disk import atomic_write, writing
@@ -90,9 +90,7 @@ class Follower:
         self.saved = time.monotonic()
         self.unit = session.started.unit  # what its records are of
         self.timed = 0.0  # seconds that went into timing kernels
-        less = "raise probe_every, or lower" if self.unit == "observation" else "lower"
-        mend = f"{less} data.probe_size"
-        self.probe_cost = ProbeCost(self.unit, mend, [record.metrics for record in past])
+        self.time_shares = _time_shares(session, [record.metrics for record in past])
         self.trainer.wish = self._wish
 
     def follow(self) -> None:
@@ -110,7 +108,8 @@ class Follower:
             if isinstance(record, EpochRecord):
                 self._write_epoch(record)
                 self._say_what_took(record)
-                self._say(self.probe_cost.note(record.metrics))
+                for share in self.time_shares:
+                    self._say(share.note(record.metrics))
             self.progress.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
@@ -203,6 +202,27 @@ class Follower:
                     atomic_write(path, lambda partial: save_state(state, partial))
             with writing(last):
                 atomic_write(last, write_and_move_on)
+
+
+def _time_shares(session: Session, past: Sequence[Mapping[str, float | int]]) -> tuple[TimeShare, ...]:
+    """Return what is told where it takes much of the time, with what would help."""
+    from neq_cli.training.machine.limits import usable_cores
+
+    data = session.recipe.data
+    fewer = "lower data.probe_size"
+    fewer = fewer if session.started.unit == "epoch" else f"raise probe_every, or {fewer}"
+    faster = "augment less"
+    if session.trainer.loaders.place == "none":
+        cores = usable_cores()
+        faster = (
+            f"raise data.workers ({cores} cores here)"
+            if data.workers < cores
+            else "keep decoded images (data.cache), or use smaller ones"
+        )
+    return (
+        TimeShare("probe_seconds", MUCH_PROBING, "probing", fewer, past),
+        TimeShare("data_wait_seconds", MUCH_WAITING, "waiting for data", faster, past),
+    )
 
 
 def _save_weights(session: Session, writer: RunWriter) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
 from neq_cli.events import EpochRecord, RunResumed, RunStarted
-from neq_cli.jobs.probe_cost import ProbeCost
+from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
 from neq_cli.recipe.recorded import RECORDED
 from neq_cli.recipe.yaml import write_yaml
 from neq_cli.runs.store.disk import writing
@@ -72,7 +72,7 @@ class Recorder:
         self.progress: Progress = Silent()
         self._columns: tuple[str, ...] = ()  # those that the loop tells
         self._recorded = 0  # epochs
-        self._probe_cost = ProbeCost("epoch", _LESS)
+        self._probing = TimeShare("probe_seconds", MUCH_PROBING, "probing", _LESS)
         self._stack = ExitStack()
         if process_number() == 0:
             started = _started(freezer, name, metric, epochs, lower_is_better=lower_is_better)
@@ -112,7 +112,7 @@ class Recorder:
         self.writer.write_epoch(record)
         self._recorded, self._since = passed.epoch, now
         self.progress.show(record)
-        if (note := self._probe_cost.note(record.metrics)) is not None:
+        if (note := self._probing.note(record.metrics)) is not None:
             self.progress.message(note)
             self.writer.write_note(note)
 
@@ -166,7 +166,8 @@ class Recorder:
         if epoch:
             past = past_epochs(read_run(self.path))
             self._columns = tuple(column for column in past[-1].metrics if not is_own(column))
-            self._probe_cost = ProbeCost("epoch", _LESS, [record.metrics for record in past])
+            for record in past:
+                self._probing.note(record.metrics)
             self.progress.show(RunResumed(tuple(past)))
 
     def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:

@@ -208,8 +208,7 @@ class Trainer:
             self.batches = iter(self.loaders.train)
         if not self.loaded:  # the first batch may wait for all images to be decoded
             yield self._progress(so_far, "load")
-        batch: Any = next(self.batches)
-        self.loaded = True
+        batch = self._next_batch(so_far)
         yield self._progress(so_far, "train")
         self.step.begin_epoch(so_far.totals)
         clock = Clock(so_far, self.step, self.freezer)
@@ -247,9 +246,18 @@ class Trainer:
                 yield self._progress(so_far, "train", speed, checked_results(self.task, so_far.totals)["loss"])
             if ends:
                 break
-            batch = next(self.batches)
+            batch = self._next_batch(so_far)
         if step == steps:
             next(self.batches, None)  # which lets go of what the pass held
+
+    def _next_batch(self, so_far: RunningEpoch) -> Any:
+        assert self.batches is not None, "the pass has begun"
+        started = time.perf_counter()
+        batch = next(self.batches)
+        if self.loaded:
+            so_far.data_seconds += time.perf_counter() - started
+        self.loaded = True
+        return batch
 
     def _progress(
         self, so_far: RunningEpoch, phase: str, images_per_second: float = math.nan, loss: float = math.nan
