@@ -14,6 +14,7 @@ from neq_cli.commands.flops import flops
 from neq_cli.commands.inspect import inspect
 from neq_cli.commands.recipes import init, recipes
 from neq_cli.commands.report import report
+from neq_cli.commands.schema import schema
 from neq_cli.commands.sweep import sweep
 from neq_cli.commands.train import train
 from neq_cli.commands.validate import validate
@@ -57,6 +58,7 @@ for command, example in (
     (validate, "neq validate resnet32-cifar10 epochs=100"),
     (recipes, "neq recipes"),
     (init, "neq init digits my-experiment"),
+    (schema, "neq schema -o neq.schema.json"),
     (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
 ):
     app.command(epilog=f"Example: {example}")(command)

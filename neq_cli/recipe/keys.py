@@ -60,6 +60,7 @@ class ModelSection(Section):
     name: Annotated[str | None, RESULT] = Field(
         default=None,
         description="torchvision builder, timm/NAME, transformers/NAME, or resnet8/20/32/44/56/110 for small images",
+        examples=["resnet18", "resnet50", "vit_b_16", "resnet20", "resnet32"],
     )
     entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns a torch.nn.Module, in place of name"
@@ -100,6 +101,7 @@ class DataSection(Section):
     name: Annotated[str | None, RESULT] = Field(
         default=None,
         description="digits, image_folder, segmentation_folder, COCO, or a torchvision dataset such as CIFAR10",
+        examples=["CIFAR10", "CIFAR100", "ImageNet", "digits", "image_folder", "segmentation_folder", "COCO"],
     )
     entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns (train, test) datasets, in place of name"
@@ -213,7 +215,9 @@ class OptimizerSection(_ArgumentsSection):
     """A torch.optim optimiser. Further keys are its arguments, such as `momentum`; null stands for its default."""
 
     name: Annotated[str, RESULT] = Field(
-        default="sgd", description="torch.optim class, in any case: sgd, adam, adamw, rmsprop"
+        default="sgd",
+        description="torch.optim class, in any case: sgd, adam, adamw, rmsprop",
+        examples=["sgd", "adam", "adamw", "rmsprop"],
     )
     lr: Annotated[NotNegative | None, RESULT] = Field(
         default=None, description="null: the optimiser's default", examples=[0.1]
@@ -229,7 +233,9 @@ class SchedulerSection(_ArgumentsSection):
     """A torch.optim.lr_scheduler. Further keys are its arguments, such as `milestones`, counted in its interval."""
 
     name: Annotated[str, RESULT] = Field(
-        default="constant", description="constant, multistep, cosine, onecycle, plateau, ... or the class's name"
+        default="constant",
+        description="constant, multistep, cosine, onecycle, plateau, ... or the class's name",
+        examples=["constant", "multistep", "cosine", "step", "polynomial", "onecycle", "plateau"],
     )
     warmup_epochs: Annotated[int, Field(ge=0), RESULT] = Field(
         default=0, description="epochs of linear warm-up before it"
