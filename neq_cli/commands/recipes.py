@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from neq_cli.commands.shared import recipe_names, show
+from neq_cli.commands.completion import recipe_names
+from neq_cli.commands.shared import show
 from neq_cli.complaints import complain
 
 

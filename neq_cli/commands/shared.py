@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from neq_cli.commands.completion import changes, recipes_and_files
 from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
@@ -19,18 +20,15 @@ if TYPE_CHECKING:
     from neq_cli.runs.store.run import Run
 
 
-def recipe_names(incomplete: str) -> list[str]:
-    """Return the shipped recipes that a word may become."""
-    from neq_cli.recipe.load import shipped_names
-
-    return [name for name in shipped_names() if name.startswith(incomplete)]
-
-
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe", autocompletion=recipe_names)
+    str,
+    typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe", autocompletion=recipes_and_files),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2", autocompletion=changes
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]

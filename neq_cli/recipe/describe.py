@@ -81,6 +81,12 @@ def choices(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, ...]:
     return tuple(found)
 
 
+def takes_bool(annotation: Any) -> bool:
+    """Return whether a key takes true and false, perhaps among other values."""
+    annotation, _ = unwrapped(annotation, ())
+    return annotation is bool or (get_origin(annotation) in UNIONS and any(map(takes_bool, get_args(annotation))))
+
+
 def shown(value: Any) -> str:
     """Return a value as a recipe would show it, cut where it is long: 'ten', true, [1, 2]."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)

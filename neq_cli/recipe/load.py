@@ -116,11 +116,7 @@ def load_recipe(
     the whole recipe. ``complete`` puts in what the recipe leaves out and its model has. Raise ``RecipeError`` with all
     problems, each located in the file or on the command line.
     """
-    path = find_recipe(reference)
-    file = path.name if path.parent == shipped_directory() else reference
-    document = _read(_text_of(path, file), file)
-    _refuse_recorded(document, file)
-    document.override(overrides)
+    path, file, document = read_document(reference, overrides)
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
         raise RecipeError(_lines(problems, file))
@@ -132,6 +128,16 @@ def load_recipe(
     except RecipeValueError as error:
         raise RecipeError([loaded.problem(error.key, error.reason)]) from error
     return replace(loaded, recipe=completed, notes=tuple(notes))
+
+
+def read_document(reference: str, overrides: Sequence[str] = ()) -> tuple[Path, str, Document]:
+    """Return the file that ``reference`` means, what to call it, and what it says with overrides, unchecked."""
+    path = find_recipe(reference)
+    file = path.name if path.parent == shipped_directory() else reference
+    document = _read(_text_of(path, file), file)
+    _refuse_recorded(document, file)
+    document.override(overrides)
+    return path, file, document
 
 
 def _text_of(path: Path, name: str) -> str:
