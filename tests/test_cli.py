@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -93,6 +94,17 @@ def test_help_ends_with_an_example_that_parses(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out == f"neq {__version__}\n"
+
+
+def test_what_to_cite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--citation") == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^@(\w+)\{(\w+),$", printed, flags=re.MULTILINE) == [
+        ("inproceedings", "bragagnolo2022update"),
+        ("software", "neq"),
+    ]
+    assert printed.count("{") == printed.count("}")
+    assert f"  version = {{{__version__}}}\n" in printed
 
 
 def test_a_shell_is_given_words_and_no_complaint(
@@ -215,7 +227,9 @@ def test_a_directory_that_exists_is_refused_before_torch_is_imported(tmp_path: P
     assert done.stderr == "taken: already exists and is not empty; choose another with -o\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes"], ["schema"], ["--version"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["recipes"], ["schema"], ["--version"], ["--citation"], []]
+)
 def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
     code = (
         f"import sys\nfrom neq_cli.cli import main\ntry: main({arguments!r})\n"

@@ -8,6 +8,7 @@ import typer
 
 from neq_cli import __version__
 from neq_cli.commands.bench import bench
+from neq_cli.commands.citation import CITATION
 from neq_cli.commands.compare import compare
 from neq_cli.commands.export import export
 from neq_cli.commands.flops import flops
@@ -36,11 +37,20 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _citation(wanted: bool) -> None:
+    if wanted:
+        print(CITATION, end="")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+    citation: Annotated[
+        bool, typer.Option("--citation", callback=_citation, is_eager=True, help="print what to cite, as BibTeX")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
