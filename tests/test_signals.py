@@ -51,6 +51,7 @@ COMMANDS = {
     "export": (("export", "run", "-o", "weights.safetensors"), "neq_cli.runs.store.run", "read_run"),
     "recipes": (("recipes",), "neq_cli.recipe.shipped", "list_recipes"),
     "init": (("init", "digits"), "neq_cli.recipe.shipped", "copy_recipe"),
+    "schema": (("schema",), "neq_cli.recipe.schema", "schema_text"),
 }
 
 

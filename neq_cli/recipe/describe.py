@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from neq_cli.recipe.keys import Recipe
 from neq_cli.recipe.policy_keys import POLICIES, policy_kind
 from neq_cli.recipe.values import Section, Words
+from neq_cli.recipe.yaml import read_yaml
 
 UNIONS = (Union, types.UnionType)
 POLICY_MEANING = "What chooses the trainable neurons of every epoch."
@@ -79,6 +80,11 @@ def choices(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, ...]:
     if get_origin(annotation) in UNIONS:
         found += [choice for member in get_args(annotation) for choice in choices(member)]
     return tuple(found)
+
+
+def examples_of(field: FieldInfo) -> list[Any]:
+    """Return a key's examples, which are written as in a recipe, as values."""
+    return [read_yaml(example).value if isinstance(example, str) else example for example in field.examples or ()]
 
 
 def takes_bool(annotation: Any) -> bool:

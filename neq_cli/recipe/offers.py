@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
-from neq_cli.recipe.describe import choices, takes_bool
+from neq_cli.recipe.describe import choices, examples_of, takes_bool
 from neq_cli.recipe.keys import Recipe
 from neq_cli.recipe.policy_keys import POLICIES, policy_kind
 from neq_cli.recipe.values import Section
-from neq_cli.recipe.yaml import read_yaml
 
 _PLAIN = re.compile(r"[\w.,+/~-]+|\[\]|\{\}")
 """What no shell reads as more than text; other values are not offered."""
@@ -28,7 +27,7 @@ class Offer(NamedTuple):
 
 
 def offers(recipe: Mapping[str, Any]) -> list[Offer]:
-    """Return all that may be written or changed in a recipe of these values, which may be wrong; the recipe's first.
+    """Return all that may be written into a recipe that has these values, which nobody has checked.
 
     The keys of a policy are those of its kind, of all kinds where that is unknown. Arguments that are no key of neq's,
     such as an optimiser's momentum, are offered where the recipe has them.
@@ -76,9 +75,8 @@ def _values(field: FieldInfo, written: Any) -> tuple[str, ...]:
         words = ("true", "false", *words)
     if words:
         return words
-    examples = [read_yaml(example).value if isinstance(example, str) else example for example in field.examples or ()]
     default = [] if field.is_required() else [field.get_default(call_default_factory=True)]
-    return _words([*([] if written is None else [written]), *default, *examples])
+    return _words([*([] if written is None else [written]), *default, *examples_of(field)])
 
 
 def _words(values: list[Any]) -> tuple[str, ...]:

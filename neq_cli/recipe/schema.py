@@ -14,11 +14,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from neq_cli import __version__
-from neq_cli.recipe.describe import POLICY_MEANING, UNIONS, choices, limit, meaning, unwrapped
+from neq_cli.recipe.describe import POLICY_MEANING, UNIONS, choices, examples_of, limit, meaning, unwrapped
 from neq_cli.recipe.keys import Recipe
 from neq_cli.recipe.policy_keys import DEFAULT_POLICY_KIND, POLICIES
 from neq_cli.recipe.values import Section
-from neq_cli.recipe.yaml import read_yaml
 
 IDENTIFIER = "urn:neq:recipe:"
 """What the `$id` of every version's schema begins with; the version follows."""
@@ -90,7 +89,7 @@ def _policy(field: FieldInfo) -> dict[str, Any]:
             }
             for kind, model in POLICIES.items()
         ],
-        "examples": _examples(field),
+        "examples": examples_of(field),
     }
 
 
@@ -101,15 +100,10 @@ def _property(field: FieldInfo) -> dict[str, Any]:
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     if not field.is_required() and not isinstance(default, Section):  # whose keys have their own
         found["default"] = default
-    examples = _examples(field) or ([] if "enum" in found else list(choices(field.annotation, field.metadata)))
+    examples = examples_of(field) or ([] if "enum" in found else list(choices(field.annotation, field.metadata)))
     if examples:
         found["examples"] = examples
     return found
-
-
-def _examples(field: FieldInfo) -> list[Any]:
-    """Return a field's examples, which are written as in a recipe, as values."""
-    return [read_yaml(example).value if isinstance(example, str) else example for example in field.examples or ()]
 
 
 def _value(annotation: Any, metadata: Sequence[Any]) -> dict[str, Any]:
