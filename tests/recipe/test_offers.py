@@ -83,7 +83,7 @@ def test_names_that_are_offered_are_torchs(section: type[Section]) -> None:
     from neq_cli.training.checks import check_section
 
     name = section.__name__.removesuffix("Section").lower()
-    needed = {"multistep": {"milestones": [1]}, "step": {"step_size": 1}}
+    needed = {"multistep": {"milestones": [1]}, "step": {"step_size": 1}, "onecycle": {"interval": "step"}}
     names = [value for value in offered({})[f"{name}.name"] if value != "null"]
     assert len(names) > 3
     for value in names:
