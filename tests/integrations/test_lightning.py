@@ -292,6 +292,7 @@ def test_rows_tell_steps_epochs_and_what_was_logged(tmp_path: Path) -> None:
     assert str(run.status) == "finished"
     assert run.metrics["step"].tolist() == [5, 10, 15, 20]
     assert run.metrics["passed_epochs"].tolist() == [1, 2, 3, 4]
+    assert run.unit == "epoch"
     assert run.metrics["lr"].tolist() == [0.1, 0.1, 0.05, 0.05]
     assert not np.isnan(run.metrics["train_loss"]).any()
     assert np.isnan(run.metrics["val_top1"]).tolist() == [True, False, True, False]
@@ -306,6 +307,7 @@ def test_without_a_sanity_check_a_metric_named_beforehand_is_a_column(tmp_path: 
     run = read_run(tmp_path / "run")
     assert run.metrics["step"].tolist() == [2, 4, 6, 8, 10]
     np.testing.assert_allclose(run.metrics["passed_epochs"], [0.4, 0.8, 1.2, 1.6, 2.0])
+    assert run.unit == "observation"
     assert "val_top1" not in run.metrics
     assert np.isnan(run.metrics["val_loss"]).tolist() == [True, True, False, True, True]
 

@@ -174,6 +174,7 @@ def test_rows_of_steps_wait_for_the_end_of_their_epoch(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     assert run.metrics["step"].tolist() == [4, 8, 12, 16]
     np.testing.assert_allclose(run.metrics["passed_epochs"], [4 / 6, 8 / 6, 2, 16 / 6])
+    assert run.unit == "observation"
     right = {entry["step"]: entry["eval_right"] for entry in made.state.log_history if "eval_right" in entry}
     # The evaluation at step 6 is the news of the row of step 8, that at 12 of its own.
     np.testing.assert_array_equal(run.metrics["eval_right"], [np.nan, right[6], right[12], np.nan])
