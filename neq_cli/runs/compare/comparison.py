@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from neq_cli.errors import NeqError
+from neq_cli.events import EPOCH
 from neq_cli.runs.compare.configurations import (
     UNSET,
     beside_matched,
@@ -24,7 +25,7 @@ from neq_cli.runs.compare.configurations import (
 )
 from neq_cli.runs.compare.goal import Goal, goal, training_flops
 from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
-from neq_cli.runs.store.run import Run
+from neq_cli.runs.store.run import Run, unit_of_runs
 from neq_cli.text import plain_json, printable, ratio_percent
 
 _MATCHED_P_SPREAD = (
@@ -41,8 +42,8 @@ class Row:
     runs: tuple[str, ...]
     seeds: tuple[int | None, ...]
     is_baseline: bool
-    unfinished: tuple[str, ...]  # "12/250" for every run that stopped early
-    flops_paper: Summary  # per iteration: mean over the epochs of a run, then over runs
+    unfinished: tuple[str, ...]  # "12/250" for every run that stopped early, in its ``unit``
+    flops_paper: Summary  # per iteration: mean over the rows of a run, then over runs
     flops_paper_percent: float | None  # of the baseline's, as are all below that have None
     flops_executed: Summary
     flops_executed_percent: float | None
@@ -57,6 +58,7 @@ class Row:
     goal: Goal | None  # None without a baseline of the same metric
     matched_p: Summary | None  # of `p: match:RUN_DIR`
     lower_is_better: bool = False  # of the metric
+    unit: str = EPOCH  # or OBSERVATION: what the runs have a row of
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Comparison:
     baseline: str | None
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+
+    @property
+    def units(self) -> str:
+        """What means of whole runs are over: "epochs", "observations", or "epochs or observations"."""
+        return " or ".join(dict.fromkeys(f"{row.unit}s" for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     """Return plain lists and dicts; what is not known is None.
 
     ``schema`` (1), ``baseline`` (an approach or None), ``notes``, and ``rows``, each with the fields of ``Row``:
-    ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``, ``metric``, ``lower_is_better``;
+    ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``, ``metric``, ``lower_is_better``, ``unit``;
     ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``, ``best``, ``seconds`` and ``matched_p`` as
     ``{mean, std, n}``; ``flops_paper_percent``, ``flops_executed_percent``, ``flops_training_percent``;
     ``final_difference`` and ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields
@@ -195,6 +202,7 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
         goal=goal(runs, reference.runs, target, shortest) if reference is not None and same_metric else None,
         matched_p=summarise(matched) if matched else None,
         lower_is_better=runs[0].lower_is_better,
+        unit=unit_of_runs(runs),
     )
 
 
