@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
+from neq_cli.events import EPOCH, EpochRecord, Pause, Preparing, StepProgress
 from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
@@ -210,7 +210,7 @@ def _time_shares(session: Session, past: Sequence[Mapping[str, float | int]]) ->
 
     data = session.recipe.data
     fewer = "lower data.probe_size"
-    fewer = fewer if session.started.unit == "epoch" else f"raise probe_every, or {fewer}"
+    fewer = fewer if session.started.unit == EPOCH else f"raise probe_every, or {fewer}"
     faster = "augment less"
     if session.trainer.loaders.place == "none":
         cores = usable_cores()

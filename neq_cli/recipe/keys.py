@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from neq_cli.events import EPOCH, OBSERVATION
 from neq_cli.recipe.policy_keys import POLICIES, NEqPolicy, PolicySection
 from neq_cli.recipe.values import (
     COURSE,
@@ -335,8 +336,8 @@ class Recipe(Section):
 
     @property
     def unit(self) -> str:
-        """What an observation ends, and rows of metrics.csv are called: "epoch", or "observation" itself."""
-        return "epoch" if self.probe_every == "epoch" else "observation"
+        """What rows of metrics.csv are of: EPOCH, or OBSERVATION where there is one every so many optimiser steps."""
+        return EPOCH if self.probe_every == "epoch" else OBSERVATION
 
     @property
     def task_is_own(self) -> bool:
