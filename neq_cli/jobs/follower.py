@@ -16,6 +16,7 @@ from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
 from neq_cli.recipe.load import dump_recipe
 from neq_cli.recipe.shipped import python_files
+from neq_cli.runs.store.content import weights_metadata
 from neq_cli.runs.store.disk import atomic_write, writing
 from neq_cli.runs.store.paths import default_run_directory
 from neq_cli.runs.store.writer import RunWriter
@@ -229,6 +230,7 @@ def _save_weights(session: Session, writer: RunWriter) -> None:
     from neq_cli.training.loop.checkpoint import save_weights
 
     weights = session.trainer.tested_model.state_dict()
-    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
+    told = weights_metadata(session.started.recipe_name, dump_recipe(session.recipe), session.data_content)
+    metadata = {**told, "epoch": str(session.trainer.epoch)}
     with writing(writer.weights_path):
         atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))

@@ -69,19 +69,38 @@ class MaskFiles:
         return largest
 
 
+def held_out(root: Path, *, tested_only: bool = False) -> Path:
+    """Return the folder of the test part: test/, else val/; ``root`` itself where that has no parts and need have none.
+
+    It need not be there: test/ is then what is missing.
+    """
+    found = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if found is None and tested_only and not (root / "train").is_dir():
+        return root
+    return found or root / "test"
+
+
 def open_folder(
-    root: Path, kwargs: Mapping[str, Any], ignore_index: int, value_range: Range | None = None
+    root: Path,
+    kwargs: Mapping[str, Any],
+    ignore_index: int,
+    value_range: Range | None = None,
+    *,
+    tested_only: bool = False,
 ) -> tuple[MaskFiles, MaskFiles, list[str]]:
     """Return the training and the test part under ``root``, and notes on how they were understood.
+
+    ``tested_only``: the test part stands for both.
 
     The number of classes is ``kwargs["num_classes"]``, else that of the lines of classes.txt, else one more than the
     largest number in the masks. Names that begin with a dot are left out.
     """
     if not root.is_dir():
         raise RecipeValueError("data.root", f"no folder '{root}'; {FOLDER_LAYOUT}")
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    tested = held_out(root, tested_only=tested_only)
     hidden = Hidden(root)
-    parts = [MaskFiles(_pairs(part, hidden), value_range) for part in (root / "train", held_out)]
+    folders = (tested, tested) if tested_only else (root / "train", tested)
+    parts = [MaskFiles(_pairs(part, hidden), value_range) for part in folders]
     classes, note = _classes(root, parts, kwargs.get("num_classes"), ignore_index)
     for part in parts:
         part.classes = classes

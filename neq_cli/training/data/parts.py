@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,10 @@ from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
 from neq_cli.training.data.transforms import Mixing, Preparation
 from neq_cli.training.errors import DataError
+
+MOST_NAMES = 10_000
+"""Classes whose names a run directory keeps."""
+_LONGEST_NAMES = 2**18  # characters; readers refuse an environment.json of more than 2**20 bytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,26 @@ class Data:
             f"{shape}{classes}"
         )
 
+    def content(self) -> dict[str, Any]:
+        """Return what the data holds, wherever it lies, in plain values: what a run directory says of it.
+
+        ``mean`` and ``std`` are those that images were normalised by, None where they were not. Names of classes are
+        left out where there are too many to be kept in a small file.
+        """
+        preparation = self.test.preparation
+        content = {
+            "name": self.name,
+            "train": len(self.train) + len(self.probe),
+            "test": len(self.test),
+            "classes": self.num_classes,
+            "image_shape": None if self.image_shape is None else list(self.image_shape),
+            "mean": None if preparation.mean is None else list(preparation.mean),
+            "std": None if preparation.std is None else list(preparation.std),
+        }
+        if 0 < len(self.classes) <= MOST_NAMES and len(json.dumps(self.classes)) <= _LONGEST_NAMES:
+            content["class_names"] = list(self.classes)
+        return content
+
     def sample(self) -> Any:
         """Return a batch of one item of the probe. RecipeValueError where it does not make one."""
         try:
@@ -64,19 +89,24 @@ class Data:
             raise RecipeValueError("data", str(error)) from error
 
 
-def load_data(section: DataSection, seed: int, *, own_task: bool = False) -> Data:
+def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested_only: bool = False) -> Data:
     """Open what ``section`` names and split ``probe_size`` images, chosen by ``seed`` alone, off the training part.
 
     Raises RecipeValueError, one line, where the data is missing, empty, inconsistent or smaller than the probe set.
     A dataset of the user's own may yield PIL images, uint8 or float tensors or arrays; it should leave augmentation to
     ``augment``, so that the probe set is seen without. Whatever else it yields is taken as it is; under an ``own_task``
     so are images with anything but a label or a mask beside them.
+
+    ``tested_only``: the test part is all that is wanted. Of folders no other is opened; the others then share images,
+    and nothing may be trained.
     """
-    source = open_source(section, own_task=own_task)
+    source = open_source(section, own_task=own_task, tested_only=tested_only)
     for part, dataset in (("training", source.train), ("test", source.test)):
         if len(dataset) == 0:
             raise RecipeValueError("data", f"{source.name} has no {part} images")
-    kept, probed = split(len(source.train), section.probe_size, seed)
+    kept = probed = torch.arange(len(source.train))
+    if not tested_only:
+        kept, probed = split(len(source.train), section.probe_size, seed)
     if source.as_it_is:
         return _as_it_is(section, source, kept, probed)
     own = section.entrypoint is not None

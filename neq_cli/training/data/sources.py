@@ -25,7 +25,7 @@ from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
 from neq_cli.training.data.images import place_of
 from neq_cli.training.data.items import taken_as_they_are
-from neq_cli.training.data.mask_sources import VOC_CLASSES, CocoMasks, MaskFiles, open_folder
+from neq_cli.training.data.mask_sources import VOC_CLASSES, CocoMasks, MaskFiles, held_out, open_folder
 from neq_cli.training.data.pixels import Range, as_tensor, read_image
 from neq_cli.training.errors import of_the_disk
 
@@ -53,10 +53,11 @@ class Source:
     as_it_is: bool = False  # what the datasets yield is not images with a label or a mask; classes may be none
 
 
-def open_source(section: DataSection, *, own_task: bool = False) -> Source:
+def open_source(section: DataSection, *, own_task: bool = False, tested_only: bool = False) -> Source:
     """Open what ``section`` names, downloading where it may. RecipeValueError, one line, for all that can go wrong.
 
-    ``own_task``: what is learnt is a callable's to say, and need be neither labels nor masks.
+    ``own_task``: what is learnt is a callable's to say, and need be neither labels nor masks. ``tested_only``: of
+    folders the test part stands for both, and may be the folder itself.
     """
     for argument, problem in kwargs_problems(section):
         raise RecipeValueError(f"data.kwargs.{argument}", problem)
@@ -66,7 +67,11 @@ def open_source(section: DataSection, *, own_task: bool = False) -> Source:
     if name == "digits":
         train, test = load_digits()
         return Source(name, Stored(*train), Stored(*test), _numbered(10))
-    folders = {"image_folder": _from_folder, "segmentation_folder": _from_segmentation_folder, "COCO": _from_coco}
+    folders: dict[str, Callable[..., Source]] = {
+        "image_folder": partial(_from_folder, tested_only=tested_only),
+        "segmentation_folder": partial(_from_segmentation_folder, tested_only=tested_only),
+        "COCO": _from_coco,
+    }
     if name in folders:
         try:
             return folders[name](section)
@@ -88,13 +93,13 @@ def data_root(section: DataSection) -> Path:
     return Path(os.path.expandvars(section.root)).expanduser()
 
 
-def _from_folder(section: DataSection) -> Source:
+def _from_folder(section: DataSection, *, tested_only: bool) -> Source:
     root = data_root(section)
     layout = "an image folder holds train/<class>/<image> and test/<class>/<image> (or val/...)"
     if not root.is_dir():
         raise RecipeValueError("data.root", f"no folder '{root}'; {layout}")
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    test = held_out(root, tested_only=tested_only)
+    train = test if tested_only else root / "train"
     for part in (train, test):
         if not part.is_dir():
             raise RecipeValueError("data.root", f"'{root}' has no folder '{part.name}'; {layout}")
@@ -125,9 +130,11 @@ def _image_folder(folder: Path, make: Callable[..., ImageFolder], kwargs: Mappin
         raise RecipeValueError("data.root", f"'{folder}' cannot be read ({one_line(error)})") from error
 
 
-def _from_segmentation_folder(section: DataSection) -> Source:
+def _from_segmentation_folder(section: DataSection, *, tested_only: bool) -> Source:
     root = data_root(section)
-    train, test, notes = open_folder(root, section.kwargs, section.ignore_index, range_of(section))
+    train, test, notes = open_folder(
+        root, section.kwargs, section.ignore_index, range_of(section), tested_only=tested_only
+    )
     return Source(f"segmentation_folder {root.name}", train, test, train.classes, tuple(notes))
 
 
