@@ -117,6 +117,27 @@ def load_recipe(
     problems, each located in the file or on the command line.
     """
     path, file, document = read_document(reference, overrides)
+    return _load(document, path, file, checks, complete)
+
+
+def load_text(
+    text: str,
+    path: Path,
+    file: str,
+    overrides: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    complete: Completion | None = None,
+) -> LoadedRecipe:
+    """Return the recipe in ``text``, which came from ``path``: all else is as for ``load_recipe``.
+
+    ``file`` is what problems call it.
+    """
+    return _load(_document(text, file, overrides), path, file, checks, complete)
+
+
+def _load(
+    document: Document, path: Path, file: str, checks: Sequence[Check], complete: Completion | None
+) -> LoadedRecipe:
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
         raise RecipeError(_lines(problems, file))
@@ -134,10 +155,14 @@ def read_document(reference: str, overrides: Sequence[str] = ()) -> tuple[Path, 
     """Return the file that ``reference`` means, what to call it, and what it says with overrides, unchecked."""
     path = find_recipe(reference)
     file = path.name if path.parent == shipped_directory() else reference
-    document = _read(_text_of(path, file), file)
+    return path, file, _document(_text_of(path, file), file, overrides)
+
+
+def _document(text: str, file: str, overrides: Sequence[str]) -> Document:
+    document = _read(text, file)
     _refuse_recorded(document, file)
     document.override(overrides)
-    return path, file, document
+    return document
 
 
 def _text_of(path: Path, name: str) -> str:

@@ -94,6 +94,14 @@ def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]
     fresh = [name for name in own if _matches(name, section.fresh)]
     loaded = {name: tensor for name, tensor in loaded.items() if not _matches(name, section.fresh)}
     own = {name: tensor for name, tensor in own.items() if name not in fresh}
+    if problem := misfits(loaded, own):
+        raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: {problem}")
+    model.load_state_dict(dict(loaded), strict=not fresh)
+    return (f"model.fresh: {len(fresh)} tensors start from scratch: {_listed(fresh)}",) if fresh else ()
+
+
+def misfits(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return in what ``loaded`` is not the state dict of a model that has its ``own``; "" where nothing is wrong."""
     missing = [name for name in own if name not in loaded]
     unexpected = [name for name in loaded if name not in own]
     mismatched = [
@@ -103,10 +111,7 @@ def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]
     ]
     parts = (("missing", missing), ("not in the model", unexpected), ("of another shape", mismatched))
     problems = [f"{len(names)} {what} ({_listed(names)})" for what, names in parts if names]
-    if problems:
-        raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: tensors {'; '.join(problems)}")
-    model.load_state_dict(dict(loaded), strict=not fresh)
-    return (f"model.fresh: {len(fresh)} tensors start from scratch: {_listed(fresh)}",) if fresh else ()
+    return f"tensors {'; '.join(problems)}" if problems else ""
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
