@@ -22,7 +22,10 @@ from neq_cli import __version__
 from neq_cli.cli import main
 from neq_cli.commands.app import app
 
-VERBS = ("train", "inspect", "compare", "flops", "bench", "validate", "recipes", "init", "schema", "export")
+VERBS = (
+    *("train", "inspect", "compare", "evaluate", "predict", "flops", "bench", "validate", "recipes", "init", "schema"),
+    "export",
+)
 SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
 CHECKOUT = Path(__file__).parents[1]
 

@@ -10,9 +10,11 @@ from neq_cli import __version__
 from neq_cli.commands.bench import bench
 from neq_cli.commands.citation import CITATION
 from neq_cli.commands.compare import compare
+from neq_cli.commands.evaluate import evaluate
 from neq_cli.commands.export import export
 from neq_cli.commands.flops import flops
 from neq_cli.commands.inspect import inspect
+from neq_cli.commands.predict import predict
 from neq_cli.commands.recipes import init, recipes
 from neq_cli.commands.report import report
 from neq_cli.commands.schema import schema
@@ -62,6 +64,8 @@ for command, example in (
     (inspect, "neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'"),
     (compare, "neq compare runs/digits/* runs/digits-baseline/* --markdown"),
     (report, "neq report runs/digits/* runs/digits-baseline/* -o report.html --svg figures"),
+    (evaluate, "neq evaluate runs/digits/20260131-120000-s1 -o confusion.png"),
+    (predict, "neq predict runs/digits/20260131-120000-s1 seven.png scans --top 3"),
     (flops, "neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5"),
     (bench, "neq bench resnet32-cifar10 --fractions 0.5,0.9 --rounds 3"),
     (sweep, "neq sweep digits policy.epsilon=0.001,0.01 seed=1,2,3 --jobs 2"),

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,6 +32,16 @@ Overrides = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+TrainedArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR|FILE", help="the folder of a run, or a .safetensors file of its weights")
+]
+WeightsOption = Annotated[
+    Literal["best", "last", "final"] | None,
+    typer.Option(help="which of the run's; default the best, else the final ones"),
+]
+RecipeOption = Annotated[
+    str | None, typer.Option(metavar="RECIPE", help="of a file that does not tell its own", autocompletion=recipe_names)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
 BaselineOption = Annotated[

@@ -106,6 +106,11 @@ def make_loaders(
     )
 
 
+def tested_once(data: Data, batch_size: int, workers: int, seed: int, device: torch.device) -> Batches:
+    """Return the test part in the very batches of a run with one process, read as they are asked for, not kept."""
+    return _read(data.test, Decoding(batch_size, workers, seed), device)
+
+
 def _check_sizes(data: Data, batch_size: int, processes: int) -> None:
     if batch_size * processes > len(data.train):
         where = f" in each of {processes} processes" if processes > 1 else ""
