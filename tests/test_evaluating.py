@@ -225,6 +225,23 @@ def test_a_file_that_tells_no_recipe_is_given_one(neq: Start, place: Path, tmp_p
     assert "does not fit the model that the recipe makes" in mistake(neq, "evaluate", file, "--recipe", "digits")
 
 
+def test_a_file_has_no_python_called(neq: Start, place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "masks.safetensors"
+    result(neq, "export", "runs/masks", "-o", file, "--from", "best")
+    said = f"{file}: its recipe calls Python, masking:make, which weights alone may not; where you trust it, give"
+    for verb in (("evaluate", file), ("predict", file, "images")):
+        assert mistake(neq, *verb).startswith(said)
+    own = found(neq, "evaluate", "runs/masks")
+    assert found(neq, "evaluate", file, "--recipe", "runs/masks/recipe.yaml")["metrics"] == own["metrics"]
+    hostile = load_file(file)
+    touched = tmp_path / "touched"
+    recipe = f"model: {{entrypoint: 'os:mkdir', kwargs: {{path: {touched}}}}}\n{MASKS.partition('task:')[1]}"
+    recipe += MASKS.partition("task:")[2] + "data: {name: digits}\n"
+    save_file(hostile, file, {"recipe_yaml": recipe})
+    assert "its recipe calls Python, os:mkdir" in mistake(neq, "evaluate", file)
+    assert not touched.exists()
+
+
 def test_scores_are_those_of_the_runs_own_preparation(neq: Start, place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "runs/folder", tmp_path / "run")  # whose data is not beside it
     image = tmp_path / "one.png"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.jobs.prepare import load, load_text
 from neq_cli.recipe.load import LoadedRecipe
+from neq_cli.recipe.load import load_text as parse_recipe
 from neq_cli.recipe.recorded import is_recorded
+from neq_cli.recipe.shipped import entrypoints
 from neq_cli.runs.store.content import Content, content_in, parse_content
 from neq_cli.runs.store.paths import CHECKPOINTS, RunFiles
 from neq_cli.runs.store.run import Run, read_run
@@ -99,11 +101,21 @@ def _of_file(file: Path, recipe: str | None, overrides: Sequence[str]) -> Traine
     if recipe is not None:
         loaded = load(recipe, overrides, warn=False)
     elif "recipe_yaml" in weights.metadata:
+        _refuse_python(weights.metadata["recipe_yaml"], file)
         loaded = load_text(weights.metadata["recipe_yaml"], file.absolute(), str(file), overrides)
     else:
         raise RecipeError([f"{_shown(file)}: does not tell the recipe it was trained by; give it: --recipe RECIPE"])
     name = weights.metadata.get("recipe", loaded.name)
     return Trained(name, file, "file", weights, loaded, content_in(weights.metadata, file))
+
+
+def _refuse_python(recipe_yaml: str, file: Path) -> None:
+    """Raise NeqError where the recipe in a file of weights would have Python called: who opens weights expects none."""
+    named = entrypoints(parse_recipe(recipe_yaml, file, str(file)).recipe)
+    if named:
+        what = f"its recipe calls Python, {escaped(named[0])}, which weights alone may not"
+        mend = "where you trust it, give the recipe, and the Python beside it, by --recipe RECIPE"
+        raise NeqError(f"{_shown(file)}: {what}; {mend}")
 
 
 def _run_of(file: Path) -> Path | None:

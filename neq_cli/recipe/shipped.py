@@ -63,8 +63,14 @@ def copy_recipe(name: str, destination_directory: Path | str, *, schema: bool = 
 
 def python_files(recipe: Recipe, directory: Path) -> list[Path]:
     """Return the files beside a recipe that its entrypoints are in; entrypoints from installed packages have none."""
-    policy_entrypoint = getattr(recipe.policy, "entrypoint", None)
-    entrypoints = [recipe.model.entrypoint, recipe.data.entrypoint, recipe.task, policy_entrypoint]
-    modules = dict.fromkeys(entrypoint.partition(":")[0] for entrypoint in entrypoints if entrypoint)
+    modules = dict.fromkeys(entrypoint.partition(":")[0] for entrypoint in entrypoints(recipe))
     files = [directory / f"{module.split('.')[0]}.py" for module in modules]
     return [file for file in files if file.is_file()]
+
+
+def entrypoints(recipe: Recipe) -> list[str]:
+    """Return every callable that a recipe names, as ``pkg.mod:callable``."""
+    policy_entrypoint = getattr(recipe.policy, "entrypoint", None)
+    task = recipe.task if recipe.task_is_own else None
+    named = [recipe.model.entrypoint, recipe.data.entrypoint, task, policy_entrypoint]
+    return [entrypoint for entrypoint in named if entrypoint]
