@@ -206,12 +206,15 @@ def test_another_folder_need_hold_the_test_part_alone(neq: Start, place: Path) -
 def test_a_file_tells_its_recipe_wherever_it_lies(neq: Start, place: Path, tmp_path: Path) -> None:
     own = found(neq, "evaluate", "runs/folder", "--weights", "best")
     result(neq, "export", "runs/folder", "-o", tmp_path / "alone.safetensors", "--from", "best")
-    for file in (tmp_path / "alone.safetensors", "runs/folder/checkpoints/best.safetensors"):
-        evaluation = found(neq, "evaluate", file)
+    alone = (tmp_path / "alone.safetensors", "--data", "images", "--device", "cpu")
+    for file in (alone, ("runs/folder/checkpoints/best.safetensors",)):
+        evaluation = found(neq, "evaluate", *file)
         assert evaluation["metrics"] == own["metrics"]
         assert evaluation["epoch"] == own["epoch"]
     image = "images/test/cow/0.png"
-    assert found(neq, "predict", tmp_path / "alone.safetensors", image) == found(neq, "predict", "runs/folder", image)
+    predicted = found(neq, "predict", tmp_path / "alone.safetensors", image, "--device", "cpu")
+    assert predicted == found(neq, "predict", "runs/folder", image)
+    assert b"root:" not in (tmp_path / "alone.safetensors").read_bytes()
 
 
 def test_a_file_that_tells_no_recipe_is_given_one(neq: Start, place: Path, tmp_path: Path) -> None:

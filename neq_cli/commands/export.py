@@ -31,7 +31,7 @@ def export(
         raise NeqError(f"{output}: already exists; choose another with -o")
     if output.suffix != ".safetensors":
         raise NeqError(f"{output}: must end in .safetensors")
-    from neq_cli.recipe.load import dump_recipe
+    from neq_cli.recipe.load import dump_portable
     from neq_cli.recipe.recorded import is_recorded
     from neq_cli.runs.store.content import weights_metadata
     from neq_cli.runs.store.disk import atomic_write, writing
@@ -39,7 +39,7 @@ def export(
     from neq_cli.training.loop.checkpoint import read_weights_whole, save_weights
 
     weights = read_weights_whole(path)
-    recipe_yaml = None if is_recorded(run.recipe) else dump_recipe(stored_recipe(run.path))
+    recipe_yaml = None if is_recorded(run.recipe) else dump_portable(stored_recipe(run.path))
     told = weights_metadata(run.recipe_name, recipe_yaml, run.environment.get("data"))
     if weights.epoch is not None:
         told["epoch"] = str(weights.epoch)

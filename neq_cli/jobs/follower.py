@@ -14,7 +14,7 @@ from neq_cli.events import EPOCH, EpochRecord, Pause, Preparing, StepProgress
 from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
-from neq_cli.recipe.load import dump_recipe
+from neq_cli.recipe.load import dump_portable, dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.runs.store.content import weights_metadata
 from neq_cli.runs.store.disk import atomic_write, writing
@@ -230,7 +230,7 @@ def _save_weights(session: Session, writer: RunWriter) -> None:
     from neq_cli.training.loop.checkpoint import save_weights
 
     weights = session.trainer.tested_model.state_dict()
-    told = weights_metadata(session.started.recipe_name, dump_recipe(session.recipe), session.data_content)
+    told = weights_metadata(session.started.recipe_name, dump_portable(session.recipe), session.data_content)
     metadata = {**told, "epoch": str(session.trainer.epoch)}
     with writing(writer.weights_path):
         atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))

@@ -13,9 +13,10 @@ from typing import Any
 from neq_cli.errors import RecipeError, RecipeValueError, did_you_mean
 from neq_cli.recipe.describe import shown
 from neq_cli.recipe.document import Document, Located, Override, Place
-from neq_cli.recipe.keys import Check, Recipe
+from neq_cli.recipe.keys import CHANGES, Check, Recipe
 from neq_cli.recipe.recorded import is_recorded
 from neq_cli.recipe.validate import valid_parts, validate
+from neq_cli.recipe.values import SURROUNDINGS
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
 from neq_cli.text import escaped
 
@@ -101,6 +102,20 @@ class LoadedRecipe:
 def dump_recipe(recipe: Recipe) -> str:
     """Return YAML that ``load_recipe`` reads as an equal recipe, with every default written out."""
     return write_yaml(recipe.model_dump())
+
+
+def dump_portable(recipe: Recipe) -> str:
+    """Return YAML of what was learnt and how, for weights that leave their machine: not where it was computed.
+
+    Folders, devices and their kind are left at their defaults, but for the memory format, which decides on bits.
+    """
+    values = recipe.model_dump()
+    for key, said in CHANGES.items():
+        *sections, name = key.split(".")
+        if said == SURROUNDINGS and key != "channels_last":
+            section = values[sections[0]] if sections else values
+            section.pop(name, None)
+    return write_yaml(values)
 
 
 def load_recipe(
