@@ -40,7 +40,8 @@ WeightsOption = Annotated[
     typer.Option(help="which of the run's; default the best, else the final ones"),
 ]
 RecipeOption = Annotated[
-    str | None, typer.Option(metavar="RECIPE", help="of a file that does not tell its own", autocompletion=recipe_names)
+    str | None,
+    typer.Option(metavar="RECIPE", help="of a file that does not tell its own", autocompletion=recipes_and_files),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
