@@ -15,11 +15,15 @@ from neq_cli.errors import FreezingError, Terminated, TrainingError, described, 
 from neq_cli.events import EpochRecord, RunResumed, RunStarted
 from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
 from neq_cli.recipe.recorded import RECORDED
+from neq_cli.recipe.yaml import read_yaml as parse_yaml
 from neq_cli.recipe.yaml import write_yaml
 from neq_cli.runs.store.disk import writing
+from neq_cli.runs.store.paths import RunFiles
 from neq_cli.runs.store.run import past_epochs, read_run
+from neq_cli.runs.store.untrusted import read_json, read_yaml
 from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Mode, Progress, Silent, choose_progress
+from neq_cli.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +152,8 @@ class Recorder:
                     f"Recorder: {self.path}: nothing is recorded there, and the Freezer has seen {epoch} epochs; give "
                     "the directory that its earlier epochs are in"
                 )
+            if not writer.is_new and not epoch:
+                _check_same(self.path, recipe_yaml, started.metric)
             with writing(self.path):
                 writer.rewind(epoch, recipe_yaml if writer.is_new else None, environment)
         elif epoch:
@@ -189,6 +195,21 @@ class Recorder:
                 f"Recorder.epoch: {new[0]}: is new in epoch {self._recorded + 1}; give it from the first epoch on"
             )
         return {column: given.get(column, math.nan) for column in self._columns}
+
+
+def _check_same(path: Path, recipe_yaml: str, metric: str) -> None:
+    """Raise FreezingError where a run that is begun anew in place was of other settings, which its files keep."""
+    files = RunFiles(path)
+    old, new = read_yaml(files.recipe), parse_yaml(recipe_yaml).value
+    differing = [key for key in {**old, **new} if key != "epochs" and old.get(key) != new.get(key)]
+    environment = read_json(files.environment) if files.environment.exists() else {}
+    if environment.get("metric", metric) != metric:
+        differing.append("metric")
+    if differing:
+        raise FreezingError(
+            f"Recorder: {printable(path)}: its run, of which no epoch is kept, had another {printable(differing[0])}; "
+            "record in another directory, or remove it"
+        )
 
 
 def is_own(column: str) -> bool:

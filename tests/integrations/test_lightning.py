@@ -17,7 +17,6 @@ import pytest
 import torch
 from frozen import Sets
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from neq_cli import Freezer, NEq, read_run
 from neq_cli.errors import FreezingError
@@ -26,6 +25,19 @@ from neq_cli.freezing.backward.dispatch import Dispatch
 pytest.importorskip("lightning.pytorch", reason="needs lightning; pip install 'neq[lightning]'")
 
 import lightning.pytorch as pl
+from integrations.lightning_trainings import (
+    INPUTS,
+    PROBE,
+    TARGETS,
+    Held,
+    Net,
+    Resumable,
+    Shuffled,
+    files_of,
+    fit,
+    same,
+    trainer_of,
+)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -37,60 +49,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-GENERATOR = torch.Generator().manual_seed(0)
-INPUTS, TARGETS = torch.randn(40, 4, generator=GENERATOR), torch.randint(0, 3, (40,), generator=GENERATOR)
-PROBE = [INPUTS[:4], INPUTS[4:8]]
 LOW = {"net.0.weight": 7, "net.0.bias": 7}  # rows below are frozen
-
-
-class Net(pl.LightningModule):
-    """Logs a loss of training, and two metrics of validation."""
-
-    def __init__(self, *, of_epochs: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.of_epochs = of_epochs
-        self.net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
-
-    def forward(self, inputs: Tensor) -> Any:
-        return self.net(inputs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss, on_epoch=self.of_epochs, on_step=not self.of_epochs)
-        self.log("frozen", 7.0)  # a column of another meaning
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        outputs = self(batch[0])
-        self.log("val_top1", 100 * (outputs.argmax(1) == batch[1]).float().mean())
-        self.log("val_loss", nn.functional.cross_entropy(outputs, batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)]
-
-
-class Shuffled(torch.utils.data.Sampler[int]):
-    """Another order each epoch, the same in every run: Lightning tells the epoch."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        return iter(torch.randperm(40, generator=torch.Generator().manual_seed(self.epoch)).tolist())
-
-    def __len__(self) -> int:
-        return 40
-
-
-class SeededByBatch(Callback):
-    """Dropout as it is in an uninterrupted run: Lightning saves no random state."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(100 * trainer.current_epoch + batch_idx)
 
 
 @pytest.fixture(autouse=True)
@@ -99,52 +58,6 @@ def _by_rule() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def batches(size: int = 8) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=size, sampler=Shuffled())
-
-
-def trainer_of(path: Path, *callbacks: Any, epochs: int = 3, save: bool = False, **options: Any) -> pl.Trainer:
-    if save:
-        saving = ModelCheckpoint(path / "saved", save_top_k=-1, filename="{epoch}")
-        callbacks = (*callbacks, saving)
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": save,
-        "max_epochs": epochs,
-        "default_root_dir": path,
-    }
-    return pl.Trainer(callbacks=[SeededByBatch(), *callbacks], **{**settings, **options})
-
-
-def fit(trainer: pl.Trainer, module: pl.LightningModule, *, checkpoint: Path | None = None) -> None:
-    trainer.fit(module, batches(), batches(), ckpt_path=checkpoint)
-
-
-def files_of(path: Path) -> dict[str, Any]:
-    """Return all that a run holds but its times, and what tells of its machine and of its interruptions."""
-    run = read_run(path)
-    metrics = {name: column.tobytes() for name, column in run.metrics.items() if not name.endswith("_seconds")}
-    neurons = {file.name: file.read_bytes() for file in sorted((path / "neurons").iterdir())}
-    dispatch = json.loads((path / "dispatch.json").read_text())
-    parts = {name: (path / name).read_text() for name in ("layers.csv", "recipe.yaml")}
-    return {**parts, "metrics": metrics, "neurons": neurons, "dispatch": dispatch, "status": str(run.status)}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Return whether nested states are the same, to the bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def test_rows_are_held_under_accumulation_and_clipping(tmp_path: Path) -> None:
@@ -185,29 +98,6 @@ def test_rows_are_held_under_accumulation_and_clipping(tmp_path: Path) -> None:
         expected = dict(oracle.named_parameters())[name]
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(module.net[0].weight[7:], started["0.weight"][7:])
-
-
-class Held(Callback):
-    """Compares frozen rows, and their optimiser state, with what they were when they froze."""
-
-    def __init__(self, callback: NEqCallback) -> None:
-        self.callback, self.compared, self.moved = callback, 0, 0
-        self.seen: list[int] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        seen = [freezer.epoch for freezer in self.callback.freezers]
-        if seen != self.seen:
-            self.seen, self.before = seen, {name: one.detach().clone() for name, one in pl_module.named_parameters()}
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        for freezer in self.callback.freezers:
-            for layer, trainable in freezer.trainable.items():
-                for kind in ("weight", "bias"):
-                    name = f"{layer}.{kind}"
-                    now = dict(pl_module.named_parameters())[name]
-                    assert torch.equal(now[~trainable], self.before[name][~trainable]), name
-                    self.compared += int((~trainable).sum())
-                    self.moved += int((now[trainable] != self.before[name][trainable]).sum())
 
 
 @pytest.mark.parametrize(
@@ -318,30 +208,6 @@ def test_what_a_run_is_judged_by(tmp_path: Path, given: str | None, sanity: int,
     fit(trainer_of(tmp_path, callback, epochs=1, num_sanity_val_steps=sanity), Net())
     status = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert expected in json.dumps(status), status
-
-
-class Resumable:
-    """Batches that go on where a checkpoint was saved within an epoch, as Lightning asks such loaders to."""
-
-    def __init__(self) -> None:
-        self.sampler, self.begun = Shuffled(), 0
-
-    def __len__(self) -> int:
-        return 5
-
-    def __iter__(self) -> Iterator[Any]:
-        orders = torch.tensor(list(self.sampler)).split(8)
-        self.begun %= 5
-        while self.begun < 5:
-            order = orders[self.begun]
-            self.begun += 1
-            yield INPUTS[order], TARGETS[order]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"begun": self.begun}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begun = state["begun"]
 
 
 @pytest.mark.parametrize("saved", [7, 8])
@@ -584,98 +450,12 @@ def test_how_training_ended_is_told_and_everything_is_put_back(tmp_path: Path) -
 
 
 def test_where_lightning_is_missing_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from neq_cli.integrations import lightning
+    from neq_cli.integrations.lightning_package import callback_class
 
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"^neq_cli.integrations.lightning needs .*pip install 'neq\[lightning\]'$"):
-        lightning._callback_class()
-
-
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import torch
-sys.path[:0] = {paths!r}
-torch.use_deterministic_algorithms(True)
-from test_lightning import *  # what this file tests with
-
-class Killed(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.current_epoch == 2 and batch_idx == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class PhiByHand(Callback):
-    "Eq. 1 of the first layer, which sees the probe's inputs, against the whole probe in this process."
-    def on_train_start(self, trainer, pl_module):
-        self.before = self.outputs(pl_module)
-    def outputs(self, pl_module):
-        layer = pl_module.net[0]
-        return (torch.cat(PROBE).double() @ layer.weight.detach().double().T + layer.bias.detach().double())
-    def on_train_epoch_end(self, trainer, pl_module):
-        now = self.outputs(pl_module)
-        phi = (now * self.before).sum(0) / (now.norm(dim=0) * self.before.norm(dim=0))
-        torch.testing.assert_close(callback.freezers[0].dynamics["net.0"].phi, phi, rtol=1e-5, atol=1e-6)
-        self.before = now
-
-path, epochs, checkpoint = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None
-callback = NEqCallback(PROBE, NEq(0.2), run_directory=path / "run")
-others = [Killed()] if "kill" in sys.argv else []
-others += [PhiByHand()] if {several} else []
-options = dict(strategy="ddp", devices=2) if {several} else dict()
-trainer = trainer_of(path, callback, *others, save=True, epochs=epochs, **options)
-module = Net()
-trainer.fit(module, batches(), batches(), ckpt_path=None if checkpoint in (None, "kill") else checkpoint)
-parts = {{"module": module, "optimizer": trainer.optimizers[0], "callback": callback}}
-torch.save({{name: part.state_dict() for name, part in parts.items()}}, path / f"process{{trainer.global_rank}}.pt")
-"""
-
-
-def run_script(tmp_path: Path, *arguments: object, several: bool = False) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "train.py"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    script.write_text(SCRIPT.format(paths=paths, several=several))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-
-
-def test_a_killed_run_is_gone_on_with_exactly(tmp_path: Path) -> None:
-    assert run_script(tmp_path, tmp_path / "killed", 4, "kill").returncode == -signal.SIGKILL
-    run = tmp_path / "killed" / "run"
-    assert read_run(run).metrics["epoch"].tolist() == [1, 2]
-    for name, arguments in (("straight", ()), ("killed", (tmp_path / "killed" / "saved" / "epoch=1.ckpt",))):
-        done = run_script(tmp_path, tmp_path / name, 4, *arguments)
-        assert done.returncode == 0, done.stderr
-    states = [torch.load(tmp_path / name / "process0.pt", weights_only=True) for name in ("killed", "straight")]
-    assert same(*states)
-    assert files_of(run) == files_of(tmp_path / "straight" / "run")
-
-
-def test_two_processes_hold_the_same_sets_and_go_on_exactly(tmp_path: Path) -> None:
-    stopped = tmp_path / "stopped" / "saved" / "epoch=1.ckpt"
-    for arguments in ((tmp_path / "straight", 4), (tmp_path / "stopped", 2), (tmp_path / "stopped", 4, stopped)):
-        done = run_script(tmp_path, *arguments, several=True)
-        assert done.returncode == 0, done.stderr
-    states = {
-        (name, process): torch.load(tmp_path / name / f"process{process}.pt", weights_only=True)
-        for name in ("straight", "stopped")
-        for process in (0, 1)
-    }
-    first = states["straight", 0]
-    layers = [layer["trainable"] for layer in first["callback"]["freezers"][0]["layers"].values()]
-    assert not all(bool(trainable.all()) for trainable in layers), "nothing froze"
-    parameters = [name for name, _ in Net().named_parameters()]
-    for (_, process), state in states.items():
-        assert same(
-            {name: state["module"][name] for name in parameters}, {name: first["module"][name] for name in parameters}
-        )
-        assert same(state["optimizer"], first["optimizer"])
-        for part in ("layers", "epoch"):
-            assert same(state["callback"]["freezers"][0][part], first["callback"]["freezers"][0][part])
-        if process == 0:
-            assert same(state["callback"], first["callback"])
-    assert files_of(tmp_path / "stopped" / "run") == files_of(tmp_path / "straight" / "run")
+        callback_class()
 
 
 def test_the_callback_is_of_the_package_that_the_program_uses(tmp_path: Path) -> None:
