@@ -16,6 +16,7 @@ from neq_cli.freezing import Freezer, Policy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.model.observing import is_compiled
+from neq_cli.integrations.callback_words import in_callback_words
 from neq_cli.integrations.lightning_checks import check_probe
 from neq_cli.jobs.recorder import Recorder
 
@@ -57,17 +58,18 @@ def freezer_of(
     if options.get("compiled") is None:
         options["compiled"] = runs_compiled(module)
     try:
-        return Freezer(
-            trainer.strategy.model,  # within DistributedDataParallel where that trains
-            optimizer,
-            _Share(probe, trainer.global_rank, trainer.world_size, trainer.precision_plugin.convert_input),
-            copy.deepcopy(policy),  # which has a state, of one run and optimiser
-            backward=backward,
-            wrapped=None,  # found out; said, so that LightningCLI, which reads this call, does not offer it
-            dispatch=Dispatch(fixed=several or torch.are_deterministic_algorithms_enabled()),
-            process_group=torch.distributed.group.WORLD if several else None,
-            **options,
-        )
+        with in_callback_words("NEqCallback: "):
+            return Freezer(
+                trainer.strategy.model,  # within DistributedDataParallel where that trains
+                optimizer,
+                _Share(probe, trainer.global_rank, trainer.world_size, trainer.precision_plugin.convert_input),
+                copy.deepcopy(policy),  # which has a state, of one run and optimiser
+                backward=backward,
+                wrapped=None,  # found out; said, so that LightningCLI, which reads this call, does not offer it
+                dispatch=Dispatch(fixed=several or torch.are_deterministic_algorithms_enabled()),
+                process_group=torch.distributed.group.WORLD if several else None,
+                **options,
+            )
     except NeqError:
         raise
     except Exception as error:  # of the module's own forward

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import distributed, nn
 
-from neq_cli.errors import FreezingError, NeqError, one_line
 from neq_cli.freezing import Freezer, Policy
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.model.observing import is_compiled
 from neq_cli.freezing.processes.counting import process_count, process_number
+from neq_cli.integrations.callback_words import in_callback_words
 
 
 def freezer_of(
@@ -31,7 +31,7 @@ def freezer_of(
     given, together = {"compiled": args.torch_compile or is_compiled(model), **options}, process_count() > 1
     if together:  # each by its own timings would not be found again when rank 0's are loaded
         given.setdefault("dispatch", Dispatch(fixed=True))
-    try:
+    with in_callback_words():
         return Freezer(
             model,
             optimizer,
@@ -42,12 +42,3 @@ def freezer_of(
             process_group=distributed.group.WORLD if together else None,
             **given,
         )
-    except FreezingError as error:
-        # Its words for a loop of one's own, in those of the callback.
-        said = str(error).replace("probe_loader:", "probe:").replace("Freezer(", "NEqCallback(")
-        raise FreezingError(said) from error
-    except NeqError:
-        raise
-    except Exception as error:  # of the model's own forward
-        mend = "give rows like those of train_dataset, or call=lambda model, batch: ..."
-        raise FreezingError(f"probe: the model fails on it ({one_line(error)}); {mend}") from error

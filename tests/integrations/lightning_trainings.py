@@ -80,7 +80,7 @@ def batches(size: int = 8) -> DataLoader[Any]:
 
 def trainer_of(path: Path, *callbacks: Any, epochs: int = 3, save: bool = False, **options: Any) -> pl.Trainer:
     if save:
-        saving = ModelCheckpoint(path / "saved", save_top_k=-1, filename="{epoch}")
+        saving = ModelCheckpoint(path / "saved", save_top_k=-1, save_last=True, filename="{epoch}")
         callbacks = (*callbacks, saving)
     settings: dict[str, Any] = {
         "accelerator": "cpu",
@@ -209,7 +209,7 @@ def main(order: dict[str, Any]) -> None:
     """Train as ordered; what each process came to lies in the order's folder."""
     torch.use_deterministic_algorithms(True)
     path = Path(order["path"])
-    callback = NEqCallback(PROBE, NEq(0.2), run_directory=path / "run")
+    callback = NEqCallback(PROBE, NEq(0.2), run_directory=path / "run", begin_anew=order.get("begin_anew", False))
     several = order.get("processes", 1) > 1
     others = [PhiByHand(callback)] if several else []
     if "kill" in order:

@@ -19,7 +19,7 @@ from frozen import Sets
 from torch import Tensor, nn
 
 from neq_cli import Freezer, NEq, read_run
-from neq_cli.errors import FreezingError
+from neq_cli.errors import FreezingError, RunDirectoryError
 from neq_cli.freezing.backward.dispatch import Dispatch
 
 pytest.importorskip("lightning.pytorch", reason="needs lightning; pip install 'neq[lightning]'")
@@ -39,6 +39,7 @@ from integrations.lightning_trainings import (
     trainer_of,
 )
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from neq_cli.integrations.lightning import NEqCallback
@@ -122,6 +123,18 @@ def test_frozen_rows_are_bit_identical(tmp_path: Path, options: dict[str, Any], 
     assert held.compared > 100
     assert held.moved > 100
     assert [freezer.epoch for freezer in callback.freezers] == [3]
+
+
+def test_frozen_rows_are_bit_identical_while_a_scaler_skips_steps(tmp_path: Path) -> None:
+    """On a CPU, where Lightning makes no scaler of its own for 16-mixed, but takes one."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**36, growth_interval=2)
+    given = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    callback = NEqCallback(PROBE, Sets(0.5))
+    held = Held(callback)
+    fit(trainer_of(tmp_path, held, callback, plugins=[given], epochs=8), Net())
+    assert scaler.get_scale() < 2.0**36, "no step was skipped"
+    assert held.compared > 100
+    assert held.moved > 100
 
 
 def test_it_is_the_freezer_in_a_loop_of_ones_own(tmp_path: Path) -> None:
@@ -356,6 +369,13 @@ def test_arguments_are_checked_at_once() -> None:
     mistakes: list[tuple[Callable[[], Any], str]] = [
         (lambda: NEqCallback(), "probe: is missing; give held-out batches"),
         (lambda: NEqCallback(INPUTS), "probe: is a Tensor; give batches"),
+        (lambda: NEqCallback(8), "probe: is a int; give batches"),
+        # What jsonargparse leaves of a class_path that it cannot import.
+        (
+            lambda: NEqCallback({"class_path": "project.HeldOut"}),
+            r"probe: is a dict; .*a class_path that can be imported",
+        ),
+        (lambda: NEqCallback("project.held_out"), "probe: is a str; .*a class_path that can be imported"),
         (lambda: NEqCallback(iter(PROBE)), "probe: can be read only once"),
         *(
             (lambda every=every: NEqCallback(PROBE, every=every), "every: .* is neither")
@@ -378,7 +398,19 @@ def test_arguments_are_checked_at_once() -> None:
             NoForward,
             "NotImplementedError: .*missing the required .forward. function.*give call=",
         ),
-        (lambda: [NEqCallback([])], Net, "yields no batch"),
+        (lambda: [NEqCallback([])], Net, "^NEqCallback: probe: yields no batch"),
+        (
+            lambda: [NEqCallback([{"rows": INPUTS}])],
+            Net,
+            "^NEqCallback: probe: a mapping with the keys rows cannot be passed.*or give NEqCallback.*call=",
+        ),
+        (lambda: [NEqCallback(lambda trainer: INPUTS)], Net, "probe: is a Tensor; give batches"),
+        (lambda: [NEqCallback(lambda trainer: iter(PROBE))], Net, "probe: can be read only once"),
+        (
+            lambda: [NEqCallback(lambda trainer: trainer.datamodule.held_out)],
+            Net,
+            "probe: the function fails on the Trainer .AttributeError: 'NoneType' object has no attribute 'held_out'",
+        ),
         (lambda: [NEqCallback(PROBE, backward="exac")], Net, "did you mean 'exact'"),  # type: ignore[arg-type]
         (lambda: [NEqCallback(PROBE)], NoOptimizer, "returns no optimiser"),
     ],
@@ -404,21 +436,62 @@ def test_parameters_in_pieces_are_refused(tmp_path: Path) -> None:
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
     trainer = trainer_of(tmp_path, callback := NEqCallback(PROBE))
-    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+    # The others need what is not installed, and are told by their names.
+    others = [type(name, (), {})() for name in ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")]
+    for strategy in (FSDPStrategy(), ModelParallelStrategy(), *others):
         trainer._accelerator_connector.strategy = strategy
         with pytest.raises(FreezingError, match=f"{type(strategy).__name__} keeps .*; use 'ddp' or one device"):
             callback.setup(trainer, Net(), "fit")
+
+
+class NoLuck(Callback):
+    """Breaks training off in the second epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise ValueError("no luck")
 
 
 def test_a_run_directory_is_not_written_twice(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, NEqCallback(PROBE, run_directory=tmp_path / "run"), epochs=1)
     fit(trainer, Net())
     before = files_of(tmp_path / "run")
-    again = trainer_of(tmp_path, NEqCallback(PROBE, run_directory=tmp_path / "run"), epochs=1)
-    with pytest.raises(Exception, match=str(tmp_path / "run")) as found:
+    for begin_anew in (False, True):
+        own = NEqCallback(PROBE, run_directory=tmp_path / "run", begin_anew=begin_anew)
+        again = trainer_of(tmp_path, own, epochs=1)
+        with pytest.raises(RunDirectoryError) as found:
+            fit(again, Net())
+        assert str(found.value) == (
+            f"{tmp_path / 'run'}: a run is there already (finished); trainer.fit(ckpt_path=...) goes on with it; else "
+            "give another run_directory"
+        )
+        assert again.global_step == 0
+        assert files_of(tmp_path / "run") == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    own = NEqCallback(PROBE, run_directory=tmp_path / "other", begin_anew=True)
+    with pytest.raises(RunDirectoryError, match=r"other: already exists and is not empty; give another run_directory$"):
+        fit(trainer_of(tmp_path, own, epochs=1), Net())
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_where_that_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no luck"):
+        fit(trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run"), NoLuck()), Net())
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    again = trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run"))
+    with pytest.raises(RunDirectoryError, match=r"there already \(failed\); .*begin_anew=True where it was"):
         fit(again, Net())
-    assert "\n" not in str(found.value)
-    assert files_of(tmp_path / "run") == before
+    # What its files keep would not be true of another configuration.
+    other = NEqCallback(PROBE, NEq(0.1), run_directory=tmp_path / "run", begin_anew=True)
+    with pytest.raises(FreezingError, match="had another policy; record in another directory"):
+        fit(trainer_of(tmp_path, other), Net())
+    other = NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run", begin_anew=True, metric="train_loss")
+    with pytest.raises(FreezingError, match="had another metric; record in another directory"):
+        fit(trainer_of(tmp_path, other), Net())
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+    fit(trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run", begin_anew=True)), Net())
+    fit(trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "straight")), Net())
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
 
 
 def test_how_training_ended_is_told_and_everything_is_put_back(tmp_path: Path) -> None:

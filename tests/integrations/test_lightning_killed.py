@@ -59,12 +59,17 @@ def succeeds(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_killed_run_is_gone_on_with_exactly(tmp_path: Path) -> None:
+def test_one_order_begins_a_run_and_goes_on_with_it_wherever_it_was_killed(tmp_path: Path) -> None:
+    """Before the first checkpoint and after it: Lightning's "last" is none where none has been saved."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     succeeds(train(straight, 4))
-    assert train(killed, 4, kill=["batch", 3, 0]).returncode == -signal.SIGKILL
+    order = {"checkpoint": "last", "begin_anew": True}
+    assert train(killed, 4, **order, kill=["observed", 1, 0]).returncode == -signal.SIGKILL
+    assert read_run(killed / "run").metrics["epoch"].tolist() == [1]
+    assert not (killed / "saved").exists()
+    assert train(killed, 4, **order, kill=["batch", 3, 0]).returncode == -signal.SIGKILL
     assert read_run(killed / "run").metrics["epoch"].tolist() == [1, 2]
-    succeeds(train(killed, 4, checkpoint=saved(killed, 2)))
+    succeeds(train(killed, 4, **order))
     assert same(states(killed), states(straight))
     assert files_of(killed / "run") == files_of(straight / "run")
 
@@ -99,6 +104,7 @@ def test_either_of_two_processes_is_killed(tmp_path: Path, by_two: Path) -> None
     assert files_of(tmp_path / "run") == files_of(by_two / "run")
 
 
+@pytest.mark.slow
 def test_a_module_that_is_compiled_goes_on_exactly(tmp_path: Path, by_two: Path) -> None:
     """By two processes, with the sets of the run that is not compiled."""
     succeeds(train(tmp_path, 2, processes=2, compiled=True))
