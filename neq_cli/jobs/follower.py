@@ -14,6 +14,7 @@ from neq_cli.events import EPOCH, EpochRecord, Pause, Preparing, StepProgress
 from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
+from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.load import dump_portable, dump_recipe
 from neq_cli.recipe.shipped import python_files
 from neq_cli.runs.store.content import weights_metadata
@@ -81,6 +82,7 @@ class Follower:
         requests: StopRequests,
         past: Sequence[EpochRecord] = (),
         best: float | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         self.session = session
         self.trainer = session.trainer
@@ -88,6 +90,7 @@ class Follower:
         self.progress = progress
         self.requests = requests
         self.best = best
+        self.tracking = tracking or Tracking((), None)
         self.saved = time.monotonic()
         self.unit = session.started.unit  # what its records are of
         self.timed = 0.0  # seconds that went into timing kernels
@@ -112,6 +115,7 @@ class Follower:
                 for share in self.time_shares:
                     self._say(share.note(record.metrics))
             self.progress.show(record)
+            self.tracking.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
         if self.trainer.passes < self.session.recipe.epochs:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 def load(reference: str, overrides: Sequence[str] = (), *, warn: bool = True) -> LoadedRecipe:
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
+    from neq_cli.jobs.tracking.libraries import check_track
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.keys import warnings
     from neq_cli.recipe.load import find_recipe, load_recipe
@@ -39,7 +40,7 @@ def load(reference: str, overrides: Sequence[str] = (), *, warn: bool = True) ->
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
-    loaded = load_recipe(reference, overrides, checks=[check_section], complete=with_image_defaults)
+    loaded = load_recipe(reference, overrides, checks=[check_section, check_track], complete=with_image_defaults)
     for warning in warnings(loaded.recipe) if warn else ():
         complain(f"warning: {warning}")
     return loaded

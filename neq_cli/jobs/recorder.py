@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from numbers import Real
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
 from neq_cli.events import EpochRecord, RunResumed, RunStarted
 from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
+from neq_cli.jobs.tracking.libraries import trackers_problem
+from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.recorded import RECORDED
 from neq_cli.recipe.yaml import read_yaml as parse_yaml
 from neq_cli.recipe.yaml import write_yaml
@@ -47,8 +49,9 @@ class Recorder:
 
     ``resume=True`` goes on in a directory that the loop recorded before, once the Freezer has the state it saved
     (``load_state_dict``): what was recorded after that is removed. ``progress``: "rich", "plain" or "auto" as in
-    `neq train`, which need ``epochs``. One process at a time writes a directory; of several that train together, the
-    first does. Raises FreezingError for what is wrong in a call, RunDirectoryError for what is wrong on the disk.
+    `neq train`, which need ``epochs``. ``track``: trackers as in a recipe, ["tensorboard"]. One process at a time
+    writes a directory; of several that train together, the first does. Raises FreezingError for what is wrong in a
+    call, RunDirectoryError for what is wrong on the disk.
     """
 
     def __init__(
@@ -64,16 +67,20 @@ class Recorder:
         epochs: int | None = None,
         resume: bool = False,
         progress: Mode = "off",
+        track: Sequence[str] = (),
     ) -> None:
         from neq_cli.freezing.processes.counting import process_number
 
         if progress != "off" and epochs is None:
             raise FreezingError(f"Recorder: progress {progress!r} tells how long the rest will take; give epochs too")
+        if (problem := trackers_problem(track)) is not None:
+            raise FreezingError(f"Recorder: track: {problem}")
         self.freezer = freezer
         self.metric = metric
         self.path = Path(run_directory)
         self.writer: RunWriter | None = None
         self.progress: Progress = Silent()
+        self.tracking = Tracking((), None)
         self._columns: tuple[str, ...] = ()  # those that the loop tells
         self._recorded = 0  # epochs
         self._probing = TimeShare("probe_seconds", MUCH_PROBING, "probing", _LESS)
@@ -83,7 +90,7 @@ class Recorder:
             recipe = {**RECORDED, "name": name, "seed": seed, "epochs": epochs, **_method(freezer)}
             yaml = write_yaml({**recipe, "settings": _plain(settings or {}, "settings")})
             try:
-                self._open(yaml, started, resume=resume, progress=progress)
+                self._open(yaml, started, resume=resume, progress=progress, track=track)
             except BaseException:
                 self._stack.close()
                 raise
@@ -116,6 +123,7 @@ class Recorder:
         self.writer.write_epoch(record)
         self._recorded, self._since = passed.epoch, now
         self.progress.show(record)
+        self.tracking.show(record)
         if (note := self._probing.note(record.metrics)) is not None:
             self.progress.message(note)
             self.writer.write_note(note)
@@ -139,7 +147,9 @@ class Recorder:
         self._stack.__exit__(kind, error, traceback)
         self.writer = None
 
-    def _open(self, recipe_yaml: str, started: RunStarted, *, resume: bool, progress: Mode) -> None:
+    def _open(
+        self, recipe_yaml: str, started: RunStarted, *, resume: bool, progress: Mode, track: Sequence[str]
+    ) -> None:
         from neq_cli.freezing.probe import device_of
         from neq_cli.freezing.processes.counting import process_count
 
@@ -163,6 +173,7 @@ class Recorder:
             )
         else:
             writer = self._stack.enter_context(RunWriter.create(self.path, recipe_yaml, environment))
+        self.tracking = self._stack.enter_context(Tracking(track, writer))  # is left when it is known how it ended
         self._stack.enter_context(status_of(writer))
         writer.write_started(started)
         keep_kernel_choices(self.freezer, writer)
@@ -175,6 +186,7 @@ class Recorder:
             for record in past:
                 self._probing.note(record.metrics)
             self.progress.show(RunResumed(tuple(past)))
+        self.tracking.show(started)
 
     def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:
         if own := [column for column in columns if is_own(column)]:

@@ -33,6 +33,7 @@ from neq_cli.recipe.values import (
     Share,
     Snapshot,
     Task,
+    Trackers,
 )
 
 
@@ -332,6 +333,11 @@ class Recipe(Section):
     )
     device: Annotated[Device, SURROUNDINGS] = Field(
         default="auto", description="auto takes cuda, then mps, then cpu; or a torch device"
+    )
+    track: Annotated[Trackers, SURROUNDINGS] = Field(
+        default_factory=list,
+        description="trackers that are told of the run beside its directory; each is an extra",
+        examples=["[tensorboard]"],
     )
 
     @property

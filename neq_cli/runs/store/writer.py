@@ -171,6 +171,16 @@ class RunWriter:
             atomic_write(self.files.dispatch, _json(dispatch))
 
     @property
+    def epoch(self) -> int:
+        """The last finished epoch, 0 for none."""
+        return self._epochs.epoch
+
+    @property
+    def ended(self) -> tuple[str, str]:
+        """How the run has ended, state and reason as status.json has them; "running" while it has not."""
+        return str(self._status["state"]), str(self._status["reason"] or "")
+
+    @property
     def path(self) -> Path:
         return self.files.root
 
