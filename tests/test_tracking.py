@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tracked import wandb_files, wandb_history
+
+from neq_cli.jobs.tracking.libraries import missing
 
 Start = Callable[..., Any]
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
@@ -81,6 +84,21 @@ Follower._save = saves
     assert [step for step, _ in scalars(run, "train_loss")] == [1, 2]
     ran(neq("train", "rich.yaml", *FEW, "-o", run, "--resume"))
     assert_told(run)
+
+
+def test_what_wandb_was_told_more_than_a_second_ago_survives_a_kill(
+    neq: Start, folder: Path, at_step: Callable[[int, str], str]
+) -> None:
+    if (problem := missing("wandb")) is not None:
+        pytest.skip(problem)
+    run = folder / "run"
+    kill = at_step(35, "time.sleep(3); os.kill(os.getpid(), signal.SIGKILL)")
+    offline = {"WANDB_MODE": "offline"}
+    arguments = ("train", "rich.yaml", "epochs=3", "track=[wandb]", "checkpoint_minutes=10", "-o", run)
+    ran(neq(*arguments, before=kill, environment=offline), -signal.SIGKILL)
+    assert [row["epoch"] for row in wandb_history(wandb_files(run)[-1])] == [1, 2]
+    ran(neq(*arguments, "--resume", environment=offline))
+    assert [row["epoch"] for row in wandb_history(wandb_files(run)[-1])] == [1, 2, 3]
 
 
 def test_stopped_by_sigterm(neq: Start, folder: Path, at_step: Callable[[int, str], str]) -> None:

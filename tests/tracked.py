@@ -1,9 +1,11 @@
-"""A small training loop that is recorded and tracked, and stopped, rewound and gone on with as a test wants."""
+"""A small training loop that is recorded and tracked as a test wants, and what W&B's files of a run hold."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,48 @@ class TrackedLoop:
                 recorder.epoch(**self.train())
             if fails:
                 raise RuntimeError("the loop's own")
+
+
+_BLOCK, _HEADER, _IDENT = 32768, 7, 7  # bytes
+_FIRST, _MIDDLE, _LAST, _FULL = 2, 3, 4, 1
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    """Yield the records of a .wandb file: LevelDB's log format behind seven bytes, a torn end left out."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, whole = path.read_bytes(), _IDENT, b""
+    assert content[:4] == b":W&B"
+    while place + _HEADER <= len(content):
+        left = _BLOCK - place % _BLOCK
+        if left < _HEADER:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        piece = content[place + _HEADER : place + _HEADER + size]
+        if len(piece) < size or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+            return
+        whole = piece if kind in (_FULL, _FIRST) else whole + piece
+        place += _HEADER + size
+        if kind in (_FULL, _LAST):
+            yield Record.FromString(whole)
+
+
+def wandb_files(run: Path) -> list[Path]:
+    """The .wandb files of a run, the newest last: its folders are named by the second."""
+    found = (run / "tracking/wandb").glob("offline-run-*/*.wandb")
+    return sorted(found, key=lambda path: path.parent.name)
+
+
+def wandb_history(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for record in wandb_records(path):
+        if record.WhichOneof("record_type") == "history":
+            rows.append({})
+            for item in record.history.item:
+                *outer, last = list(item.nested_key) or [item.key]
+                place = rows[-1]
+                for key in outer:
+                    place = place.setdefault(key, {})
+                place[last] = json.loads(item.value_json)
+    return rows

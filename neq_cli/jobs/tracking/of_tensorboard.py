@@ -33,7 +33,7 @@ class TensorBoardTracker:
         stays = min(run.told, run.epoch)
         check_own(run.folder, folder=True)
         if run.is_known:
-            _wait_for_a_later_name(run.folder)
+            wait_for_a_later_name(run.folder)
         self.writer = tensorboard.SummaryWriter(str(run.folder), purge_step=stays + 1 if run.is_known else None)
         self.writer.add_text("recipe", f"```yaml\n{run.recipe_yaml}```", stays)
         self.writer.add_text("notes", "\n".join(f"- {note}" for note in run.notes), stays)
@@ -87,9 +87,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | 
     return found
 
 
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Let a second begin in which no event file was begun: readers take files by name, in which there are seconds."""
+def wait_for_a_later_name(folder: Path) -> None:
+    """Let a second begin in which no event file was begun: readers take files by name, in which there are seconds.
+
+    A file of a clock that is ahead of this one's is not waited for.
+    """
     names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
-    newest = max((int(parts[3]) for parts in names if len(parts) > 3 and parts[3].isdigit()), default=0)
-    while 0 <= newest - int(time.time()) < 2:  # a file of a clock that is ahead is not waited for
+    begun = {int(parts[3]) for parts in names if len(parts) > 3 and parts[3].isdigit()}
+    while int(time.time()) in begun:
         time.sleep(0.05)

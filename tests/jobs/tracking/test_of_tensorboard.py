@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tracked import TrackedLoop
 
 from neq_cli import read_run
 from neq_cli.jobs.tracking import ids
+from neq_cli.jobs.tracking.of_tensorboard import wait_for_a_later_name
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
@@ -105,6 +107,20 @@ def test_a_kill_between_an_epoch_and_its_note_doubles_nothing(tmp_path: Path) ->
     ids.write_ids(run / "tracking/ids.json", {"tensorboard": ids.Kept(kept.identity, 1)})
     loop.record(run, 4, ["tensorboard"], resume=True)
     assert_all_is_there(run)
+
+
+def test_a_file_begins_in_a_second_of_its_own(tmp_path: Path) -> None:
+    """Readers take event files by name, in which process numbers follow the second."""
+    now = int(time.time())
+    (tmp_path / f"events.out.tfevents.{now}.host.99.0").touch()
+    (tmp_path / f"events.out.tfevents.{now + 3600}.host.99.0").touch()  # a clock that was wrong
+    wait_for_a_later_name(tmp_path)
+    assert time.time() < now + 60
+    (tmp_path / f"events.out.tfevents.{now + 3600}.host.99.0").unlink()
+    (tmp_path / f"events.out.tfevents.{int(time.time())}.host.99.0").touch()
+    wait_for_a_later_name(tmp_path)
+    newest = max(int(path.name.split(".")[3]) for path in tmp_path.iterdir())
+    assert int(time.time()) > newest
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in TensorBoard's thread

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from tracked import TrackedLoop
+from tracked import TrackedLoop, wandb_files, wandb_history, wandb_records
 
 from neq_cli import read_run
 from neq_cli.jobs.tracking.libraries import missing
@@ -18,9 +16,6 @@ from neq_cli.jobs.tracking.numbers import EDGES, numbers_again
 
 if (problem := missing("wandb")) is not None:
     pytest.skip(problem, allow_module_level=True)
-
-_BLOCK, _HEADER, _IDENT = 32768, 7, 7  # bytes
-_FIRST, _MIDDLE, _LAST, _FULL = 2, 3, 4, 1
 
 
 @pytest.fixture(autouse=True)
@@ -30,49 +25,17 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
 
-def records(path: Path) -> Iterator[Any]:
-    """Yield the records of a .wandb file: LevelDB's log format behind seven bytes, a torn end left out."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, place, whole = path.read_bytes(), _IDENT, b""
-    assert content[:4] == b":W&B"
-    while place + _HEADER <= len(content):
-        left = _BLOCK - place % _BLOCK
-        if left < _HEADER:
-            place += left
-            continue
-        _, size, kind = struct.unpack_from("<IHB", content, place)
-        piece = content[place + _HEADER : place + _HEADER + size]
-        if len(piece) < size or kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
-            return
-        whole = piece if kind in (_FULL, _FIRST) else whole + piece
-        place += _HEADER + size
-        if kind in (_FULL, _LAST):
-            yield Record.FromString(whole)
-
-
-def files(run: Path) -> list[Path]:
-    """The .wandb files of a run, the newest last; its folders are named by the second."""
-    found = (run / "tracking/wandb").glob("offline-run-*/*.wandb")
-    return sorted(found, key=lambda path: path.stat().st_mtime_ns)
-
-
-def history(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            rows.append({})
-            for item in record.history.item:
-                *outer, last = list(item.nested_key) or [item.key]
-                place = rows[-1]
-                for key in outer:
-                    place = place.setdefault(key, {})
-                place[last] = json.loads(item.value_json)
-    return rows
+def closed(file: Path) -> Path:
+    """Return a file whose run has ended once it is whole: W&B's process finishes it on its own."""
+    end = time.monotonic() + 30
+    while not any(each.WhichOneof("record_type") == "exit" for each in wandb_records(file)):
+        assert time.monotonic() < end, f"{file} is never finished"
+        time.sleep(0.1)
+    return file
 
 
 def assert_all_is_there(path: Path) -> None:
-    run, rows = read_run(path), history(files(path)[-1])
+    run, rows = read_run(path), wandb_history(closed(wandb_files(path)[-1]))
     assert [row["_step"] for row in rows] == list(range(1, run.epochs + 1))
     for row in rows:
         told = numbers_again(run, row["_step"])
@@ -89,8 +52,8 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     run = tmp_path / "run"
     TrackedLoop().record(run, 3, ["wandb"])
     assert_all_is_there(run)
-    (file,) = files(run)
-    begun = [each.run for each in records(file) if each.WhichOneof("record_type") == "run"]
+    (file,) = wandb_files(run)
+    begun = [each.run for each in wandb_records(file) if each.WhichOneof("record_type") == "run"]
     assert (begun[0].project, begun[0].display_name) == ("mine", "run")
     assert begun[0].run_id == json.loads((run / "tracking/ids.json").read_text())["wandb"]["id"]
     assert "coverage: " in begun[0].notes
@@ -99,9 +62,9 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     assert config["settings"] == {"depth": {"of": 2}}
     assert list(begun[-1].tags) == ["finished"]
     assert (file.parent / "files/recipe.yaml").read_text() == (run / "recipe.yaml").read_text()
-    saved = {item.path for each in records(file) for item in each.files.files}
+    saved = {item.path for each in wandb_records(file) for item in each.files.files}
     assert "recipe.yaml" in saved
-    ended = [each.exit for each in records(file) if each.WhichOneof("record_type") == "exit"]
+    ended = [each.exit for each in wandb_records(file) if each.WhichOneof("record_type") == "exit"]
     assert [each.exit_code for each in ended] == [0]
 
 
@@ -113,15 +76,16 @@ def test_where_a_run_goes_on_the_newest_folder_has_all_of_it(tmp_path: Path) -> 
     loop.optimizer.param_groups[0]["lr"] = 0.01  # what is trained again comes to other numbers
     loop.record(run, 5, ["wandb"], resume=True)
     assert_all_is_there(run)
-    names = [each.run.run_id for file in files(run) for each in records(file) if each.run.run_id]
+    names = [each.run.run_id for file in wandb_files(run) for each in wandb_records(file) if each.run.run_id]
     assert len(set(names)) == 1
 
 
 def test_the_pictures_of_the_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     TrackedLoop().record(tmp_path / "run", 2, ["wandb"])
-    (file,) = files(tmp_path / "run")
-    saved = {item.path for each in records(file) for item in each.files.files}
+    (file,) = wandb_files(tmp_path / "run")
+    closed(file)
+    saved = {item.path for each in wandb_records(file) for item in each.files.files}
     assert "report/accuracy-by-epoch.png" in saved
     assert (file.parent / "files/report/accuracy-by-epoch.png").read_bytes().startswith(b"\x89PNG")
 
@@ -134,7 +98,7 @@ def test_a_run_of_the_users_own_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     own.log({"mine": 1.0})
     own.finish()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    assert [row["mine"] for row in history(file)] == [1.0]
+    assert [row["mine"] for row in wandb_history(closed(file))] == [1.0]
     assert_all_is_there(tmp_path / "run")
 
 
@@ -156,5 +120,5 @@ def test_a_key_that_is_configured_makes_it_online(monkeypatch: pytest.MonkeyPatc
 def test_the_users_mode_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     TrackedLoop().record(tmp_path / "run", 2, ["wandb"])
-    assert files(tmp_path / "run") == []
+    assert wandb_files(tmp_path / "run") == []
     assert read_run(tmp_path / "run").epochs == 2
