@@ -157,6 +157,11 @@ class DataSection(Section):
         description="per channel, of pixels in [0, 1]; null: the model's as image_size, else the data's own",
         examples=["[0.25, 0.24, 0.26]"],
     )
+    validation: Annotated[BelowOne | None, RESULT] = Field(
+        default=None,
+        description="share of the training images that is held out, by seed, and tested; null: the data's test part",
+        examples=[0.1],
+    )
     probe_size: Annotated[Count, RESULT] = Field(
         default=50, description="held-out training inputs that neurons are observed on"
     )
