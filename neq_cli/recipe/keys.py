@@ -77,7 +77,7 @@ class ModelSection(Section):
     )
     fresh: Annotated[list[str], RESULT] = Field(
         default_factory=list,
-        description="globs of tensors that the checkpoint need not have: they start at random",
+        description="globs of tensors that start at random, whatever the weights or the checkpoint have: a new head",
         examples=["['head.*']"],
     )
     weights_backbone: Annotated[str | None, RESULT] = Field(

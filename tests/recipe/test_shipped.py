@@ -22,6 +22,7 @@ NAMES = [
     "digits-baseline",
     "digits-stochastic",
     "entrypoint",
+    "finetune-folder",
     "language-model",
     "regression",
     "resnet18-imagenet",
