@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from neq_cli.training.data.catalogue import find_name
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.sources import data_root
 from neq_cli.training.loop.calling import forward_of, parts_of
-from neq_cli.training.loop.step import autocast_of, moved_to
+from neq_cli.training.loop.step import autocast_of, moved_to, test_batch
 from neq_cli.training.loop.tasks import Classification, Segmentation, build_task, checked_results
 from neq_cli.training.machine.device import resolve_device, seed_everything
 from neq_cli.training.machine.full_memory import full_memory_named
@@ -105,11 +106,7 @@ def evaluate(
     for done, batch in enumerate(batches, 1):
         last = recipe.channels_last is True
         inputs, targets = (moved_to(device, part, channels_last=last) for part in parts_of(batch))
-        with torch.no_grad():
-            with autocast_of(recipe, device):
-                outputs = call(model, inputs, targets)
-                loss = task.loss(outputs, targets)
-            task.update(totals, outputs, targets, loss)
+        outputs = test_batch(task, partial(call, model, inputs, targets), targets, totals, autocast_of(recipe, device))
         if guesses is not None:
             guesses.add(outputs, targets)
         on_batch(done, len(batches))

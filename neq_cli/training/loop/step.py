@@ -39,6 +39,18 @@ def moved_to(device: torch.device, value: Any, *, channels_last: bool) -> Any:
     return map_tensors(moved, value)
 
 
+@torch.no_grad()
+def test_batch(
+    task: Task, outputs_of: Callable[[], Any], targets: Any, totals: Tensor, autocast: torch.autocast
+) -> Any:
+    """Add what a batch's ``targets`` and outputs come to to the ``totals`` of a test; returns the outputs."""
+    with autocast:
+        outputs = outputs_of()
+        loss = task.loss(outputs, targets)
+    task.update(totals, outputs, targets, loss)
+    return outputs
+
+
 def update_weights(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:

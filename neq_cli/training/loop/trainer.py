@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from neq_cli.training.loop.divergence import FiniteLosses, check_weights
 from neq_cli.training.loop.epoch_record import Scores, epoch_record
 from neq_cli.training.loop.running_epoch import Clock, RunningEpoch
 from neq_cli.training.loop.schedules import Schedule, steps_before_last_drop
-from neq_cli.training.loop.step import TrainingStep
+from neq_cli.training.loop.step import TrainingStep, test_batch
 from neq_cli.training.loop.tasks import Task, checked_results
 from neq_cli.training.loop.trainer_state import restore, state_of
 from neq_cli.training.machine.full_memory import full_memory_named
@@ -286,11 +287,9 @@ class Trainer:
         steps, shown = len(self.loaders.test), -math.inf
         for step, batch in enumerate(self.loaders.test, 1):
             inputs, targets = map(self.step.to_device, parts_of(batch))
-            with torch.no_grad():
-                with self.step.autocast():
-                    outputs = self.step.call(model, inputs, targets)
-                    loss = self.task.loss(outputs, targets)
-                self.task.update(totals, outputs, targets, loss)
+            test_batch(
+                self.task, partial(self.step.call, model, inputs, targets), targets, totals, self.step.autocast()
+            )
             if time.perf_counter() - shown >= PROGRESS_SECONDS:
                 shown = time.perf_counter()
                 yield StepProgress(so_far.epoch, step, steps, "test", math.nan, math.nan)
