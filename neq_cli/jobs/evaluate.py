@@ -69,6 +69,7 @@ def _evaluated(trained: Trained, changed: Sequence[str], on_batch: Callable[[int
         pairs=pairs,
         class_names=tested.class_names,
         segmentation=tested.segmentation,
+        unit=trained.loaded.recipe.unit,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neq_cli.events import EPOCH
 from neq_cli.runs.store.untrusted import Number
 from neq_cli.text import plain_json, ratio_percent
 
@@ -72,6 +73,7 @@ class Evaluation:
     pairs: Pairs | None = None
     class_names: tuple[str, ...] = ()
     segmentation: bool = False
+    unit: str = EPOCH  # or OBSERVATION: what ``epoch`` counts
 
     def name(self, number: int) -> str:
         """Return what a class is called: its number where no name is known."""
@@ -122,6 +124,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
         "path": evaluation.place,
         "weights": evaluation.weights,
         "epoch": evaluation.epoch,
+        "unit": evaluation.unit,
         "data": evaluation.data,
         evaluation.counted: evaluation.images,
         "metrics": dict(evaluation.metrics),

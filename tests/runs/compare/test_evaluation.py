@@ -87,6 +87,8 @@ def test_few_classes_are_a_matrix_with_their_names() -> None:
     pairs = pairs_of([0, 0, 1, 1], [0, 1, 1, 2], classes=2)
     lines = printed(evaluation(pairs=pairs, class_names=("cat", "dog [red]"))).splitlines()
     assert lines[0].startswith("name [bold]  best weights of epoch 3")
+    observed = printed(evaluation(pairs=pairs, unit="observation"))
+    assert observed.splitlines()[0].startswith("name [bold]  best weights of observation 3")
     first = lines.index("What is taken for what") + 1
     assert [" ".join(line.split()) for line in lines[first : first + 3]] == [
         "class 0 1 other right",

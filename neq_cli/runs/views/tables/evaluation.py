@@ -43,7 +43,7 @@ def width_of(content: RenderableType) -> int:
 
 
 def _title(evaluation: Evaluation) -> Text:
-    epoch = "" if evaluation.epoch is None else f" of epoch {evaluation.epoch}"
+    epoch = "" if evaluation.epoch is None else f" of {evaluation.unit} {evaluation.epoch}"
     title = Text(printable(evaluation.run), style="bold")
     kind = "" if evaluation.weights == "file" else f"{printable(evaluation.weights)} "
     title.append(f"  {kind}weights{epoch}", style="not bold")
