@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+ENERGY_COLUMNS = ("joules", "co2_grams")
+"""Of metrics.csv, where a run measures its energy; the second where it is told what a kilowatt-hour emits."""
+UNUSED = "not used"
+"""What environment.json says, under energy, of a source that does not take part in the run."""
+
 
 @dataclass(frozen=True)
 class RunStarted:

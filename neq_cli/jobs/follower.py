@@ -55,7 +55,7 @@ def about(session: Session) -> dict[str, Any]:
     trainer = session.trainer
     matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
     said = environment_of(trainer.freezer, trainer.device, trainer.processes.count)
-    return {**said, "data": dict(session.data_content), **matched}
+    return {**said, "data": dict(session.data_content), **matched, **trainer.energy.environment}
 
 
 def write_beginning(writer: RunWriter, session: Session, directory: Path) -> None:
@@ -111,6 +111,7 @@ class Follower:
                 self._write_epoch(record)
                 self._say_what_took(record)
                 self._say(self.probe_cost.note(record.metrics))
+                self._say(self.trainer.energy.failure_note(f"{self.unit} {record.epoch}"))
             self.progress.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
