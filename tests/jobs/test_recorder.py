@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from neq_cli.freezing import Policy
 from neq_cli.jobs.prepare import load
 from neq_cli.runs.compare.comparison import compare_runs
 from neq_cli.runs.compare.configurations import model_and_data
+from neq_cli.training.machine.energy import measured
+from neq_cli.training.machine.energy.meter import Meter
 
 
 class Loop:
@@ -133,6 +136,59 @@ def test_a_run_that_is_gone_on_with_is_the_uninterrupted_one(tmp_path: Path, sav
     again.load(states[saved])
     record(again, tmp_path / "run", 5, epochs=5, resume=True)
     assert_same(files_of(tmp_path / "run"), files_of(tmp_path / "straight"))
+
+
+@pytest.fixture
+def joule_a_reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A processor that takes a joule whenever somebody looks; returns which of its meters were closed."""
+    closed: list[str] = []
+
+    def meter(folder: Path) -> Meter:
+        return Meter("cpu", "RAPL by hand", lambda: 1.0, close=lambda: closed.append("cpu"))
+
+    monkeypatch.setattr(measured, "rapl_meter", meter)
+    return closed
+
+
+def test_energy_of_every_epoch_is_recorded_where_it_is_asked_for(tmp_path: Path, joule_a_reading: list[str]) -> None:
+    record(Loop(), tmp_path / "run", 2, energy=True, grams_per_kwh=7.2e6)
+    run = read_run(tmp_path / "run")
+    assert list(run.metrics)[-2:] == ["joules", "co2_grams"]
+    # A reading ends each epoch, and is the beginning of the next; two grams a joule.
+    assert (run.metrics["joules"].tolist(), run.metrics["co2_grams"].tolist()) == ([1, 1], [2, 2])
+    assert run.environment["energy"] == {"gpu": "not used", "cpu": "RAPL by hand", "grams_per_kwh": 7.2e6}
+    assert any(note.startswith("energy: cpu: RAPL by hand; of whole") for note in run.environment["notes"])
+    assert joule_a_reading == ["cpu"]
+    record(Loop(), tmp_path / "without", 1)
+    assert "joules" not in read_run(tmp_path / "without").metrics
+    loop = Loop()
+    with (
+        Recorder(loop.freezer, tmp_path / "taken", name="mine", metric="test_top1") as recorder,
+        pytest.raises(FreezingError, match=r"joules: is what the Recorder tells itself"),
+    ):
+        recorder.epoch(**loop.train(), joules=1.0)
+
+
+@pytest.mark.usefixtures("joule_a_reading")
+def test_recorded_energy_may_end_on_resume_and_not_begin(tmp_path: Path) -> None:
+    loop = Loop()
+    record(loop, tmp_path / "run", 1, energy=True)
+    record(loop, tmp_path / "run", 2, resume=True)
+    assert [str(value) for value in read_run(tmp_path / "run").metrics["joules"]] == ["1.0", "nan"]
+    with pytest.raises(FreezingError, match=r"^Recorder: grams_per_kwh: .*run was begun without it"):
+        record(loop, tmp_path / "run", 3, energy=True, grams_per_kwh=1, resume=True)
+    other = Loop()
+    record(other, tmp_path / "without", 1)
+    with pytest.raises(FreezingError, match=r"^Recorder: energy: .*without was begun without it"):
+        record(other, tmp_path / "without", 2, energy=True, resume=True)
+
+
+def test_where_nothing_measures_energy_a_recorder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "DOMAINS", tmp_path)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(FreezingError, match=r"^Recorder: energy: nothing here measures it: no RAPL .*; pip install"):
+        record(Loop(), tmp_path / "run", 1, energy=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_are_one_configuration_and_settings_tell_others_apart(tmp_path: Path) -> None:
