@@ -24,7 +24,7 @@ from neq_cli.runs.views.drawing import (
 )
 from neq_cli.runs.views.live.layers import format_velocity
 from neq_cli.runs.views.live.run_view import VELOCITY_DECADES, RunView, clock
-from neq_cli.text import MISSING, format_flops, format_metric, format_percent, printable
+from neq_cli.text import MISSING, format_flops, format_joules, format_metric, format_percent, printable
 
 METRIC_NAMES = {"test_top1": "test top-1", "test_miou": "test mIoU"}
 LOWEST, HIGHEST = (f"1e{VELOCITY_DECADES[0]}", f"{10.0 ** VELOCITY_DECADES[1]:.0f}")
@@ -125,7 +125,8 @@ def epoch_rule(view: RunView, width: int) -> Line:
     if not view.epochs_done:
         return rule("no epoch finished yet", "", width)
     took = f"took {clock(view.last('epoch_seconds'))}, probe {view.last('probe_seconds'):.1f} s"
-    note = f"lr {format_rate(view.last('lr'))}, {took}"
+    energy = f", {format_joules(view.last('joules'))}" if "joules" in view.columns else ""
+    note = f"lr {format_rate(view.last('lr'))}, {took}{energy}"
     return rule(f"epoch {view.epochs_done}", note, width)
 
 
