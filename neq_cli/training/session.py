@@ -75,7 +75,8 @@ def prepare(
     processes = Processes() if processes is None else processes
     startup = Startup() if startup is None else startup
     device = _start_device(recipe, processes, startup)
-    energy = energy_of(recipe, device, processes)
+    with startup.part("looking for energy meters", told=recipe.energy):
+        energy = energy_of(recipe, device, processes)
     with startup.part("opening the data"):
         data = _load_data(recipe, processes)
     loaders = make_loaders(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -181,6 +182,44 @@ def test_recorded_energy_may_end_on_resume_and_not_begin(tmp_path: Path) -> None
     record(other, tmp_path / "without", 1)
     with pytest.raises(FreezingError, match=r"^Recorder: energy: .*without was begun without it"):
         record(other, tmp_path / "without", 2, energy=True, resume=True)
+
+
+OF_TWO = """
+import os, sys
+import torch
+from torch import distributed, nn
+import neq_cli.training.machine.energy.measured as measured
+from neq_cli import Freezer, NEq, Recorder
+from neq_cli.training.machine.energy.meter import Meter
+
+measured.rapl_meter = lambda folder: Meter("cpu", "RAPL by hand", lambda: 1.0)
+measured.card_of = lambda device: "GPU-" + os.environ["RANK"]
+measured.nvml_meter = lambda card: Meter("gpu", "NVML by hand", lambda: {"GPU-0": 10.0, "GPU-1": 200.0}[card])
+distributed.init_process_group("gloo", init_method="env://")
+torch.manual_seed(1)
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+freezer = Freezer(model, optimizer, [torch.randn(8, 4)], NEq(0.05), process_group=distributed.group.WORLD)
+with Recorder(freezer, "run", name="mine", metric="test_top1", energy=True) as recorder:
+    for _ in range(2):
+        freezer.step()
+        recorder.epoch(test_top1=1.0)
+distributed.destroy_process_group()
+sys.exit(0)
+"""
+
+
+def test_of_two_processes_their_sum_is_recorded(neq: Callable[..., Any], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [neq(before=OF_TWO, environment={**world, "RANK": rank}) for rank in "01"]
+    for process in both:
+        assert process.wait() == 0, process.text
+    run = read_run(tmp_path / "run")
+    assert run.metrics["joules"].tolist() == [1 + 10 + 200] * 2
+    assert run.environment["energy"] == {"gpu": "2 x NVML by hand", "cpu": "RAPL by hand"}
 
 
 def test_where_nothing_measures_energy_a_recorder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,18 @@ def estimating_meter(unmeasured: str) -> Meter:
     try:
         tracker = codecarbon.OfflineEmissionsTracker(**_nowhere(codecarbon), **_QUIET)
         tracker.start_task()
+        tracker.stop_task()  # which ends its thread: until training begins there is nothing to estimate
     except Exception as error:
         raise EnergyError(f"codecarbon does not work here ({one_line(error)}); set it to false") from error
 
+    begun = False
+
     def spent() -> float:
-        data = tracker.stop_task()
+        nonlocal begun
+        data = tracker.stop_task() if begun else None
         tracker.start_task()
-        return float(data.cpu_energy + data.ram_energy) * JOULES_PER_KWH
+        begun = True
+        return 0.0 if data is None else float(data.cpu_energy + data.ram_energy) * JOULES_PER_KWH
 
     how = f"an estimate by codecarbon {version('codecarbon')}, {processor_name()}"
     return Meter("cpu", how, spent, close=tracker.stop_task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -37,8 +38,10 @@ def test_it_estimates_in_silence(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CODECARBON_SAVE_TO_FILE", "true")
     monkeypatch.setenv("CODECARBON_EMISSIONS_ENDPOINT", "http://127.0.0.1:9/")
+    threads = threading.active_count()
     meter = estimating_meter("nothing")
     assert meter.how.startswith("an estimate by codecarbon ")
+    assert threading.active_count() == threads  # nothing is looked at before training begins
     seen = [meter.joules()]
     for _ in range(2):
         time.sleep(1.2)
@@ -46,6 +49,7 @@ def test_it_estimates_in_silence(
     meter.close()
     # Of a machine that does anything at all; no two seconds of it take a hundred kilowatts.
     assert all(0.1 < after - before < 1e5 for before, after in pairwise(seen))
+    assert threading.active_count() == threads
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
