@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from neq_cli.training.machine.device import processor_name
@@ -21,7 +22,7 @@ def rapl_meter(folder: Path) -> Meter:
     if not domains:
         raise Unmeasured(f"no RAPL package in {folder}, as in most virtual machines and containers")
     try:
-        counters = [counted(lambda path=path: _joules(path / "energy_uj"), _largest(path)) for path in domains.values()]  # type: ignore[misc]
+        counters = [_counter(path) for path in domains.values()]
     except PermissionError as error:
         raise Unmeasured(f"RAPL is for root alone here ({error.filename}: permission denied)") from error
     except (OSError, ValueError) as error:
@@ -44,6 +45,10 @@ def _domains(folder: Path) -> dict[str, Path]:
         elif name == "dram":
             found[f"{_text(folder / path.name.rpartition(':')[0] / 'name')} dram"] = path
     return found
+
+
+def _counter(domain: Path) -> Callable[[], float]:
+    return counted(lambda: _joules(domain / "energy_uj"), _largest(domain))
 
 
 def _text(path: Path) -> str:

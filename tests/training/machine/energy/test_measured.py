@@ -17,7 +17,7 @@ from neq_cli.errors import RecipeValueError
 from neq_cli.events import EpochRecord, Pause
 from neq_cli.recipe import Recipe
 from neq_cli.training.loop.checkpoint import load_state, save_state
-from neq_cli.training.loop.trainer import STOP, Trainer
+from neq_cli.training.loop.trainer import SAVE, STOP, Trainer
 from neq_cli.training.machine.energy import measured as measuring
 from neq_cli.training.machine.energy.measured import Energy, energy_of, measured
 from neq_cli.training.machine.energy.meter import Meter, Unmeasured
@@ -106,6 +106,13 @@ def test_what_was_spent_before_an_interruption_counts(tmp_path: Path) -> None:
     resumed = trainer_with(Energy([by_hand(4, 700)], asked=True), epochs=1)
     resumed.load_state_dict(state)
     assert [row["joules"] for row in rows(resumed)] == [720]
+
+
+def test_a_checkpoint_within_a_row_is_counted_once() -> None:
+    trainer = trainer_with(Energy([by_hand(1, 20, 700)], asked=True), epochs=1)
+    wishes = iter([SAVE, 0, 0])
+    trainer.wish = lambda: next(wishes)
+    assert [row["joules"] for row in rows(trainer)] == [720]
 
 
 def test_a_row_that_was_measured_in_part_is_not_known(tmp_path: Path) -> None:
