@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -21,11 +22,13 @@ from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated,
 from neq_cli.events import EpochRecord, Record
 from neq_cli.freezing import Observation
 from neq_cli.jobs import train as running
+from neq_cli.jobs.resume import read_checkpoint
 from neq_cli.recipe.load import LoadedRecipe, load_recipe
 from neq_cli.runs.store.run import read_run
+from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.signals import Watch
-from neq_cli.training.loop.checkpoint import load_state, read_weights
+from neq_cli.training.loop.checkpoint import load_state, read_weights, save_state
 from neq_cli.training.machine.energy import measured
 from neq_cli.training.machine.energy.meter import Meter
 
@@ -279,6 +282,16 @@ def test_energy_that_its_table_has_no_column_for_is_refused(
     with pytest.raises(RecipeError, match=re.escape(said)):
         running.train(load(tmp_path, *wanted, "epochs=2"), run, Silent(), resume=True)
     assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_what_an_earlier_neq_saved_within_a_row_has_joules_that_nobody_knows(tmp_path: Path) -> None:
+    with RunWriter.create(tmp_path / "run", "seed: 1\n", {}) as writer:
+        so_far = {"epoch": 1, "steps": 3, "images": 12}
+        save_state({"epoch": 0, "so_far": so_far, "processes": [{}]}, writer.checkpoint_path("last"))
+        state, problems, _ = read_checkpoint(writer)
+    assert problems == []
+    assert state is not None
+    assert math.isnan(state["so_far"]["joules"])
 
 
 def test_a_meter_that_fails_is_a_note_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

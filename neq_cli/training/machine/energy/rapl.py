@@ -22,28 +22,29 @@ def rapl_meter(folder: Path) -> Meter:
     if not domains:
         raise Unmeasured(f"no RAPL package in {folder}, as in most virtual machines and containers")
     try:
-        counters = [_counter(path) for path in domains.values()]
+        counters = [_counter(path) for _, path in domains]
     except PermissionError as error:
         raise Unmeasured(f"RAPL is for root alone here ({error.filename}: permission denied)") from error
     except (OSError, ValueError) as error:
         raise Unmeasured(f"RAPL cannot be read ({error})") from error
-    how = f"RAPL {', '.join(domains)}, {processor_name()}"
+    how = f"RAPL {', '.join(name for name, _ in domains)}, {processor_name()}"
     return Meter("cpu", how, lambda: sum(spent() for spent in counters), every=_EVERY)
 
 
-def _domains(folder: Path) -> dict[str, Path]:
-    """Return the domains to add up, by name: packages, which have their cores within, and memory, which they have not.
+def _domains(folder: Path) -> list[tuple[str, Path]]:
+    """Return the domains to add up, with their names: packages, their cores within, and memory, which is not.
 
     Not `psys`, which has the packages within.
     """
-    found: dict[str, Path] = {}
+    found = []
     # One more colon for what lies within; `intel-rapl-mmio:0` is a second door to the first package.
     for path in sorted(folder.glob("intel-rapl:*")):
         name = _text(path / "name")
         if name.startswith("package"):
-            found[name] = path
+            found.append((name, path))
         elif name == "dram":
-            found[f"{_text(folder / path.name.rpartition(':')[0] / 'name')} dram"] = path
+            package = _text(folder / path.name.rpartition(":")[0] / "name")
+            found.append((f"{package} dram", path))
     return found
 
 
