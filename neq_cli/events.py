@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+EPOCH, OBSERVATION = "epoch", "observation"
+"""What a run's records, and the rows of its files, are of: a pass over the data, or some number of optimiser steps."""
 ENERGY_COLUMNS = ("joules", "co2_grams")
 """Of metrics.csv, where a run measures its energy; the second where it is told what a kilowatt-hour emits."""
 UNUSED = "not used"
@@ -22,15 +24,15 @@ class RunStarted:
     description: str  # the model and the data in a few words: "resnet32 on CIFAR10"
     policy: str  # "neq epsilon=0.001 mu=0.5"
     device: str  # "cpu (2 threads)", "cuda (NVIDIA H100 80GB HBM3)"
-    epochs: int
-    steps_per_epoch: int
+    epochs: int  # planned; observations where the unit is that
+    steps_per_epoch: int  # or from one observation to the next
     metric: str  # the column that tells how good the model is: "test_top1", "test_miou"
     layers: Mapping[str, int]  # neurons of every observed layer, in forward order
     notes: tuple[str, ...]  # what is trained outside neurons, what runs dense and why; also logged in the run directory
     epsilon: float | None = None  # the |velocity| below which the policy freezes; None where it goes by something else
     lower_is_better: bool = False  # of the metric
     counted: str = "img"  # what the speed counts, in a few letters: "img", "items"
-    unit: str = "epoch"  # what the records are of, and all that is called epoch below: "epoch" or "observation"
+    unit: str = EPOCH  # or OBSERVATION: what "epoch" in this record and those that follow counts
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class StepProgress:
-    """Where the current epoch stands; sent a few times a second at most, never once per step."""
+    """Where the current epoch (or observation) stands; sent a few times a second at most, never once per step."""
 
     epoch: int  # from 1
     step: int  # steps done in this epoch
@@ -87,7 +89,7 @@ class LayerState:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One finished epoch: ``metrics`` is the row of metrics.csv, keys in column order."""
+    """One finished epoch (or observation): ``metrics`` is the row of metrics.csv, keys in column order."""
 
     epoch: int
     metrics: Mapping[str, float | int]

@@ -64,6 +64,21 @@ def format_p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
+def format_passes(epochs: float) -> str:
+    """Passes over the training data: ``12``, ``2.31``, below one in two significant digits."""
+    if not math.isfinite(epochs):
+        return MISSING
+    return f"{epochs:.2g}" if abs(epochs) < 1 or abs(epochs) >= 1e9 else f"{epochs:.2f}".rstrip("0").rstrip(".")
+
+
+def in_training(step: float | None, passed_epochs: float | None) -> str:
+    """Where an observation stands, to be put behind its number: `` (step 6000, epoch 2.31)``; empty where unknown."""
+    known = [] if step is None or not math.isfinite(step) else [f"step {step:.0f}"]
+    if passed_epochs is not None and math.isfinite(passed_epochs):
+        known.append(f"epoch {format_passes(passed_epochs)}")
+    return f" ({', '.join(known)})" if known else ""
+
+
 def printable(text: object, limit: int | None = None) -> str:
     """Text from a file, safe to print: control, formatting and surrogate characters become U+FFFD, all spaces plain.
 

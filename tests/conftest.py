@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from timings import SECONDS, TIMINGS
 
 # Small tensors: one thread is faster than two, and gives the same bits on every machine.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -80,9 +81,6 @@ deterministic: true
 channels_last: true
 device: cpu
 """
-
-TIMINGS = ("images_per_second", "epoch_seconds", "probe_seconds")
-SECONDS = ("train_seconds", "seconds", "bookkeeping_seconds")
 
 
 class Server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +22,10 @@ from neq_cli import __version__
 from neq_cli.cli import main
 from neq_cli.commands.app import app
 
-VERBS = ("train", "inspect", "compare", "flops", "bench", "validate", "recipes", "init", "export")
+VERBS = (
+    *("train", "inspect", "compare", "evaluate", "predict", "flops", "bench", "validate", "recipes", "init", "schema"),
+    "export",
+)
 SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
 CHECKOUT = Path(__file__).parents[1]
 
@@ -93,6 +97,17 @@ def test_help_ends_with_an_example_that_parses(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out == f"neq {__version__}\n"
+
+
+def test_what_to_cite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--citation") == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^@(\w+)\{(\w+),$", printed, flags=re.MULTILINE) == [
+        ("inproceedings", "bragagnolo2022update"),
+        ("software", "neq"),
+    ]
+    assert printed.count("{") == printed.count("}")
+    assert f"  version = {{{__version__}}}\n" in printed
 
 
 def test_a_shell_is_given_words_and_no_complaint(
@@ -215,7 +230,9 @@ def test_a_directory_that_exists_is_refused_before_torch_is_imported(tmp_path: P
     assert done.stderr == "taken: already exists and is not empty; choose another with -o\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["recipes"], ["--version"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["recipes"], ["schema"], ["--version"], ["--citation"], []]
+)
 def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
     code = (
         f"import sys\nfrom neq_cli.cli import main\ntry: main({arguments!r})\n"
@@ -223,6 +240,39 @@ def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stderr == "0 False\n"
+
+
+def test_a_schema_is_printed_written_and_renewed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("schema") == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["$id"].endswith(__version__)
+    file = tmp_path / "neq.schema.json"
+    for before in (None, printed, printed.replace(__version__, "0.0.1")):
+        if before is not None:
+            file.write_text(before)
+        assert call("schema", "-o", file.name) == 0
+        assert capsys.readouterr().out == "neq.schema.json\n"
+        assert file.read_text() == printed
+    file.write_text("{}")
+    assert complaint(capsys, "schema", "-o", file.name).endswith("no schema of neq's; choose another with -o")
+    assert file.read_text() == "{}"
+    line = complaint(capsys, "schema", "-o", "no/folder.json")
+    assert line == "no/folder.json: cannot be written: No such file or directory; choose another with -o"
+
+
+def test_init_lays_a_schema_unless_asked_not_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("init", "digits", "bare", "--no-schema") == 0
+    assert [path.name for path in Path("bare").iterdir()] == ["digits.yaml"]
+    assert call("init", "digits", "mine") == 0
+    assert call("init", "regression", "mine") == 0
+    out, err = capsys.readouterr()
+    assert out.split()[1:3] == ["mine/digits.yaml", "mine/neq.schema.json"]
+    assert err == ""
+    (tmp_path / "mine" / "neq.schema.json").write_text('{"$id": "urn:neq:recipe:0.0.1"}')
+    assert call("init", "entrypoint", "mine") == 0
+    assert capsys.readouterr().err == (
+        "note: mine/neq.schema.json: is not this version's, and stays; neq schema -o mine/neq.schema.json renews it\n"
+    )
 
 
 def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -238,7 +288,9 @@ def test_recipes_init_and_validate(capsys: pytest.CaptureFixture[str], tmp_path:
     listed = capsys.readouterr().out
     assert {"digits", "entrypoint", "resnet32-cifar10"} <= {line.split()[0] for line in listed.splitlines()}
     assert call("init", "entrypoint", "mine") == 0
-    assert capsys.readouterr().out.split() == ["mine/entrypoint.yaml", "mine/entrypoint_model.py"]
+    assert capsys.readouterr().out.split() == [
+        "mine/entrypoint.yaml", "mine/entrypoint_model.py", "mine/neq.schema.json",
+    ]  # fmt: skip
     assert call("validate", "mine/entrypoint.yaml", "epochs=3") == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
     assert "epochs: 3\n" in (tmp_path / "resolved.yaml").read_text()

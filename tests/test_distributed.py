@@ -15,6 +15,7 @@ import pytest
 import torch
 from rounding import apart_after_steps, phi_apart, unit
 from safetensors.numpy import load_file
+from timings import TIMINGS
 
 import neq_cli
 
@@ -224,9 +225,6 @@ def well(folder: Path, *jobs: str) -> None:
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-TIMINGS = ("images_per_second", "epoch_seconds", "probe_seconds")
 
 
 def without_timings(run: Path) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from safetensors.numpy import load_file
 
 DATA = Path(__file__).with_name("data")
@@ -72,6 +73,17 @@ def test_runs_are_compared_and_exported(version: Path, neq: Start) -> None:
     )
     assert exported.keys() == kept.keys()
     assert all((exported[name] == kept[name]).all() for name in kept)
+
+
+def test_runs_are_evaluated_and_predict_without_what_they_did_not_tell(version: Path, neq: Start) -> None:
+    evaluation = json.loads(said(neq, "evaluate", version / "finished", "--weights", "final", "--json"))
+    last = rows(version / "finished")[-1]
+    assert evaluation["epoch"] == 4
+    assert evaluation["metrics"]["loss"] == pytest.approx(float(last["test_loss"]), rel=1e-4)
+    image = version / "grey.png"
+    Image.new("L", (8, 8), 128).save(image)
+    (prediction,) = json.loads(said(neq, "predict", version / "finished", image, "--json"))
+    assert [one["name"] == str(one["class"]) for one in prediction["classes"]] == [True] * 5
 
 
 def test_an_interrupted_run_is_gone_on_with(version: Path, neq: Start) -> None:

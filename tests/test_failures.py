@@ -166,6 +166,9 @@ def test_a_folder_that_becomes_read_only(
         "export closed/run -o closed/weights.safetensors",
         "export closed/run -o file/weights.safetensors",
         "export closed/run -o missing/weights.safetensors",
+        "evaluate closed/run -o closed/confusion.png",
+        "evaluate closed/run -o missing/confusion.svg",
+        "evaluate barred/run",
         "report closed/run -o closed/report.html",
         "report closed/run --svg closed/empty",
         "report closed/run --png closed/figures",
@@ -182,7 +185,7 @@ def test_a_folder_that_becomes_read_only(
 def test_every_command_that_cannot_write_is_one_line_of_exit_code_2(
     neq: Start, folder: Path, straight: Path, command: str
 ) -> None:
-    if command.startswith("report"):
+    if command.startswith(("report", "evaluate")):
         pytest.importorskip("matplotlib")
     (folder / "file").write_text("")
     for name in ("closed", "locked"):

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from neq_cli.recipe.load import load_recipe, shipped_directory
 from neq_cli.training.batches.sampling import shuffled
-from neq_cli.training.data.parts import split
+from neq_cli.training.data.splits import split
 from neq_cli.training.loop.checkpoint import load_state
 from neq_cli.training.session import prepare
 

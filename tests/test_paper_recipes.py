@@ -166,12 +166,13 @@ def train(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) 
     return running.train(load_recipe(name, overrides, [check_section]), folder / "run", Silent())
 
 
+FINETUNED = ("finetune-folder",)  # tests/test_finetune.py trains it
 OWN_TASKS = ("detection", "language-model", "regression")
 """tests/test_own_tasks.py trains them."""
 
 
 def test_there_is_no_other_recipe() -> None:
-    assert sorted([*OVERRIDES, *OWN_TASKS]) == shipped_names()
+    assert sorted([*OVERRIDES, *OWN_TASKS, *FINETUNED]) == shipped_names()
 
 
 @pytest.mark.parametrize("name", sorted(OVERRIDES))

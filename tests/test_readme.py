@@ -13,9 +13,9 @@ import typer
 import yaml
 from pages import PAGES, ROOT, Block, anchors, blocks, check_generated, neq_arguments, prose, read, shell_lines, spans
 
-from neq_cli import __version__
 from neq_cli.cli import main
 from neq_cli.commands.app import app
+from neq_cli.commands.citation import CITATION
 from neq_cli.recipe.load import load_recipe, shipped_names
 from neq_cli.recipe.reference import recipe_reference
 from neq_cli.recipe.shipped import list_recipes
@@ -23,7 +23,7 @@ from neq_cli.recipe.shipped import list_recipes
 NEQ: Any = typer.main.get_command(app)
 PYTHON, YAML, SHELL = blocks("python"), blocks("yaml"), blocks("console", "bash", "text")
 PLACEHOLDERS = ("RECIPE", "NAME")
-READY_MADE = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+READY_MADE = {"--help", "-h", "--version", "--citation", "--install-completion", "--show-completion"}
 WITH_RECIPE = ("train", "flops", "validate", "bench")
 
 
@@ -197,8 +197,9 @@ def test_every_page_is_found_from_the_readme() -> None:
     assert linked >= set(PAGES) - {"README.md"}
 
 
-def test_the_version_to_cite_is_this_one() -> None:
-    assert f"version = {{{__version__}}}" in read("README.md")
+def test_what_to_cite_is_what_the_command_prints() -> None:
+    """Which says this version (tests/test_cli.py)."""
+    assert [block.text for block in blocks("bibtex")] == [CITATION]
 
 
 def test_hooks_call_what_ci_calls() -> None:

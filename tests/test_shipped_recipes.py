@@ -18,6 +18,8 @@ from neq_cli.training.session import prepare
 
 LARGE = ("resnet18-imagenet", "swin_b-imagenet", "deeplabv3_resnet50-coco", "segmentation-folder")
 """Those that take data or networks of their own: tests/test_paper_recipes.py runs them."""
+FINETUNED = ("finetune-folder",)
+"""tests/test_finetune.py trains it."""
 OWN_TASKS = ("detection", "language-model", "regression")
 """tests/test_own_tasks.py trains them."""
 FILES = sorted(path.stem for path in shipped_directory().glob("*.yaml"))
@@ -50,7 +52,7 @@ def test_the_files_are_the_names() -> None:
     assert shipped_names() == FILES
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in (*LARGE, *OWN_TASKS)])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in (*LARGE, *FINETUNED, *OWN_TASKS)])
 def test_a_shipped_recipe_takes_a_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = ["device=cpu", "epochs=1", "data.workers=0"]
     recipe = load_recipe(name).recipe

@@ -49,8 +49,11 @@ COMMANDS = {
     "compare": (("compare", "run"), "neq_cli.runs.store.run", "read_run"),
     "report": (("report", "run", "-o", "page.html"), "neq_cli.runs.store.run", "read_run"),
     "export": (("export", "run", "-o", "weights.safetensors"), "neq_cli.runs.store.run", "read_run"),
+    "evaluate": (("evaluate", "run"), "neq_cli.runs.store.run", "read_run"),
+    "predict": (("predict", "run", "."), "neq_cli.training.prediction", "image_files"),
     "recipes": (("recipes",), "neq_cli.recipe.shipped", "list_recipes"),
     "init": (("init", "digits"), "neq_cli.recipe.shipped", "copy_recipe"),
+    "schema": (("schema",), "neq_cli.recipe.schema", "schema_text"),
 }
 
 

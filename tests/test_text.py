@@ -9,8 +9,10 @@ from neq_cli.text import (
     format_joules,
     format_metric,
     format_p_value,
+    format_passes,
     format_percent,
     format_seconds,
+    in_training,
     printable,
     ratio_percent,
 )
@@ -88,3 +90,37 @@ def test_printable_disarms_a_terminal() -> None:
     clean.encode()
     assert printable("x" * 10, 4) == "xxx…"
     assert printable("a\u00a0b\u3000c\u202f") == "a b c "
+
+
+@pytest.mark.parametrize(
+    ("epochs", "text"),
+    [
+        (12.0, "12"),
+        (2.3125, "2.31"),
+        (2.5, "2.5"),
+        (100.0, "100"),
+        (0.25, "0.25"),
+        (0.00123, "0.0012"),
+        (1e40, "1e+40"),
+    ],
+)
+def test_passes_over_the_data(epochs: float, text: str) -> None:
+    assert format_passes(epochs) == text
+
+
+def test_passes_that_are_not_known_are_a_dash() -> None:
+    assert format_passes(math.nan) == "–"
+
+
+@pytest.mark.parametrize(
+    ("step", "passed", "text"),
+    [
+        (6000, 2.31, " (step 6000, epoch 2.31)"),
+        (6000, math.nan, " (step 6000)"),
+        (None, 2.0, " (epoch 2)"),
+        (None, None, ""),
+        (math.inf, -math.inf, ""),
+    ],
+)
+def test_where_an_observation_stands(step: float | None, passed: float | None, text: str) -> None:
+    assert in_training(step, passed) == text

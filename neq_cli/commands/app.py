@@ -8,12 +8,16 @@ import typer
 
 from neq_cli import __version__
 from neq_cli.commands.bench import bench
+from neq_cli.commands.citation import CITATION
 from neq_cli.commands.compare import compare
+from neq_cli.commands.evaluate import evaluate
 from neq_cli.commands.export import export
 from neq_cli.commands.flops import flops
 from neq_cli.commands.inspect import inspect
+from neq_cli.commands.predict import predict
 from neq_cli.commands.recipes import init, recipes
 from neq_cli.commands.report import report
+from neq_cli.commands.schema import schema
 from neq_cli.commands.sweep import sweep
 from neq_cli.commands.train import train
 from neq_cli.commands.validate import validate
@@ -35,11 +39,20 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _citation(wanted: bool) -> None:
+    if wanted:
+        print(CITATION, end="")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+    citation: Annotated[
+        bool, typer.Option("--citation", callback=_citation, is_eager=True, help="print what to cite, as BibTeX")
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -51,12 +64,15 @@ for command, example in (
     (inspect, "neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'"),
     (compare, "neq compare runs/digits/* runs/digits-baseline/* --markdown"),
     (report, "neq report runs/digits/* runs/digits-baseline/* -o report.html --svg figures"),
+    (evaluate, "neq evaluate runs/digits/20260131-120000-s1 -o confusion.png"),
+    (predict, "neq predict runs/digits/20260131-120000-s1 seven.png scans --top 3"),
     (flops, "neq flops resnet32-cifar10 policy.kind=stochastic policy.p=0.5"),
     (bench, "neq bench resnet32-cifar10 --fractions 0.5,0.9 --rounds 3"),
     (sweep, "neq sweep digits policy.epsilon=0.001,0.01 seed=1,2,3 --jobs 2"),
     (validate, "neq validate resnet32-cifar10 epochs=100"),
     (recipes, "neq recipes"),
     (init, "neq init digits my-experiment"),
+    (schema, "neq schema -o neq.schema.json"),
     (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
 ):
     app.command(epilog=f"Example: {example}")(command)

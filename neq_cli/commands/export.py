@@ -31,10 +31,18 @@ def export(
         raise NeqError(f"{output}: already exists; choose another with -o")
     if output.suffix != ".safetensors":
         raise NeqError(f"{output}: must end in .safetensors")
+    from neq_cli.recipe.load import dump_portable
+    from neq_cli.recipe.recorded import is_recorded
+    from neq_cli.runs.store.content import weights_metadata
     from neq_cli.runs.store.disk import atomic_write, writing
-    from neq_cli.training.loop.checkpoint import read_weights, save_weights
+    from neq_cli.runs.store.resumable import stored_recipe
+    from neq_cli.training.loop.checkpoint import read_weights_whole, save_weights
 
-    weights = read_weights(path)
+    weights = read_weights_whole(path)
+    recipe_yaml = None if is_recorded(run.recipe) else dump_portable(stored_recipe(run.path))
+    told = weights_metadata(run.recipe_name, recipe_yaml, run.environment.get("data"))
+    if weights.epoch is not None:
+        told["epoch"] = str(weights.epoch)
     with writing(output, "choose another with -o"):
-        atomic_write(output, lambda partial: save_weights(weights, partial, {"recipe": run.recipe_name}))
+        atomic_write(output, lambda partial: save_weights(weights.tensors, partial, told))
     print(output)

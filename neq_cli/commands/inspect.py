@@ -12,7 +12,9 @@ from neq_cli.errors import NeqError
 
 def inspect(
     run_directory: RunDirectory,
-    epoch: Annotated[int | None, typer.Option(help="the state after this epoch; default the last")] = None,
+    epoch: Annotated[
+        int | None, typer.Option(help="the state after this epoch or observation; default the last")
+    ] = None,
     layer: Annotated[str | None, typer.Option(metavar="GLOB", help="only layers whose name matches")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="draw frozen share, FLOPs and accuracy by epoch")] = False,
     coverage: Annotated[

@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from neq_cli.commands.completion import changes, recipes_and_files
 from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
@@ -19,21 +20,29 @@ if TYPE_CHECKING:
     from neq_cli.runs.store.run import Run
 
 
-def recipe_names(incomplete: str) -> list[str]:
-    """Return the shipped recipes that a word may become."""
-    from neq_cli.recipe.load import shipped_names
-
-    return [name for name in shipped_names() if name.startswith(incomplete)]
-
-
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe", autocompletion=recipe_names)
+    str,
+    typer.Argument(metavar="RECIPE", help="a file, or the name of a shipped recipe", autocompletion=recipes_and_files),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="changes, such as policy.epsilon=0.005 seed=2", autocompletion=changes
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+TrainedArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_DIR|FILE", help="the folder of a run, or a .safetensors file of its weights")
+]
+WeightsOption = Annotated[
+    Literal["best", "last", "final"] | None,
+    typer.Option(help="which of the run's; default the best, else the final ones"),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(metavar="RECIPE", help="of a file that does not tell its own", autocompletion=recipes_and_files),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
 BaselineOption = Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from neq_cli.commands.completion import axes as axes_of
 from neq_cli.commands.shared import DeviceOption, RecipeArgument, one_of_several, with_device
 from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
@@ -18,7 +19,11 @@ def sweep(
     recipe: RecipeArgument,
     axes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE[,VALUE]...", help="changes; of several values, every combination is trained"),
+        typer.Argument(
+            metavar="KEY=VALUE[,VALUE]...",
+            help="changes; of several values, every combination is trained",
+            autocompletion=axes_of,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="sweep directory; default sweeps/RECIPE/KEYS")

@@ -24,7 +24,8 @@ def train(
     ] = None,
     device: DeviceOption = None,
     progress: Annotated[
-        Literal["auto", "rich", "plain", "off"], typer.Option(help="live dashboard, a line per epoch, or nothing")
+        Literal["auto", "rich", "plain", "off"],
+        typer.Option(help="live dashboard, a line per epoch or observation, or nothing"),
     ] = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the run in DIR, or with the recipe's newest unfinished one")

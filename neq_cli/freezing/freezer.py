@@ -57,7 +57,7 @@ class Freezer:
     neurons of convolutions and linear layers pass no error to the layers below (a layer that no error reaches at all
     is paused until one does). ``dense`` computes every gradient and discards the frozen ones. ``dispatch`` holds the
     choices of kernels; by default they are timed, once for each kind of call. ``compiled``: torch.compile runs the
-    model (default: whether the one given is compiled); then nothing is compiled again when the frozen sets change.
+    model (default: whether the one given, or a part of it, is); then nothing is compiled again when the sets change.
     Modules with frozen neurons are of a subclass of their own class in the meantime; copies and pickles of them are
     not. backward/__init__.py lists all that is changed for others.
 

@@ -1,57 +1,41 @@
-"""A callback for Lightning's Trainer: freezes, records, resumes from its checkpoints; parameters in pieces are refused.
-
-`lightning` or `pytorch_lightning`, whichever the program uses, is imported with this module and by no other.
-"""
+"""A callback for Lightning's Trainer: freezes, records, resumes from its checkpoints; not for parameters in pieces."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 import math
-import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from neq_cli.errors import FreezingError, NeqError, Terminated, one_line
+from neq_cli.errors import FreezingError, Terminated
 from neq_cli.freezing import Freezer, NEq, Policy
-from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode
 from neq_cli.freezing.rows.optimizers import largest_learning_rate
+from neq_cli.integrations.earlier_run import goes_on
 from neq_cli.integrations.lightning_checks import check_arguments, check_trainer
+from neq_cli.integrations.lightning_package import callback_class
+from neq_cli.integrations.lightning_watch import Watch, freezer_of, probe_of, seed_everywhere
 from neq_cli.integrations.logged import LoggedMetrics, lower_is_better
 from neq_cli.jobs.recorder import Recorder
-
-
-def _callback_class() -> Any:
-    """Return the Callback of the package that the program uses: what it has imported, else what is installed."""
-    packages = sorted(("lightning", "pytorch_lightning"), key=lambda name: name not in sys.modules)
-    for package in packages:
-        try:
-            return importlib.import_module("lightning.pytorch" if package == "lightning" else package).Callback
-        except ModuleNotFoundError as error:
-            if error.name not in ("lightning", "lightning.pytorch", "pytorch_lightning"):
-                raise
-    raise ImportError("neq_cli.integrations.lightning needs Lightning; pip install 'neq[lightning]'")
-
 
 if TYPE_CHECKING:
     Callback = object
 else:
-    Callback = _callback_class()
+    Callback = callback_class()
+
+_HOW = "trainer.fit(ckpt_path=...)"
 
 
 class NEqCallback(Callback):
     """Stops updating neurons at equilibrium while Lightning's Trainer trains, one Freezer for each optimiser.
 
     ``probe``: held-out batches, inputs or (inputs, targets...), that the module's ``forward`` is called with; the same
-    in every process, which share them out, and each time they are iterated. ``policy`` and ``backward`` are the
-    Freezer's, as are the further options ``call``, ``exclude``, ``probe_autocast``, ``probe_snapshot``, ``row_wise``
+    in every process, which share them out, and each time they are iterated; or a function that is given the Trainer
+    when training starts, whose data it may need, and returns them. ``policy`` and ``backward`` are the Freezer's, as
+    are the further options ``call``, ``compiled``, ``exclude``, ``probe_autocast``, ``probe_snapshot``, ``row_wise``
     and ``sample``. ``every``: "epoch" observes at the end of each training epoch, a number after so many optimiser
     steps (``trainer.global_step``), at the end of the batch in which they are reached.
 
@@ -66,7 +50,9 @@ class NEqCallback(Callback):
     Made when training starts, after optimisers and checkpoints are loaded, and detached when it ends; ``freezers``
     holds them. Kernels are timed, but chosen by rule under ``Trainer(deterministic=True)`` and several processes, so
     that a run gone on with by ``trainer.fit(ckpt_path=...)`` is the uninterrupted one, bit for bit, where it is saved
-    at the end of an epoch, or the data goes on in its middle. A ``fit`` without a checkpoint starts anew.
+    at the end of an epoch, or the data goes on in its middle. A ``fit`` without a checkpoint starts anew, in a run
+    directory of its own; with ``begin_anew`` also in that of a run which is not finished, whose rows it removes: what
+    was killed before its first checkpoint.
 
     Raises FreezingError, before training starts, for what cannot work.
     """
@@ -76,7 +62,8 @@ class NEqCallback(Callback):
 
     def __init__(
         self,
-        probe: Iterable[Any] | None = None,
+        # object: so that LightningCLI makes one of any class that a configuration names
+        probe: Iterable[Any] | Callable[[Any], Iterable[Any]] | object = None,
         policy: Policy | None = None,
         backward: BackwardMode = "exact",
         every: Literal["epoch"] | int = "epoch",
@@ -87,16 +74,18 @@ class NEqCallback(Callback):
         lower_is_better: bool | None = None,
         seed: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        begin_anew: bool = False,
         **options: Any,
     ) -> None:
         check_arguments(probe, every, options)
-        self.probe: Any = probe
+        self.probe = probe
         self.policy: Policy = NEq() if policy is None else policy
         self.backward: BackwardMode = backward
         self.every = every
         self.run_directory = None if run_directory is None else Path(run_directory)
         self.metric, self.lower_is_better = metric, lower_is_better
         self.name, self.seed, self.settings = name, seed, settings
+        self.begin_anew = begin_anew
         self._options = options
         self._begin()
 
@@ -108,7 +97,7 @@ class NEqCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work."""
         if stage == "fit":
-            check_trainer(trainer, pl_module, NEqCallback)
+            check_trainer(trainer, NEqCallback)
             self._begin()
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
@@ -126,8 +115,10 @@ class NEqCallback(Callback):
             raise FreezingError(f"NEqCallback: the checkpoint is of {told}; load one that this module saved")
         if state is not None:
             self._logged.load_state_dict(state["logged"])
+        probe = probe_of(self.probe, trainer)
         for number, optimizer in enumerate(optimizers):
-            watch = _Watch(self._freezer(trainer, optimizer), largest_learning_rate(optimizer))
+            freezer = freezer_of(trainer, pl_module, optimizer, probe, self.policy, self.backward, **self._options)
+            watch = Watch(freezer, largest_learning_rate(optimizer))
             self._watches.append(watch)
             if state is not None:
                 watch.freezer.dispatch.load_state_dict(state["dispatch"][number])
@@ -197,45 +188,24 @@ class NEqCallback(Callback):
         self._loaded = state_dict
 
     def _begin(self) -> None:
-        self._watches: list[_Watch] = []
+        self._watches: list[Watch] = []
         self._logged = LoggedMetrics(self.metric)
         self._reached = 0  # multiples of `every`
         self._training = False
         self._loaded = None
         self._kept = None  # the state at the end of training, for what is saved later
 
-    def _freezer(self, trainer: Any, optimizer: torch.optim.Optimizer) -> Freezer:
-        several = trainer.world_size > 1
-        try:
-            return Freezer(
-                trainer.strategy.model,  # within DistributedDataParallel where that trains
-                optimizer,
-                _Share(self.probe, trainer.global_rank, trainer.world_size, trainer.precision_plugin.convert_input),
-                copy.deepcopy(self.policy),  # which has a state, of one run and optimiser
-                backward=self.backward,
-                dispatch=Dispatch(fixed=several or torch.are_deterministic_algorithms_enabled()),
-                process_group=torch.distributed.group.WORLD if several else None,
-                **self._options,
-            )
-        except NeqError:
-            raise
-        except Exception as error:  # of the module's own forward
-            mend = "its items are what forward takes, else give call=lambda module, item: ..."
-            raise FreezingError(f"NEqCallback: probe: the module fails on it ({one_line(error)}); {mend}") from error
-
     def _recorder(self, freezer: Freezer, path: Path, module: str) -> Recorder:
-        metric, lower, seed = self._logged.judged_by(), self.lower_is_better, self.seed
-        if seed is None and os.environ.get("PL_GLOBAL_SEED", "").isdecimal():
-            seed = int(os.environ["PL_GLOBAL_SEED"])  # where seed_everything leaves it
+        metric, lower = self._logged.judged_by(), self.lower_is_better
         return Recorder(
             freezer,
             path,
             name=self.name or module,
             metric=metric,
-            seed=seed,
+            seed=seed_everywhere() if self.seed is None else self.seed,
             settings=self.settings,
             lower_is_better=lower_is_better(metric) if lower is None else lower,
-            resume=self._loaded is not None,
+            resume=goes_on(path, loaded=self._loaded is not None, begin_anew=self.begin_anew, how=_HOW),
         )
 
     def _due(self, trainer: Any) -> int:
@@ -274,25 +244,3 @@ class NEqCallback(Callback):
                 watch.recorder.__exit__(None if error is None else type(error), error, None)
                 watch.recorder = None
             watch.freezer.detach()
-
-
-@dataclass
-class _Watch:
-    """What belongs to one optimiser; ``learning_rate`` is that with which the time up to the next row began."""
-
-    freezer: Freezer
-    learning_rate: float
-    recorder: Recorder | None = None
-
-
-@dataclass(frozen=True)
-class _Share:
-    """One process's share of the probe, in the precision that the Trainer gives its model."""
-
-    items: Iterable[Any]
-    process: int
-    processes: int
-    convert: Any
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.convert, islice(self.items, self.process, None, self.processes))

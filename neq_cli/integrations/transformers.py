@@ -6,25 +6,22 @@ hook. So an observation is a row of the run directory once the next step begins,
 
 from __future__ import annotations
 
-import gc
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import distributed
-
 from neq_cli.errors import FreezingError, TrainingError, did_you_mean
 from neq_cli.freezing import Freezer, NEq, Observation, Policy
-from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.backward.sliced import BackwardMode
-from neq_cli.freezing.processes.counting import process_count, process_number
 from neq_cli.freezing.rows.optimizers import largest_learning_rate, unwrap_optimizer
+from neq_cli.integrations.earlier_run import goes_on
+from neq_cli.integrations.held_places import BROKEN_OFF, check_alone, give_back, let_go_of, record_at, take
 from neq_cli.integrations.probe_rows import check_batches, check_probe, columns_taken, ready_batches
 from neq_cli.integrations.trainer_arguments import check_arguments, evaluates, judged_by, settings_of
-from neq_cli.integrations.trainer_files import fingerprint, is_beside, load_beside, save_beside
+from neq_cli.integrations.trainer_files import fingerprint, load_into, save_beside
+from neq_cli.integrations.trainer_freezer import freezer_of
 from neq_cli.integrations.trainer_rows import Rows
 from neq_cli.jobs.recorder import Recorder
 
@@ -36,14 +33,9 @@ except ImportError as error:
         f"NEqCallback needs transformers and accelerate ({error}): pip install 'neq[transformers]'"
     ) from error
 
-_OWN_OPTIONS = {"model", "optimizer", "probe_loader", "policy", "backward", "compiled", "wrapped", "process_group"}
+_OWN_OPTIONS = {"model", "optimizer", "probe_loader", "policy", "backward", "wrapped", "process_group"}
 _FREEZER_OPTIONS = inspect.signature(Freezer).parameters.keys() - _OWN_OPTIONS
-_SAVED = {"observed": int, "lr": float, "weights": str, "dispatch": dict, "columns": list, "late": list}
-_BROKEN_OFF = "the training was broken off"
-_at_work: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.ref[NEqCallback]] = weakref.WeakKeyDictionary()
-"""Which callback freezes by which optimiser: two would undo each other's sets."""
-_recording: weakref.WeakValueDictionary[Path, NEqCallback] = weakref.WeakValueDictionary()
-"""Which callback writes where. No hook tells that a training was broken off, as by Ctrl-C in a notebook."""
+_HOW = "trainer.train(resume_from_checkpoint=...)"
 
 
 class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -63,8 +55,9 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     Checkpoints hold neq.safetensors and neq.json; a trainer that resumes finds them in ``output_dir``, or in
     ``checkpoint`` where it resumes from elsewhere. One without them is refused, unless ``begin_anew``: then everything
-    trains and phi compares with the weights of that moment. When training ends, ``freezer`` is detached and
-    ``observations`` are the last ones.
+    trains and phi compares with the weights of that moment. With it, what trains from no checkpoint is also recorded in
+    the ``run_directory`` of a run that is not finished, whose rows it removes: one that was killed before its first
+    checkpoint. When training ends, ``freezer`` is detached and ``observations`` are the last ones.
 
     Raises FreezingError, one line, before training begins.
     """
@@ -107,7 +100,7 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._observed = 0  # the step of the last observation
         self._learning_rate = float("nan")  # of the last optimiser step
         self._rows: Rows | None = None
-        self._unended: weakref.finalize[..., NEqCallback] | None = None
+        self._unended: weakref.finalize[..., Any] | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what cannot work when the Trainer is made."""
@@ -120,19 +113,15 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             raise FreezingError(
                 "NEqCallback: a hyperparameter search trains many models; give each a trainer of its own"
             )
-        self._end(TrainingError(_BROKEN_OFF))  # if there was one
+        self.end(TrainingError(BROKEN_OFF))  # if there was one
         model, optimizer = kwargs["model"], unwrap_optimizer(kwargs["optimizer"])
-        other = _at_work[optimizer]() if optimizer in _at_work else None
-        if other is not None:
-            error = FreezingError("NEqCallback: there are two on this trainer; remove one")
-            other._end(error)
-            raise error
+        check_alone(optimizer)
         try:
             self._begin(args, state, model, kwargs["optimizer"], kwargs["train_dataloader"])
         except BaseException as error:
-            self._end(error)
+            self.end(error)
             raise
-        _at_work[optimizer] = weakref.ref(self)
+        take(optimizer, self)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the learning rate of the step: the scheduler moves on before the step's end is told."""
@@ -171,7 +160,7 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the last row, end the run and put model and optimiser back as they were."""
         self._write_row(state)
-        self._end()
+        self.end()
 
     def _begin(self, args: Any, state: Any, model: Any, optimizer: Any, train_dataloader: Any) -> None:
         kept = columns_taken(model, args.label_names or ()) if args.remove_unused_columns else None
@@ -179,65 +168,27 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         batches = ready_batches(model, self.probe, self.batch_size, collate, kept, args.seed)
         if "call" not in self.freezer_options:
             check_batches(batches)
-        options, together = dict(self.freezer_options), process_count() > 1
-        if together:  # each by its own timings would not be found again when rank 0's are loaded
-            options.setdefault("dispatch", Dispatch(fixed=True))
-        try:
-            self.freezer = Freezer(
-                model,
-                optimizer,
-                batches[process_number() :: process_count()],
-                self.policy,
-                backward=self.backward,
-                compiled=args.torch_compile,
-                wrapped=together,
-                process_group=distributed.group.WORLD if together else None,
-                **options,
-            )
-        except FreezingError as error:
-            # Its words for a loop of one's own, in those of this class.
-            said = str(error).replace("probe_loader:", "probe:").replace("Freezer(", "NEqCallback(")
-            raise FreezingError(said) from error
+        self.freezer = freezer_of(args, model, optimizer, batches, self.policy, self.backward, self.freezer_options)
         self._observed, self.observations = 0, {}
         found: dict[str, Any] = {}
         if state.global_step:
-            found = self._load(self.freezer, args, state)
+            folder = Path(self.checkpoint) if self.checkpoint is not None else _folder(args, state)
+            found = load_into(self.freezer, folder, begin_anew=self.begin_anew, step=state.global_step)
+            self._observed = found.get("observed", state.global_step)
+            self._learning_rate = found.get("lr", self._learning_rate)
         if self.run_directory is not None:
-            path = Path(self.run_directory).resolve()
-            if found:
-                _let_go_of(path)
-            self._rows = self._record(self.freezer, args, state, found, Path(self.run_directory))
-            _recording[path] = self
-            self._unended = weakref.finalize(self, _break_off, self._rows.recorder)
+            path = Path(self.run_directory)
+            anew = self.begin_anew and not state.global_step
+            if found or anew:
+                let_go_of(path.resolve())
+            resume = goes_on(path, loaded=bool(found), begin_anew=anew, how=_HOW)
+            self._rows = self._record(self.freezer, args, found, path, resume=resume)
+            self._unended = record_at(path.resolve(), self, self._rows.recorder)
         # A checkpoint of an epoch's last step is written before that epoch's hook, which a resumed trainer leaves out.
         if state.global_step > self._observed and found and self._is_due(state):
             self._observe(state)
 
-    def _load(self, freezer: Freezer, args: Any, state: Any) -> dict[str, Any]:
-        """Have ``freezer`` go on from the checkpoint, and return the values beside; none where it begins anew."""
-        folder = Path(self.checkpoint) if self.checkpoint is not None else _folder(args, state)
-        if not is_beside(folder):
-            if self.begin_anew:
-                self._observed = state.global_step
-                freezer.notes.append(f"step {state.global_step}: {folder} has no state of neq; everything trains anew")
-                return {}
-            raise FreezingError(
-                f"{folder}: has no neq.json (saved without NEqCallback, or killed while it was saved; or resumed from "
-                "elsewhere, which checkpoint= names); resume from an earlier checkpoint, or give begin_anew=True, with "
-                "which everything trains from here"
-            )
-        saved, values = load_beside(folder, _SAVED)
-        if values["weights"] != fingerprint(freezer.model):
-            raise FreezingError(
-                f"{folder}: its neq.json belongs to other weights than the trainer has loaded; give "
-                "NEqCallback(checkpoint=...) the folder that it resumes from"
-            )
-        freezer.dispatch.load_state_dict(values["dispatch"])
-        freezer.load_state_dict(saved)
-        self._observed, self._learning_rate = values["observed"], values["lr"]
-        return values
-
-    def _record(self, freezer: Freezer, args: Any, state: Any, found: Mapping[str, Any], path: Path) -> Rows:
+    def _record(self, freezer: Freezer, args: Any, found: Mapping[str, Any], path: Path, *, resume: bool) -> Rows:
         metric, lower = judged_by(args, self.metric, self.lower_is_better)
         recorder = Recorder(
             freezer,
@@ -247,7 +198,7 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             seed=args.seed,
             settings={**settings_of(args), "every": self.every, **(self.settings or {})},
             lower_is_better=lower,
-            resume=bool(found),
+            resume=resume,
         )
         expected = [metric, *(["eval_loss"] if evaluates(args) else []), *self.columns]
         return Rows(recorder, expected, self._observed, list(found.get("columns", ())), list(found.get("late", ())))
@@ -268,32 +219,17 @@ class NEqCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if self._rows is not None:
             self._rows.write(state.log_history)
 
-    def _end(self, error: BaseException | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """Close the run, as failed by an ``error``, and let go of model and optimiser."""
         rows, freezer = self._rows, self.freezer
         self._rows = None
         if freezer is not None:
-            if freezer.optimizer in _at_work and _at_work[freezer.optimizer]() is self:
-                del _at_work[freezer.optimizer]
+            give_back(freezer.optimizer, self)
             freezer.detach()
-        for path in [path for path, callback in _recording.items() if callback is self]:
-            del _recording[path]
         if rows is not None:
             if self._unended is not None:
                 self._unended.detach()
             rows.recorder.__exit__(None if error is None else type(error), error, None)
-
-
-def _let_go_of(path: Path) -> None:
-    """Have a training of this very process that was broken off give up the lock of its run directory."""
-    if path in _recording:
-        _recording[path]._end(TrainingError(_BROKEN_OFF))
-    gc.collect()  # what is referred to in circles only
-
-
-def _break_off(recorder: Recorder) -> None:
-    """End the run of a callback that is gone, or whose program ends, and whose training did not end."""
-    recorder.__exit__(TrainingError, TrainingError(_BROKEN_OFF), None)
 
 
 def _ends_epoch(state: Any) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.events import EpochRecord, Pause, Preparing, StepProgress
-from neq_cli.jobs.probe_cost import ProbeCost
+from neq_cli.events import EPOCH, EpochRecord, Pause, Preparing, StepProgress
 from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
-from neq_cli.recipe.load import dump_recipe
+from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
+from neq_cli.jobs.tracking.teller import Tracking
+from neq_cli.recipe.load import dump_portable, dump_recipe
 from neq_cli.recipe.shipped import python_files
+from neq_cli.runs.store.content import weights_metadata
 from neq_cli.runs.store.disk import atomic_write, writing
 from neq_cli.runs.store.paths import default_run_directory
 from neq_cli.runs.store.writer import RunWriter
@@ -80,6 +82,7 @@ class Follower:
         requests: StopRequests,
         past: Sequence[EpochRecord] = (),
         best: float | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         self.session = session
         self.trainer = session.trainer
@@ -87,12 +90,11 @@ class Follower:
         self.progress = progress
         self.requests = requests
         self.best = best
+        self.tracking = tracking or Tracking((), None)
         self.saved = time.monotonic()
         self.unit = session.started.unit  # what its records are of
         self.timed = 0.0  # seconds that went into timing kernels
-        less = "raise probe_every, or lower" if self.unit == "observation" else "lower"
-        mend = f"{less} data.probe_size"
-        self.probe_cost = ProbeCost(self.unit, mend, [record.metrics for record in past])
+        self.time_shares = _time_shares(session, [record.metrics for record in past])
         self.trainer.wish = self._wish
 
     def follow(self) -> None:
@@ -110,9 +112,11 @@ class Follower:
             if isinstance(record, EpochRecord):
                 self._write_epoch(record)
                 self._say_what_took(record)
-                self._say(self.probe_cost.note(record.metrics))
+                for share in self.time_shares:
+                    self._say(share.note(record.metrics))
                 self._say(self.trainer.energy.failure_note(f"{self.unit} {record.epoch}"))
             self.progress.show(record)
+            self.tracking.show(record)
             if isinstance(record, EpochRecord):
                 self._stop_if_asked(record)
         if self.trainer.passes < self.session.recipe.epochs:
@@ -206,10 +210,32 @@ class Follower:
                 atomic_write(last, write_and_move_on)
 
 
+def _time_shares(session: Session, past: Sequence[Mapping[str, float | int]]) -> tuple[TimeShare, ...]:
+    """Return what is told where it takes much of the time, with what would help."""
+    from neq_cli.training.machine.limits import usable_cores
+
+    data = session.recipe.data
+    fewer = "lower data.probe_size"
+    fewer = fewer if session.started.unit == EPOCH else f"raise probe_every, or {fewer}"
+    faster = "augment less"
+    if session.trainer.loaders.place == "none":
+        cores = usable_cores()
+        faster = (
+            f"raise data.workers ({cores} cores here)"
+            if data.workers < cores
+            else "keep decoded images (data.cache), or use smaller ones"
+        )
+    return (
+        TimeShare("probe_seconds", MUCH_PROBING, "probing", fewer, past),
+        TimeShare("data_wait_seconds", MUCH_WAITING, "waiting for data", faster, past),
+    )
+
+
 def _save_weights(session: Session, writer: RunWriter) -> None:
     from neq_cli.training.loop.checkpoint import save_weights
 
     weights = session.trainer.tested_model.state_dict()
-    metadata = {"recipe": session.started.recipe_name, "epoch": str(session.trainer.epoch)}
+    told = weights_metadata(session.started.recipe_name, dump_portable(session.recipe), session.data_content)
+    metadata = {**told, "epoch": str(session.trainer.epoch)}
     with writing(writer.weights_path):
         atomic_write(writer.weights_path, lambda path: save_weights(weights, path, metadata))

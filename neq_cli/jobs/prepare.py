@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 def load(reference: str, overrides: Sequence[str] = (), *, warn: bool = True) -> LoadedRecipe:
     """Return the checked recipe; its warnings go to stderr, unless another process says them."""
+    from neq_cli.jobs.tracking.libraries import check_track
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.keys import warnings
     from neq_cli.recipe.load import find_recipe, load_recipe
@@ -39,10 +40,21 @@ def load(reference: str, overrides: Sequence[str] = (), *, warn: bool = True) ->
 
     # Before the checks: they import entrypoints, which may lie beside the recipe.
     add_import_folder(find_recipe(reference).parent)
-    loaded = load_recipe(reference, overrides, checks=[check_section], complete=with_image_defaults)
+    loaded = load_recipe(reference, overrides, checks=[check_section, check_track], complete=with_image_defaults)
     for warning in warnings(loaded.recipe) if warn else ():
         complain(f"warning: {warning}")
     return loaded
+
+
+def load_text(text: str, path: Path, file: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Return the checked recipe in ``text``, which the file of weights ``path``, called ``file``, holds."""
+    from neq_cli.recipe import load as reading
+    from neq_cli.recipe.entrypoints import add_import_folder
+    from neq_cli.training.checks import check_section
+    from neq_cli.training.models.image_defaults import with_image_defaults
+
+    add_import_folder(path.parent)
+    return reading.load_text(text, path, file, overrides, [check_section], with_image_defaults)
 
 
 def prepared(
@@ -57,7 +69,7 @@ def prepared(
     """Return the session of ``loaded``, ready to train; the keywords are those of ``training.session.prepare``."""
     from neq_cli.training.session import prepare
 
-    with _located(loaded):
+    with located(loaded):
         return prepare(
             loaded.recipe,
             loaded.name,
@@ -75,7 +87,7 @@ def estimated_coverage(loaded: LoadedRecipe) -> dict[str, Any]:
     """Return what share of the model of ``loaded`` are neurons, in the plain values of ``Coverage``."""
     from neq_cli.training.estimate import estimate_coverage
 
-    with _located(loaded):
+    with located(loaded):
         return estimate_coverage(loaded.recipe).to_dict()
 
 
@@ -83,7 +95,7 @@ def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
     """Return the fields of ``FlopsEstimate`` for ``loaded``; notes only where there are any."""
     from neq_cli.training.estimate import estimate_flops
 
-    with _located(loaded):
+    with located(loaded):
         estimate = asdict(estimate_flops(loaded.recipe, matched_flops(loaded)))
     estimate["notes"] = (*loaded.notes, *estimate["notes"])
     return {key: value for key, value in estimate.items() if key != "notes" or value}
@@ -93,7 +105,7 @@ def measured_steps(loaded: LoadedRecipe, options: BenchOptions, progress: BenchP
     """Return what `neq bench --json` prints; ``progress`` is told how it gets on."""
     from neq_cli.training.bench.measure import bench
 
-    with _located(loaded), compiling_told(loaded.recipe, progress.compiling):
+    with located(loaded), compiling_told(loaded.recipe, progress.compiling):
         return {"recipe": loaded.name, **bench(loaded.recipe, options, progress.show)}
 
 
@@ -122,7 +134,7 @@ def compiling_told(recipe: Recipe, show: Callable[[Compiling], object]) -> Itera
 
 
 @contextmanager
-def _located(loaded: LoadedRecipe) -> Iterator[None]:
+def located(loaded: LoadedRecipe) -> Iterator[None]:
     """Tell what only data and model show to be wrong with its place in the recipe or on the command line."""
     try:
         with own_prints_on_stderr():

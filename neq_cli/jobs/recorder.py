@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
 from neq_cli.events import ENERGY_COLUMNS, EpochRecord, RunResumed, RunStarted
-from neq_cli.jobs.probe_cost import ProbeCost
+from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
+from neq_cli.jobs.tracking.libraries import trackers_problem
+from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.recorded import RECORDED
+from neq_cli.recipe.yaml import read_yaml as parse_yaml
 from neq_cli.recipe.yaml import write_yaml
 from neq_cli.runs.store.disk import writing
+from neq_cli.runs.store.paths import RunFiles
 from neq_cli.runs.store.run import past_epochs, read_run
+from neq_cli.runs.store.untrusted import read_json, read_yaml
 from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Mode, Progress, Silent, choose_progress
+from neq_cli.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +50,10 @@ class Recorder:
 
     ``resume=True`` goes on in a directory that the loop recorded before, once the Freezer has the state it saved
     (``load_state_dict``): what was recorded after that is removed. ``progress``: "rich", "plain" or "auto" as in
-    `neq train`, which need ``epochs``. ``energy`` and ``grams_per_kwh`` are a recipe's: the joules of every
-    epoch; of several processes all then make a Recorder and call ``epoch``, which adds theirs up. One process at a time
-    writes a directory; of several that train together, the first does.
+    `neq train`, which need ``epochs``. ``track``: trackers as in a recipe, ["tensorboard"]. ``energy`` and
+    ``grams_per_kwh`` are a recipe's: the joules of every epoch; of several processes all then make a Recorder and call
+    ``epoch``, which adds theirs up. One process at a time writes a directory; of several that train together, the first
+    does.
 
     Raises FreezingError for what is wrong in a call, RunDirectoryError for what is wrong on the disk.
     """
@@ -64,6 +71,7 @@ class Recorder:
         epochs: int | None = None,
         resume: bool = False,
         progress: Mode = "off",
+        track: Sequence[str] = (),
         energy: bool = False,
         grams_per_kwh: float | None = None,
     ) -> None:
@@ -71,14 +79,17 @@ class Recorder:
 
         if progress != "off" and epochs is None:
             raise FreezingError(f"Recorder: progress {progress!r} tells how long the rest will take; give epochs too")
+        if (problem := trackers_problem(track)) is not None:
+            raise FreezingError(f"Recorder: track: {problem}")
         self.freezer = freezer
         self.metric = metric
         self.path = Path(run_directory)
         self.writer: RunWriter | None = None
         self.progress: Progress = Silent()
+        self.tracking = Tracking((), None)
         self._columns: tuple[str, ...] = ()  # those that the loop tells
         self._recorded = 0  # epochs
-        self._probe_cost = ProbeCost("epoch", _LESS)
+        self._probing = TimeShare("probe_seconds", MUCH_PROBING, "probing", _LESS)
         self._stack = ExitStack()
         self._energy = _energy_of(freezer, grams_per_kwh, asked=energy)
         self._stack.callback(self._energy.close)
@@ -88,7 +99,7 @@ class Recorder:
             recipe = {**RECORDED, "name": name, "seed": seed, "epochs": epochs, **_method(freezer)}
             yaml = write_yaml({**recipe, "settings": _plain(settings or {}, "settings")})
             try:
-                self._open(yaml, started, resume=resume, progress=progress)
+                self._open(yaml, started, resume=resume, progress=progress, track=track)
             except BaseException:
                 self._stack.close()
                 raise
@@ -124,7 +135,8 @@ class Recorder:
         self.writer.write_epoch(record)
         self._recorded, self._since = passed.epoch, now
         self.progress.show(record)
-        for note in (self._probe_cost.note(record.metrics), self._energy.failure_note(f"epoch {passed.epoch}")):
+        self.tracking.show(record)
+        for note in (self._probing.note(record.metrics), self._energy.failure_note(f"epoch {passed.epoch}")):
             if note is not None:
                 self.progress.message(note)
                 self.writer.write_note(note)
@@ -148,7 +160,9 @@ class Recorder:
         self._stack.__exit__(kind, error, traceback)
         self.writer = None
 
-    def _open(self, recipe_yaml: str, started: RunStarted, *, resume: bool, progress: Mode) -> None:
+    def _open(
+        self, recipe_yaml: str, started: RunStarted, *, resume: bool, progress: Mode, track: Sequence[str]
+    ) -> None:
         from neq_cli.freezing.probe import device_of
         from neq_cli.freezing.processes.counting import process_count
 
@@ -163,6 +177,8 @@ class Recorder:
                     "the directory that its earlier epochs are in"
                 )
             self._check_energy(epoch)
+            if not writer.is_new and not epoch:
+                _check_same(self.path, recipe_yaml, started.metric)
             with writing(self.path):
                 writer.rewind(epoch, recipe_yaml if writer.is_new else None, environment)
         elif epoch:
@@ -172,6 +188,7 @@ class Recorder:
             )
         else:
             writer = self._stack.enter_context(RunWriter.create(self.path, recipe_yaml, environment))
+        self.tracking = self._stack.enter_context(Tracking(track, writer))  # is left when it is known how it ended
         self._stack.enter_context(status_of(writer))
         writer.write_started(started)
         keep_kernel_choices(self.freezer, writer)
@@ -181,8 +198,10 @@ class Recorder:
         if epoch:
             past = past_epochs(read_run(self.path))
             self._columns = tuple(column for column in past[-1].metrics if not is_own(column))
-            self._probe_cost = ProbeCost("epoch", _LESS, [record.metrics for record in past])
+            for record in past:
+                self._probing.note(record.metrics)
             self.progress.show(RunResumed(tuple(past)))
+        self.tracking.show(started)
 
     def _check_energy(self, epoch: int) -> None:
         """Raise FreezingError where earlier epochs have no column of what is measured now."""
@@ -213,6 +232,21 @@ class Recorder:
                 f"Recorder.epoch: {new[0]}: is new in epoch {self._recorded + 1}; give it from the first epoch on"
             )
         return {column: given.get(column, math.nan) for column in self._columns}
+
+
+def _check_same(path: Path, recipe_yaml: str, metric: str) -> None:
+    """Raise FreezingError where a run that is begun anew in place was of other settings, which its files keep."""
+    files = RunFiles(path)
+    old, new = read_yaml(files.recipe), parse_yaml(recipe_yaml).value
+    differing = [key for key in {**old, **new} if key != "epochs" and old.get(key) != new.get(key)]
+    environment = read_json(files.environment) if files.environment.exists() else {}
+    if environment.get("metric", metric) != metric:
+        differing.append("metric")
+    if differing:
+        raise FreezingError(
+            f"Recorder: {printable(path)}: its run, of which no epoch is kept, had another {printable(differing[0])}; "
+            "record in another directory, or remove it"
+        )
 
 
 def is_own(column: str) -> bool:

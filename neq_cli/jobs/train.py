@@ -19,6 +19,7 @@ from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
 from neq_cli.jobs.recorder import status_of
 from neq_cli.jobs.resume import Start, finished_already, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
+from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.load import LoadedRecipe, dump_recipe
 from neq_cli.runs.store.disk import writing
 from neq_cli.runs.store.run import past_epochs, read_run
@@ -66,6 +67,7 @@ def train(
                 _rewind(writer, session, start)
             elif processes.first:
                 writer = stack.enter_context(create_directory(run_directory, loaded.name, session))
+        tracking = stack.enter_context(Tracking(session.recipe.track, writer))  # is left when it is known how it ended
         # From here on the run has a status, and the other processes are told of a failure before it is written there.
         stack.enter_context(status_of(writer))
         if writer is not None:
@@ -77,8 +79,9 @@ def train(
             write_beginning(writer, session, loaded.directory)
         past = past_epochs(read_run(writer.path)) if writer is not None and session.trainer.epoch else ()
         _show_beginning(progress, session, startup, past)
+        tracking.show(session.started)
         with compiling_told(session.recipe, progress.show):
-            Follower(session, writer, progress, requests, past, _best(session, past)).follow()
+            Follower(session, writer, progress, requests, past, _best(session, past), tracking).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
         progress.message(f"finished: {path}")
     return path

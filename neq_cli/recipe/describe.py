@@ -12,8 +12,10 @@ from pydantic.fields import FieldInfo
 from neq_cli.recipe.keys import Recipe
 from neq_cli.recipe.policy_keys import POLICIES, policy_kind
 from neq_cli.recipe.values import Section, Words
+from neq_cli.recipe.yaml import read_yaml
 
-_UNIONS = (Union, types.UnionType)
+UNIONS = (Union, types.UnionType)
+POLICY_MEANING = "What chooses the trainable neurons of every epoch."
 
 
 class Slot(NamedTuple):
@@ -49,11 +51,11 @@ def section_at(path: Sequence[str | int], values: Any, slot: Slot | None = None)
 
 def expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Return what a value of this type is: "a whole number above 0", "true or false", "text, or null"."""
-    annotation, metadata = _unwrapped(annotation, metadata)
+    annotation, metadata = unwrapped(annotation, metadata)
     words = [item.text for item in metadata if isinstance(item, Words)]
     if words:
         return words[0]
-    if get_origin(annotation) in _UNIONS:
+    if get_origin(annotation) in UNIONS:
         return _either(get_args(annotation))
     if get_origin(annotation) is Literal:
         return _one_of(get_args(annotation))
@@ -61,7 +63,7 @@ def expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         items = expected(get_args(annotation)[0])
         for single, plural in (("a number", "numbers"), ("text", "texts"), ("a section", "sections")):
             items = items.replace(single, plural)
-        return ("a list of one or more " if _limit(metadata, "min_length") else "a list of ") + items
+        return ("a list of one or more " if limit(metadata, "min_length") else "a list of ") + items
     if annotation in (int, float):
         return ("a whole number" if annotation is int else "a number") + _range(metadata)
     if annotation is bool:
@@ -71,13 +73,24 @@ def expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 def choices(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, ...]:
     """Return the words that a key takes and a misspelt value may have meant."""
-    annotation, metadata = _unwrapped(annotation, metadata)
+    annotation, metadata = unwrapped(annotation, metadata)
     found = [choice for item in metadata if isinstance(item, Words) for choice in item.choices]
     if get_origin(annotation) is Literal:
         found += get_args(annotation)
-    if get_origin(annotation) in _UNIONS:
+    if get_origin(annotation) in UNIONS:
         found += [choice for member in get_args(annotation) for choice in choices(member)]
     return tuple(found)
+
+
+def examples_of(field: FieldInfo) -> list[Any]:
+    """Return a key's examples, which are written as in a recipe, as values."""
+    return [read_yaml(example).value if isinstance(example, str) else example for example in field.examples or ()]
+
+
+def takes_bool(annotation: Any) -> bool:
+    """Return whether a key takes true and false, perhaps among other values."""
+    annotation, _ = unwrapped(annotation, ())
+    return annotation is bool or (get_origin(annotation) in UNIONS and any(map(takes_bool, get_args(annotation))))
 
 
 def shown(value: Any) -> str:
@@ -86,20 +99,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def meaning(model: type[Section]) -> str:
+    """Return what a section is, in one line."""
+    return " ".join((model.__doc__ or "").split())
+
+
 def _item(slot: Slot | None) -> Slot | None:
     """Return what the entries of a list are, looking through "or null"."""
     if slot is None:
         return None
-    annotation, _ = _unwrapped(slot.annotation, ())
-    members = get_args(annotation) if get_origin(annotation) in _UNIONS else (annotation,)
+    annotation, _ = unwrapped(slot.annotation, ())
+    members = get_args(annotation) if get_origin(annotation) in UNIONS else (annotation,)
     for member in members:
-        listed, _ = _unwrapped(member, ())
+        listed, _ = unwrapped(member, ())
         if get_origin(listed) is list:
             return Slot(get_args(listed)[0], (), None)
     return None
 
 
-def _unwrapped(annotation: Any, metadata: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+def unwrapped(annotation: Any, metadata: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
     """Take the limits out of ``Annotated[type, Field(...), ...]``."""
     found = list(metadata)
     if get_origin(annotation) is Annotated:
@@ -123,8 +141,8 @@ def _one_of(words: Sequence[Any]) -> str:
 
 
 def _range(metadata: Sequence[Any]) -> str:
-    above, least = _limit(metadata, "gt"), _limit(metadata, "ge")
-    below, most = _limit(metadata, "lt"), _limit(metadata, "le")
+    above, least = limit(metadata, "gt"), limit(metadata, "ge")
+    below, most = limit(metadata, "lt"), limit(metadata, "le")
     low = f"above {above:g}" if above is not None else f"from {least:g}" if least is not None else ""
     to = "at most " if above is not None else ""
     high = f"below {below}" if below is not None else f"{to}{most}" if most is not None else ""
@@ -133,5 +151,6 @@ def _range(metadata: Sequence[Any]) -> str:
     return f" {low} {'and' if above is not None else 'to'} {high}"
 
 
-def _limit(metadata: Sequence[Any], name: str) -> Any:
+def limit(metadata: Sequence[Any], name: str) -> Any:
+    """Return a limit of a type by pydantic's name for it, such as "gt" or "pattern"; None where there is none."""
     return next((getattr(item, name) for item in metadata if getattr(item, name, None) is not None), None)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from neq_cli.events import EPOCH, OBSERVATION
 from neq_cli.recipe.policy_keys import POLICIES, NEqPolicy, PolicySection
 from neq_cli.recipe.values import (
     COURSE,
@@ -32,6 +33,7 @@ from neq_cli.recipe.values import (
     Share,
     Snapshot,
     Task,
+    Trackers,
 )
 
 
@@ -60,6 +62,7 @@ class ModelSection(Section):
     name: Annotated[str | None, RESULT] = Field(
         default=None,
         description="torchvision builder, timm/NAME, transformers/NAME, or resnet8/20/32/44/56/110 for small images",
+        examples=["resnet18", "resnet50", "vit_b_16", "resnet20", "resnet32"],
     )
     entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns a torch.nn.Module, in place of name"
@@ -74,7 +77,7 @@ class ModelSection(Section):
     )
     fresh: Annotated[list[str], RESULT] = Field(
         default_factory=list,
-        description="globs of tensors that the checkpoint need not have: they start at random",
+        description="globs of tensors that start at random, whatever the weights or the checkpoint have: a new head",
         examples=["['head.*']"],
     )
     weights_backbone: Annotated[str | None, RESULT] = Field(
@@ -100,6 +103,7 @@ class DataSection(Section):
     name: Annotated[str | None, RESULT] = Field(
         default=None,
         description="digits, image_folder, segmentation_folder, COCO, or a torchvision dataset such as CIFAR10",
+        examples=["CIFAR10", "CIFAR100", "ImageNet", "digits", "image_folder", "segmentation_folder", "COCO"],
     )
     entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
         default=None, description="callable that returns (train, test) datasets, in place of name"
@@ -152,6 +156,11 @@ class DataSection(Section):
         default=None,
         description="per channel, of pixels in [0, 1]; null: the model's as image_size, else the data's own",
         examples=["[0.25, 0.24, 0.26]"],
+    )
+    validation: Annotated[BelowOne | None, RESULT] = Field(
+        default=None,
+        description="share of the training images that is held out, by seed, and tested; null: the data's test part",
+        examples=[0.1],
     )
     probe_size: Annotated[Count, RESULT] = Field(
         default=50, description="held-out training inputs that neurons are observed on"
@@ -213,7 +222,9 @@ class OptimizerSection(_ArgumentsSection):
     """A torch.optim optimiser. Further keys are its arguments, such as `momentum`; null stands for its default."""
 
     name: Annotated[str, RESULT] = Field(
-        default="sgd", description="torch.optim class, in any case: sgd, adam, adamw, rmsprop"
+        default="sgd",
+        description="torch.optim class, in any case: sgd, adam, adamw, rmsprop",
+        examples=["sgd", "adam", "adamw", "rmsprop"],
     )
     lr: Annotated[NotNegative | None, RESULT] = Field(
         default=None, description="null: the optimiser's default", examples=[0.1]
@@ -229,7 +240,9 @@ class SchedulerSection(_ArgumentsSection):
     """A torch.optim.lr_scheduler. Further keys are its arguments, such as `milestones`, counted in its interval."""
 
     name: Annotated[str, RESULT] = Field(
-        default="constant", description="constant, multistep, cosine, onecycle, plateau, ... or the class's name"
+        default="constant",
+        description="constant, multistep, cosine, onecycle, plateau, ... or the class's name",
+        examples=["constant", "multistep", "cosine", "step", "polynomial", "onecycle", "plateau"],
     )
     warmup_epochs: Annotated[int, Field(ge=0), RESULT] = Field(
         default=0, description="epochs of linear warm-up before it"
@@ -326,6 +339,11 @@ class Recipe(Section):
     device: Annotated[Device, SURROUNDINGS] = Field(
         default="auto", description="auto takes cuda, then mps, then cpu; or a torch device"
     )
+    track: Annotated[Trackers, SURROUNDINGS] = Field(
+        default_factory=list,
+        description="trackers that are told of the run beside its directory; each is an extra",
+        examples=["[tensorboard]"],
+    )
     energy: Annotated[bool, SURROUNDINGS] = Field(
         default=False, description="measure the joules of every row: of the GPUs by NVML, of the processors by RAPL"
     )
@@ -335,8 +353,8 @@ class Recipe(Section):
 
     @property
     def unit(self) -> str:
-        """What an observation ends, and rows of metrics.csv are called: "epoch", or "observation" itself."""
-        return "epoch" if self.probe_every == "epoch" else "observation"
+        """What rows of metrics.csv are of: EPOCH, or OBSERVATION where there is one every so many optimiser steps."""
+        return EPOCH if self.probe_every == "epoch" else OBSERVATION
 
     @property
     def task_is_own(self) -> bool:

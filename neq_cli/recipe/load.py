@@ -13,9 +13,10 @@ from typing import Any
 from neq_cli.errors import RecipeError, RecipeValueError, did_you_mean
 from neq_cli.recipe.describe import shown
 from neq_cli.recipe.document import Document, Located, Override, Place
-from neq_cli.recipe.keys import Check, Recipe
+from neq_cli.recipe.keys import CHANGES, Check, Recipe
 from neq_cli.recipe.recorded import is_recorded
 from neq_cli.recipe.validate import valid_parts, validate
+from neq_cli.recipe.values import SURROUNDINGS
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
 from neq_cli.text import escaped
 
@@ -103,6 +104,20 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump())
 
 
+def dump_portable(recipe: Recipe) -> str:
+    """Return YAML of what was learnt and how, for weights that leave their machine: not where it was computed.
+
+    Folders, devices and their kind are left at their defaults, but for the memory format, which decides on bits.
+    """
+    values = recipe.model_dump()
+    for key, said in CHANGES.items():
+        *sections, name = key.split(".")
+        if said == SURROUNDINGS and key != "channels_last":
+            section = values[sections[0]] if sections else values
+            section.pop(name, None)
+    return write_yaml(values)
+
+
 def load_recipe(
     reference: str,
     overrides: Sequence[str] = (),
@@ -116,11 +131,28 @@ def load_recipe(
     the whole recipe. ``complete`` puts in what the recipe leaves out and its model has. Raise ``RecipeError`` with all
     problems, each located in the file or on the command line.
     """
-    path = find_recipe(reference)
-    file = path.name if path.parent == shipped_directory() else reference
-    document = _read(_text_of(path, file), file)
-    _refuse_recorded(document, file)
-    document.override(overrides)
+    path, file, document = read_document(reference, overrides)
+    return _load(document, path, file, checks, complete)
+
+
+def load_text(
+    text: str,
+    path: Path,
+    file: str,
+    overrides: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    complete: Completion | None = None,
+) -> LoadedRecipe:
+    """Return the recipe in ``text``, which came from ``path``: all else is as for ``load_recipe``.
+
+    ``file`` is what problems call it.
+    """
+    return _load(_document(text, file, overrides), path, file, checks, complete)
+
+
+def _load(
+    document: Document, path: Path, file: str, checks: Sequence[Check], complete: Completion | None
+) -> LoadedRecipe:
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
         raise RecipeError(_lines(problems, file))
@@ -132,6 +164,20 @@ def load_recipe(
     except RecipeValueError as error:
         raise RecipeError([loaded.problem(error.key, error.reason)]) from error
     return replace(loaded, recipe=completed, notes=tuple(notes))
+
+
+def read_document(reference: str, overrides: Sequence[str] = ()) -> tuple[Path, str, Document]:
+    """Return the file that ``reference`` means, what to call it, and what it says with overrides, unchecked."""
+    path = find_recipe(reference)
+    file = path.name if path.parent == shipped_directory() else reference
+    return path, file, _document(_text_of(path, file), file, overrides)
+
+
+def _document(text: str, file: str, overrides: Sequence[str]) -> Document:
+    document = _read(text, file)
+    _refuse_recorded(document, file)
+    document.override(overrides)
+    return document
 
 
 def _text_of(path: Path, name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
-from neq_cli.recipe.describe import expected, shown
+from neq_cli.recipe.describe import POLICY_MEANING, expected, meaning, shown
 from neq_cli.recipe.keys import ParameterGroup, Recipe
 from neq_cli.recipe.policy_keys import DEFAULT_POLICY_KIND, POLICIES
 from neq_cli.recipe.values import Section
@@ -32,7 +32,7 @@ def _rows() -> Iterator[Row]:
                 f"`{name}`",
                 "section",
                 "required" if field.is_required() else "its defaults",
-                _meaning(field.annotation),
+                meaning(field.annotation),
             )
             yield from _section_rows(name, field.annotation)
         else:
@@ -47,8 +47,8 @@ def _section_rows(prefix: str, model: type[Section]) -> Iterator[Row]:
 
 
 def _policy_rows() -> Iterator[Row]:
-    yield "`policy`", "section", "its defaults", "What chooses the trainable neurons of every epoch."
-    kinds = " ".join(f"{kind}: {_meaning(model)}" for kind, model in POLICIES.items())
+    yield "`policy`", "section", "its defaults", POLICY_MEANING
+    kinds = " ".join(f"{kind}: {meaning(model)}" for kind, model in POLICIES.items())
     yield "`policy.kind`", f"one of {', '.join(POLICIES)}", f"`{DEFAULT_POLICY_KIND}`", kinds
     for kind, model in POLICIES.items():
         for name, field in model.model_fields.items():
@@ -66,7 +66,3 @@ def _default(field: FieldInfo) -> str:
         return "required"
     default = field.get_default(call_default_factory=True)
     return f"`{default or shown(default)}`" if isinstance(default, str) else f"`{shown(default)}`"
-
-
-def _meaning(model: type[Section]) -> str:
-    return " ".join((model.__doc__ or "").split())

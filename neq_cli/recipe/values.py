@@ -65,6 +65,8 @@ BackwardMode = Literal["exact", "truncated", "dense"]
 Snapshot = Literal["device", "cpu"]
 Scope = Literal["neuron", "layer", "front"]
 Cache = Literal["auto", "memory", "device", "none"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Trackers = Annotated[list[TrackerName], Words("a list of any of tensorboard, wandb, mlflow, trackio")]
 Device = Annotated[
     str,
     Field(pattern=r"^[a-z]+(:[0-9]+)?$"),

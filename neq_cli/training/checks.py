@@ -112,8 +112,8 @@ def _model(section: ModelSection) -> Iterator[Problem]:
         yield from _value_problem(lambda: checkpoint_path(str(section.checkpoint)))
         if section.weights is not None:
             yield Problem("model.checkpoint", "both weights and checkpoint are given; remove one of them")
-    elif section.fresh:
-        yield Problem("model.fresh", "is for a checkpoint, and none is given; remove it or give model.checkpoint")
+    elif section.fresh and section.weights is None:
+        yield Problem("model.fresh", "is for weights or a checkpoint, and none are given; remove it or give either")
     if section.weights_backbone is not None and (section.weights is not None or section.checkpoint is not None):
         yield Problem("model.weights_backbone", "whole weights are given too; remove one of them")
 

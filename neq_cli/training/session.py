@@ -150,7 +150,7 @@ def prepare(
         counted="items" if data.as_it_is else "img",
         unit=recipe.unit,
     )
-    return Session(recipe, trainer, started, _content(data), matched_flops)
+    return Session(recipe, trainer, started, data.content(), matched_flops)
 
 
 def _start_device(recipe: Recipe, processes: Processes, startup: Startup) -> torch.device:
@@ -284,13 +284,3 @@ def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:
     if mode == "truncated":
         notes.insert(0, "backward: truncated is an approximation; frozen neurons pass no error to the layers below")
     return notes
-
-
-def _content(data: Data) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "train": len(data.train) + len(data.probe),
-        "test": len(data.test),
-        "classes": data.num_classes,
-        "image_shape": None if data.image_shape is None else list(data.image_shape),
-    }

@@ -17,16 +17,29 @@ import pytest
 import torch
 from frozen import Sets
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from neq_cli import Freezer, NEq, read_run
-from neq_cli.errors import FreezingError
+from neq_cli.errors import FreezingError, RunDirectoryError
 from neq_cli.freezing.backward.dispatch import Dispatch
 
 pytest.importorskip("lightning.pytorch", reason="needs lightning; pip install 'neq[lightning]'")
 
 import lightning.pytorch as pl
+from integrations.lightning_trainings import (
+    INPUTS,
+    PROBE,
+    TARGETS,
+    Held,
+    Net,
+    Resumable,
+    Shuffled,
+    files_of,
+    fit,
+    same,
+    trainer_of,
+)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from neq_cli.integrations.lightning import NEqCallback
@@ -37,60 +50,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
-GENERATOR = torch.Generator().manual_seed(0)
-INPUTS, TARGETS = torch.randn(40, 4, generator=GENERATOR), torch.randint(0, 3, (40,), generator=GENERATOR)
-PROBE = [INPUTS[:4], INPUTS[4:8]]
 LOW = {"net.0.weight": 7, "net.0.bias": 7}  # rows below are frozen
-
-
-class Net(pl.LightningModule):
-    """Logs a loss of training, and two metrics of validation."""
-
-    def __init__(self, *, of_epochs: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.of_epochs = of_epochs
-        self.net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
-
-    def forward(self, inputs: Tensor) -> Any:
-        return self.net(inputs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.log("train_loss", loss, on_epoch=self.of_epochs, on_step=not self.of_epochs)
-        self.log("frozen", 7.0)  # a column of another meaning
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        outputs = self(batch[0])
-        self.log("val_top1", 100 * (outputs.argmax(1) == batch[1]).float().mean())
-        self.log("val_loss", nn.functional.cross_entropy(outputs, batch[1]))
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)]
-
-
-class Shuffled(torch.utils.data.Sampler[int]):
-    """Another order each epoch, the same in every run: Lightning tells the epoch."""
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Any:
-        return iter(torch.randperm(40, generator=torch.Generator().manual_seed(self.epoch)).tolist())
-
-    def __len__(self) -> int:
-        return 40
-
-
-class SeededByBatch(Callback):
-    """Dropout as it is in an uninterrupted run: Lightning saves no random state."""
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(100 * trainer.current_epoch + batch_idx)
 
 
 @pytest.fixture(autouse=True)
@@ -99,52 +59,6 @@ def _by_rule() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def batches(size: int = 8) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(INPUTS, TARGETS), batch_size=size, sampler=Shuffled())
-
-
-def trainer_of(path: Path, *callbacks: Any, epochs: int = 3, save: bool = False, **options: Any) -> pl.Trainer:
-    if save:
-        saving = ModelCheckpoint(path / "saved", save_top_k=-1, filename="{epoch}")
-        callbacks = (*callbacks, saving)
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": save,
-        "max_epochs": epochs,
-        "default_root_dir": path,
-    }
-    return pl.Trainer(callbacks=[SeededByBatch(), *callbacks], **{**settings, **options})
-
-
-def fit(trainer: pl.Trainer, module: pl.LightningModule, *, checkpoint: Path | None = None) -> None:
-    trainer.fit(module, batches(), batches(), ckpt_path=checkpoint)
-
-
-def files_of(path: Path) -> dict[str, Any]:
-    """Return all that a run holds but its times, and what tells of its machine and of its interruptions."""
-    run = read_run(path)
-    metrics = {name: column.tobytes() for name, column in run.metrics.items() if not name.endswith("_seconds")}
-    neurons = {file.name: file.read_bytes() for file in sorted((path / "neurons").iterdir())}
-    dispatch = json.loads((path / "dispatch.json").read_text())
-    parts = {name: (path / name).read_text() for name in ("layers.csv", "recipe.yaml")}
-    return {**parts, "metrics": metrics, "neurons": neurons, "dispatch": dispatch, "status": str(run.status)}
-
-
-def same(one: Any, other: Any) -> bool:
-    """Return whether nested states are the same, to the bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other) and one.dtype == other.dtype
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def test_rows_are_held_under_accumulation_and_clipping(tmp_path: Path) -> None:
@@ -187,29 +101,6 @@ def test_rows_are_held_under_accumulation_and_clipping(tmp_path: Path) -> None:
     assert not torch.equal(module.net[0].weight[7:], started["0.weight"][7:])
 
 
-class Held(Callback):
-    """Compares frozen rows, and their optimiser state, with what they were when they froze."""
-
-    def __init__(self, callback: NEqCallback) -> None:
-        self.callback, self.compared, self.moved = callback, 0, 0
-        self.seen: list[int] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        seen = [freezer.epoch for freezer in self.callback.freezers]
-        if seen != self.seen:
-            self.seen, self.before = seen, {name: one.detach().clone() for name, one in pl_module.named_parameters()}
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        for freezer in self.callback.freezers:
-            for layer, trainable in freezer.trainable.items():
-                for kind in ("weight", "bias"):
-                    name = f"{layer}.{kind}"
-                    now = dict(pl_module.named_parameters())[name]
-                    assert torch.equal(now[~trainable], self.before[name][~trainable]), name
-                    self.compared += int((~trainable).sum())
-                    self.moved += int((now[trainable] != self.before[name][trainable]).sum())
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -232,6 +123,18 @@ def test_frozen_rows_are_bit_identical(tmp_path: Path, options: dict[str, Any], 
     assert held.compared > 100
     assert held.moved > 100
     assert [freezer.epoch for freezer in callback.freezers] == [3]
+
+
+def test_frozen_rows_are_bit_identical_while_a_scaler_skips_steps(tmp_path: Path) -> None:
+    """On a CPU, where Lightning makes no scaler of its own for 16-mixed, but takes one."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**36, growth_interval=2)
+    given = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    callback = NEqCallback(PROBE, Sets(0.5))
+    held = Held(callback)
+    fit(trainer_of(tmp_path, held, callback, plugins=[given], epochs=8), Net())
+    assert scaler.get_scale() < 2.0**36, "no step was skipped"
+    assert held.compared > 100
+    assert held.moved > 100
 
 
 def test_it_is_the_freezer_in_a_loop_of_ones_own(tmp_path: Path) -> None:
@@ -292,6 +195,7 @@ def test_rows_tell_steps_epochs_and_what_was_logged(tmp_path: Path) -> None:
     assert str(run.status) == "finished"
     assert run.metrics["step"].tolist() == [5, 10, 15, 20]
     assert run.metrics["passed_epochs"].tolist() == [1, 2, 3, 4]
+    assert run.unit == "epoch"
     assert run.metrics["lr"].tolist() == [0.1, 0.1, 0.05, 0.05]
     assert not np.isnan(run.metrics["train_loss"]).any()
     assert np.isnan(run.metrics["val_top1"]).tolist() == [True, False, True, False]
@@ -306,6 +210,7 @@ def test_without_a_sanity_check_a_metric_named_beforehand_is_a_column(tmp_path: 
     run = read_run(tmp_path / "run")
     assert run.metrics["step"].tolist() == [2, 4, 6, 8, 10]
     np.testing.assert_allclose(run.metrics["passed_epochs"], [0.4, 0.8, 1.2, 1.6, 2.0])
+    assert run.unit == "observation"
     assert "val_top1" not in run.metrics
     assert np.isnan(run.metrics["val_loss"]).tolist() == [True, True, False, True, True]
 
@@ -316,30 +221,6 @@ def test_what_a_run_is_judged_by(tmp_path: Path, given: str | None, sanity: int,
     fit(trainer_of(tmp_path, callback, epochs=1, num_sanity_val_steps=sanity), Net())
     status = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert expected in json.dumps(status), status
-
-
-class Resumable:
-    """Batches that go on where a checkpoint was saved within an epoch, as Lightning asks such loaders to."""
-
-    def __init__(self) -> None:
-        self.sampler, self.begun = Shuffled(), 0
-
-    def __len__(self) -> int:
-        return 5
-
-    def __iter__(self) -> Iterator[Any]:
-        orders = torch.tensor(list(self.sampler)).split(8)
-        self.begun %= 5
-        while self.begun < 5:
-            order = orders[self.begun]
-            self.begun += 1
-            yield INPUTS[order], TARGETS[order]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"begun": self.begun}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.begun = state["begun"]
 
 
 @pytest.mark.parametrize("saved", [7, 8])
@@ -488,6 +369,13 @@ def test_arguments_are_checked_at_once() -> None:
     mistakes: list[tuple[Callable[[], Any], str]] = [
         (lambda: NEqCallback(), "probe: is missing; give held-out batches"),
         (lambda: NEqCallback(INPUTS), "probe: is a Tensor; give batches"),
+        (lambda: NEqCallback(8), "probe: is a int; give batches"),
+        # What jsonargparse leaves of a class_path that it cannot import.
+        (
+            lambda: NEqCallback({"class_path": "project.HeldOut"}),
+            r"probe: is a dict; .*a class_path that can be imported",
+        ),
+        (lambda: NEqCallback("project.held_out"), "probe: is a str; .*a class_path that can be imported"),
         (lambda: NEqCallback(iter(PROBE)), "probe: can be read only once"),
         *(
             (lambda every=every: NEqCallback(PROBE, every=every), "every: .* is neither")
@@ -510,7 +398,19 @@ def test_arguments_are_checked_at_once() -> None:
             NoForward,
             "NotImplementedError: .*missing the required .forward. function.*give call=",
         ),
-        (lambda: [NEqCallback([])], Net, "yields no batch"),
+        (lambda: [NEqCallback([])], Net, "^NEqCallback: probe: yields no batch"),
+        (
+            lambda: [NEqCallback([{"rows": INPUTS}])],
+            Net,
+            "^NEqCallback: probe: a mapping with the keys rows cannot be passed.*or give NEqCallback.*call=",
+        ),
+        (lambda: [NEqCallback(lambda trainer: INPUTS)], Net, "probe: is a Tensor; give batches"),
+        (lambda: [NEqCallback(lambda trainer: iter(PROBE))], Net, "probe: can be read only once"),
+        (
+            lambda: [NEqCallback(lambda trainer: trainer.datamodule.held_out)],
+            Net,
+            "probe: the function fails on the Trainer .AttributeError: 'NoneType' object has no attribute 'held_out'",
+        ),
         (lambda: [NEqCallback(PROBE, backward="exac")], Net, "did you mean 'exact'"),  # type: ignore[arg-type]
         (lambda: [NEqCallback(PROBE)], NoOptimizer, "returns no optimiser"),
     ],
@@ -536,21 +436,62 @@ def test_parameters_in_pieces_are_refused(tmp_path: Path) -> None:
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
     trainer = trainer_of(tmp_path, callback := NEqCallback(PROBE))
-    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+    # The others need what is not installed, and are told by their names.
+    others = [type(name, (), {})() for name in ("DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy")]
+    for strategy in (FSDPStrategy(), ModelParallelStrategy(), *others):
         trainer._accelerator_connector.strategy = strategy
         with pytest.raises(FreezingError, match=f"{type(strategy).__name__} keeps .*; use 'ddp' or one device"):
             callback.setup(trainer, Net(), "fit")
+
+
+class NoLuck(Callback):
+    """Breaks training off in the second epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise ValueError("no luck")
 
 
 def test_a_run_directory_is_not_written_twice(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, NEqCallback(PROBE, run_directory=tmp_path / "run"), epochs=1)
     fit(trainer, Net())
     before = files_of(tmp_path / "run")
-    again = trainer_of(tmp_path, NEqCallback(PROBE, run_directory=tmp_path / "run"), epochs=1)
-    with pytest.raises(Exception, match=str(tmp_path / "run")) as found:
+    for begin_anew in (False, True):
+        own = NEqCallback(PROBE, run_directory=tmp_path / "run", begin_anew=begin_anew)
+        again = trainer_of(tmp_path, own, epochs=1)
+        with pytest.raises(RunDirectoryError) as found:
+            fit(again, Net())
+        assert str(found.value) == (
+            f"{tmp_path / 'run'}: a run is there already (finished); trainer.fit(ckpt_path=...) goes on with it; else "
+            "give another run_directory"
+        )
+        assert again.global_step == 0
+        assert files_of(tmp_path / "run") == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    own = NEqCallback(PROBE, run_directory=tmp_path / "other", begin_anew=True)
+    with pytest.raises(RunDirectoryError, match=r"other: already exists and is not empty; give another run_directory$"):
+        fit(trainer_of(tmp_path, own, epochs=1), Net())
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_where_that_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no luck"):
+        fit(trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run"), NoLuck()), Net())
+    before = (tmp_path / "run" / "metrics.csv").read_bytes()
+    again = trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run"))
+    with pytest.raises(RunDirectoryError, match=r"there already \(failed\); .*begin_anew=True where it was"):
         fit(again, Net())
-    assert "\n" not in str(found.value)
-    assert files_of(tmp_path / "run") == before
+    # What its files keep would not be true of another configuration.
+    other = NEqCallback(PROBE, NEq(0.1), run_directory=tmp_path / "run", begin_anew=True)
+    with pytest.raises(FreezingError, match="had another policy; record in another directory"):
+        fit(trainer_of(tmp_path, other), Net())
+    other = NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run", begin_anew=True, metric="train_loss")
+    with pytest.raises(FreezingError, match="had another metric; record in another directory"):
+        fit(trainer_of(tmp_path, other), Net())
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before
+    fit(trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run", begin_anew=True)), Net())
+    fit(trainer_of(tmp_path, NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "straight")), Net())
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
 
 
 def test_how_training_ended_is_told_and_everything_is_put_back(tmp_path: Path) -> None:
@@ -582,98 +523,12 @@ def test_how_training_ended_is_told_and_everything_is_put_back(tmp_path: Path) -
 
 
 def test_where_lightning_is_missing_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from neq_cli.integrations import lightning
+    from neq_cli.integrations.lightning_package import callback_class
 
     for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"^neq_cli.integrations.lightning needs .*pip install 'neq\[lightning\]'$"):
-        lightning._callback_class()
-
-
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import torch
-sys.path[:0] = {paths!r}
-torch.use_deterministic_algorithms(True)
-from test_lightning import *  # what this file tests with
-
-class Killed(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.current_epoch == 2 and batch_idx == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class PhiByHand(Callback):
-    "Eq. 1 of the first layer, which sees the probe's inputs, against the whole probe in this process."
-    def on_train_start(self, trainer, pl_module):
-        self.before = self.outputs(pl_module)
-    def outputs(self, pl_module):
-        layer = pl_module.net[0]
-        return (torch.cat(PROBE).double() @ layer.weight.detach().double().T + layer.bias.detach().double())
-    def on_train_epoch_end(self, trainer, pl_module):
-        now = self.outputs(pl_module)
-        phi = (now * self.before).sum(0) / (now.norm(dim=0) * self.before.norm(dim=0))
-        torch.testing.assert_close(callback.freezers[0].dynamics["net.0"].phi, phi, rtol=1e-5, atol=1e-6)
-        self.before = now
-
-path, epochs, checkpoint = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None
-callback = NEqCallback(PROBE, NEq(0.2), run_directory=path / "run")
-others = [Killed()] if "kill" in sys.argv else []
-others += [PhiByHand()] if {several} else []
-options = dict(strategy="ddp", devices=2) if {several} else dict()
-trainer = trainer_of(path, callback, *others, save=True, epochs=epochs, **options)
-module = Net()
-trainer.fit(module, batches(), batches(), ckpt_path=None if checkpoint in (None, "kill") else checkpoint)
-parts = {{"module": module, "optimizer": trainer.optimizers[0], "callback": callback}}
-torch.save({{name: part.state_dict() for name, part in parts.items()}}, path / f"process{{trainer.global_rank}}.pt")
-"""
-
-
-def run_script(tmp_path: Path, *arguments: object, several: bool = False) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "train.py"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    script.write_text(SCRIPT.format(paths=paths, several=several))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-
-
-def test_a_killed_run_is_gone_on_with_exactly(tmp_path: Path) -> None:
-    assert run_script(tmp_path, tmp_path / "killed", 4, "kill").returncode == -signal.SIGKILL
-    run = tmp_path / "killed" / "run"
-    assert read_run(run).metrics["epoch"].tolist() == [1, 2]
-    for name, arguments in (("straight", ()), ("killed", (tmp_path / "killed" / "saved" / "epoch=1.ckpt",))):
-        done = run_script(tmp_path, tmp_path / name, 4, *arguments)
-        assert done.returncode == 0, done.stderr
-    states = [torch.load(tmp_path / name / "process0.pt", weights_only=True) for name in ("killed", "straight")]
-    assert same(*states)
-    assert files_of(run) == files_of(tmp_path / "straight" / "run")
-
-
-def test_two_processes_hold_the_same_sets_and_go_on_exactly(tmp_path: Path) -> None:
-    stopped = tmp_path / "stopped" / "saved" / "epoch=1.ckpt"
-    for arguments in ((tmp_path / "straight", 4), (tmp_path / "stopped", 2), (tmp_path / "stopped", 4, stopped)):
-        done = run_script(tmp_path, *arguments, several=True)
-        assert done.returncode == 0, done.stderr
-    states = {
-        (name, process): torch.load(tmp_path / name / f"process{process}.pt", weights_only=True)
-        for name in ("straight", "stopped")
-        for process in (0, 1)
-    }
-    first = states["straight", 0]
-    layers = [layer["trainable"] for layer in first["callback"]["freezers"][0]["layers"].values()]
-    assert not all(bool(trainable.all()) for trainable in layers), "nothing froze"
-    parameters = [name for name, _ in Net().named_parameters()]
-    for (_, process), state in states.items():
-        assert same(
-            {name: state["module"][name] for name in parameters}, {name: first["module"][name] for name in parameters}
-        )
-        assert same(state["optimizer"], first["optimizer"])
-        for part in ("layers", "epoch"):
-            assert same(state["callback"]["freezers"][0][part], first["callback"]["freezers"][0][part])
-        if process == 0:
-            assert same(state["callback"], first["callback"])
-    assert files_of(tmp_path / "stopped" / "run") == files_of(tmp_path / "straight" / "run")
+        callback_class()
 
 
 def test_the_callback_is_of_the_package_that_the_program_uses(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,17 @@ pytest.importorskip("transformers", reason="no transformers")
 pytest.importorskip("accelerate", reason="no accelerate, which Trainer needs")
 
 import transformers
-from integrations.transformers_trainings import Stops, arguments, callback, model, rows, trainer
+from integrations.transformers_trainings import (
+    Stops,
+    arguments,
+    assert_same,
+    callback,
+    model,
+    recorded,
+    rows,
+    run_program,
+    trainer,
+)
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -39,8 +46,7 @@ from neq_cli.integrations.trainer_arguments import judged_by
 from neq_cli.integrations.trainer_rows import evaluated, train_loss
 from neq_cli.integrations.transformers import NEqCallback
 
-PROGRAM = Path(__file__).with_name("transformers_trainings.py")
-ROOT = Path(__file__).parents[2]
+FROM_5 = pytest.mark.skipif(transformers.__version__.startswith("4."), reason="it refuses fp16 on a CPU")
 
 
 class ByHand(TrainerCallback):
@@ -72,37 +78,6 @@ class Watches(TrainerCallback):
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
-
-
-def assert_same(found: Any, expected: Any, place: str = "") -> None:
-    """Nested values, tensors to the bit."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), place
-        for key in expected:
-            assert_same(found[key], expected[key], f"{place}/{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), place
-        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-            assert_same(one, other, f"{place}/{number}")
-    elif isinstance(expected, Tensor):
-        assert found.dtype == expected.dtype, place
-        assert found.shape == expected.shape, place
-        assert found.detach().cpu().numpy().tobytes() == expected.detach().cpu().numpy().tobytes(), place
-    elif isinstance(expected, float) and np.isnan(expected):
-        assert np.isnan(found), place
-    else:
-        assert found == expected, place
-
-
-def recorded(path: Path) -> dict[str, Any]:
-    """Return every file of a run but its times and where it was trained."""
-    run = read_run(path)
-    assert str(run.status) == "finished"
-    metrics = {name: column.tolist() for name, column in run.metrics.items() if not name.endswith("_seconds")}
-    neurons = {file.name: file.read_bytes() for file in sorted((path / "neurons").iterdir())}
-    texts = {name: (path / name).read_text() for name in ("recipe.yaml", "layers.csv", "dispatch.json")}
-    texts["notes"] = json.loads((path / "environment.json").read_text())["notes"]
-    return {"metrics": metrics, "neurons": neurons, **texts}
 
 
 def all_of(made: Trainer, own: NEqCallback, folder: Path) -> dict[str, Any]:
@@ -174,6 +149,7 @@ def test_rows_of_steps_wait_for_the_end_of_their_epoch(tmp_path: Path) -> None:
     run = read_run(tmp_path / "run")
     assert run.metrics["step"].tolist() == [4, 8, 12, 16]
     np.testing.assert_allclose(run.metrics["passed_epochs"], [4 / 6, 8 / 6, 2, 16 / 6])
+    assert run.unit == "observation"
     right = {entry["step"]: entry["eval_right"] for entry in made.state.log_history if "eval_right" in entry}
     # The evaluation at step 6 is the news of the row of step 8, that at 12 of its own.
     np.testing.assert_array_equal(run.metrics["eval_right"], [np.nan, right[6], right[12], np.nan])
@@ -225,22 +201,6 @@ def test_a_resumed_training_is_one_that_was_never_stopped(tmp_path: Path, way: s
     assert_same(all_of(resumed, going_on, tmp_path / "b"), all_of(expected, straight, tmp_path / "a"))
 
 
-def run_program(*orders: dict[str, Any], processes: int = 1) -> int:
-    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-    }
-    launch = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"] if processes > 1 else []
-    )
-    command = [sys.executable, *launch, str(PROGRAM), json.dumps(orders)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-    return done.returncode
-
-
 def test_killed_in_an_epoch_and_resumed(tmp_path: Path) -> None:
     # Not at an epoch's end: the trainer evaluates after it has saved, which draws, and leaves that out when it resumes.
     changes = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "epoch"}
@@ -256,35 +216,6 @@ def test_killed_in_an_epoch_and_resumed(tmp_path: Path) -> None:
     assert_same(all_of(made[1], own[1], tmp_path / "b"), all_of(made[0], own[0], tmp_path / "a"))
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="its Trainer cannot resume by gloo on a CPU")
-def test_two_processes_hold_the_same_sets_and_resume(tmp_path: Path) -> None:
-    changes = {"save_strategy": "epoch", "ddp_backend": "gloo", "per_device_train_batch_size": 2}
-    orders = [
-        {"folder": str(tmp_path / "straight"), "arguments": changes},
-        {"folder": str(tmp_path / "resumed"), "arguments": changes, "stop": 15},
-        {"folder": str(tmp_path / "resumed"), "arguments": changes, "resume": True},
-        # DistributedDataParallel waits for the gradient of every parameter.
-        {
-            "folder": str(tmp_path / "frozen"),
-            "arguments": {**changes, "ddp_find_unused_parameters": False},
-            "freeze": 1,
-        },
-    ]
-    for name in ("straight", "resumed", "frozen"):
-        (tmp_path / name).mkdir()
-    run_program(*orders, processes=2)
-    straight, resumed = (
-        [torch.load(tmp_path / name / f"came_to_{rank}.pt") for rank in (0, 1)] for name in ("straight", "resumed")
-    )
-    assert any(any(flags) for flags in straight[0]["frozen"].values())
-    assert straight[1]["frozen"] == straight[0]["frozen"]
-    assert_same(straight[1]["weights"], straight[0]["weights"])
-    assert_same(resumed, straight)
-    frozen = torch.load(tmp_path / "frozen" / "came_to_0.pt")["frozen"]
-    assert {name for name, flags in frozen.items() if not all(flags)} == {"classifier"}
-    assert_same(recorded(tmp_path / "resumed" / "run"), recorded(tmp_path / "straight" / "run"))
-
-
 def lora(net: nn.Module) -> nn.Module:
     peft = pytest.importorskip("peft", reason="no peft")
     net = peft.get_peft_model(
@@ -296,6 +227,12 @@ def lora(net: nn.Module) -> nn.Module:
     return net
 
 
+def with_compiled_layers(net: nn.Module) -> nn.Module:
+    for layer in net.bert.encoder.layer:
+        layer.compile(backend="aot_eager")
+    return net
+
+
 @pytest.mark.parametrize(
     ("changes", "prepare"),
     [
@@ -304,6 +241,10 @@ def lora(net: nn.Module) -> nn.Module:
         pytest.param({"gradient_checkpointing": True}, None, id="checkpointing"),
         pytest.param({}, lora, id="lora"),
         pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, None, id="compiled"),
+        pytest.param({"torch_compile": True}, None, id="inductor", marks=pytest.mark.slow),
+        pytest.param({}, with_compiled_layers, id="compiled-layers"),
+        pytest.param({"fp16": True}, None, id="fp16-cpu", marks=FROM_5),
+        pytest.param({"fp16": True, "use_cpu": False}, None, id="fp16", marks=pytest.mark.gpu),
     ],
 )
 def test_frozen_rows_rest_and_the_others_move(tmp_path: Path, changes: dict[str, Any], prepare: Any) -> None:
@@ -323,6 +264,26 @@ def test_frozen_rows_rest_and_the_others_move(tmp_path: Path, changes: dict[str,
         assert not moved[~trainable].any(), name
         compared += bool(moved.any()) and not trainable.all()
     assert compared > 3, "the test tells nothing"
+    assert own.freezer.compiled == ("torch_compile" in changes or prepare is with_compiled_layers)
+
+
+def test_rows_of_a_dataset(tmp_path: Path) -> None:
+    """Those of the datasets library, of which the trainer drops the columns that no model takes."""
+    datasets = pytest.importorskip("datasets", reason="no datasets")
+    own, expected = callback(), callback()
+
+    def table(given: list[dict[str, Any]]) -> Any:
+        return datasets.Dataset.from_list([{**row, "input_ids": row["input_ids"].tolist()} for row in given])
+
+    listed = trainer(tmp_path, expected)  # which sows the random numbers
+    listed.train()
+    made = trainer(tmp_path, own)
+    own.probe, made.train_dataset = table(rows(10, seed=9)), table(rows())
+    made.train()
+    assert any((~seen.trainable).any() for seen in own.observations.values())
+    assert_same(weights(made.model), weights(listed.model))
+    for name, seen in expected.observations.items():
+        assert torch.equal(own.observations[name].velocity, seen.velocity), name
 
 
 def test_a_lora_model_resumes(tmp_path: Path) -> None:
@@ -396,6 +357,8 @@ def test_a_callback_that_cannot_work_is_not_made(options: dict[str, Any], line: 
         ({"probe": [{"input_ids": [1, 2]}, {"input_ids": [1]}]}, "probe: its rows cannot be put together"),
         ({"probe": [torch.randn(2, 3)], "batch_size": None}, "probe: a batch is a Tensor; the model is"),
         ({"probe": [{"input_ids": torch.randn(2, 3)}], "batch_size": None}, "probe: a mapping with the keys input_ids"),
+        ({"probe": [{"input_ids": torch.full((6,), 99)}]}, "keys input_ids cannot be passed to the model (IndexError"),
+        ({"call": lambda model, batch: 1 / 0}, "cannot be passed to the model (ZeroDivisionError: division by zero)"),
         ({"settings": {"net": nn.Identity()}}, "settings.net: is a Identity"),
     ],
 )
@@ -409,6 +372,28 @@ def test_what_is_wrong_is_told_before_the_first_step(tmp_path: Path, options: di
     assert "probe_loader" not in str(caught.value)
     assert made.state.global_step == 0
     assert_same(weights(made.model), before)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_where_that_is_asked(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, callback(run_directory=run), Stops(8)).train()
+    before = (run / "metrics.csv").read_bytes()
+    with pytest.raises(RunDirectoryError, match=r"there already .*resume_from_checkpoint=.*begin_anew=True") as caught:
+        trainer(tmp_path, callback(run_directory=run)).train()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FreezingError, match="had another settings; record in another directory"):
+        trainer(tmp_path, callback(run_directory=run, begin_anew=True), learning_rate=1e-4).train()
+    assert (run / "metrics.csv").read_bytes() == before
+    made = []
+    for folder in (tmp_path, tmp_path / "straight"):
+        own = callback(run_directory=folder / "run", begin_anew=True)
+        again = trainer(folder, own)
+        again.train()
+        made.append(all_of(again, own, folder))
+    assert_same(*made)
+    with pytest.raises(RunDirectoryError, match=r"there already \(finished\); .*; else give another run_directory$"):
+        trainer(tmp_path, callback(run_directory=run, begin_anew=True)).train()
 
 
 def test_two_on_one_trainer(tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from frozen import Sets
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -20,11 +23,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from neq_cli import NEq
+from neq_cli import NEq, read_run
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.integrations.transformers import NEqCallback
 
 ROWS = 24
+PROGRAM = Path(__file__)
+ROOT = PROGRAM.parents[2]
 
 
 def rows(count: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
@@ -60,16 +65,17 @@ def callback(**changes: Any) -> NEqCallback:
 
 
 class Stops(TrainerCallback):
-    """Ends the training in the middle of a step: by an exception, or as the power does."""
+    """Ends the training in the middle of a step: by an exception, or as the power does, there by one process alone."""
 
-    def __init__(self, step: int, *, by_kill: bool = False) -> None:
-        self.step, self.by_kill = step, by_kill
+    def __init__(self, step: int, *, by_kill: bool = False, process: int = 0) -> None:
+        self.step, self.by_kill, self.process = step, by_kill, process
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            if self.by_kill:
+            if not self.by_kill:
+                raise KeyboardInterrupt
+            if args.process_index == self.process:
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
 
 
 def trainer(folder: Path, *callbacks: TrainerCallback, net: nn.Module | None = None, **changes: Any) -> Trainer:
@@ -82,6 +88,51 @@ def trainer(folder: Path, *callbacks: TrainerCallback, net: nn.Module | None = N
     )
 
 
+def assert_same(found: Any, expected: Any, place: str = "") -> None:
+    """Nested values, tensors to the bit."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), place
+        for key in expected:
+            assert_same(found[key], expected[key], f"{place}/{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), place
+        for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert_same(one, other, f"{place}/{number}")
+    elif isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype, place
+        assert found.shape == expected.shape, place
+        assert found.detach().cpu().numpy().tobytes() == expected.detach().cpu().numpy().tobytes(), place
+    elif isinstance(expected, float) and np.isnan(expected):
+        assert np.isnan(found), place
+    else:
+        assert found == expected, place
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Return every file of a run but its times and where it was trained."""
+    run = read_run(path)
+    assert str(run.status) == "finished"
+    metrics = {name: column.tolist() for name, column in run.metrics.items() if not name.endswith("_seconds")}
+    neurons = {file.name: file.read_bytes() for file in sorted((path / "neurons").iterdir())}
+    texts = {name: (path / name).read_text() for name in ("recipe.yaml", "layers.csv", "dispatch.json")}
+    texts["notes"] = json.loads((path / "environment.json").read_text())["notes"]
+    return {"metrics": metrics, "neurons": neurons, **texts}
+
+
+def run_program(*orders: dict[str, Any], launch: Sequence[str] = (), fails: bool = False) -> int:
+    """Run this file as a program, in several processes where it is launched so; return how it ended."""
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT), str(ROOT / "tests")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, *launch, str(PROGRAM), json.dumps(orders)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert fails or done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    return done.returncode
+
+
 def main(orders: list[dict[str, Any]]) -> None:
     """Train as ordered, one after the other; what each came to lies in its folder."""
     torch.set_num_threads(1)
@@ -90,7 +141,8 @@ def main(orders: list[dict[str, Any]]) -> None:
         own = callback(run_directory=folder / "run")
         if "freeze" in order:
             own.policy = Sets(order["freeze"])
-        stops = [Stops(order["stop"], by_kill=order.get("by_kill", False))] if "stop" in order else []
+        how = {name: order[name] for name in ("by_kill", "process") if name in order}
+        stops = [Stops(order["stop"], **how)] if "stop" in order else []
         made = trainer(folder, own, *stops, **order["arguments"])
         try:
             made.train(resume_from_checkpoint=order.get("resume"))

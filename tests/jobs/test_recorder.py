@@ -336,6 +336,22 @@ def test_mistakes_in_a_directory_are_one_line(tmp_path: Path) -> None:
         Recorder(Loop().freezer, tmp_path / "held", name="mine", metric="test_top1", resume=True)
 
 
+def test_a_run_that_is_begun_anew_in_place_is_of_the_same_settings(tmp_path: Path) -> None:
+    """Of what is recorded there no epoch is kept, but the recipe and the metric are."""
+    given: dict[str, Any] = {"name": "mine", "metric": "test_top1", "seed": 1, "settings": {"lr": 0.1}}
+    loop = Loop()
+    with Recorder(loop.freezer, tmp_path / "run", **given) as recorder:
+        recorder.epoch(**loop.train())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for key, other in {"name": "other", "metric": "test_top5", "seed": 2, "settings": {"lr": 0.2}}.items():
+        with pytest.raises(FreezingError, match=f"of which no epoch is kept, had another {key}; record in another"):
+            Recorder(Loop().freezer, tmp_path / "run", **{**given, key: other}, resume=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    Recorder(Loop().freezer, tmp_path / "run", **given, epochs=3, resume=True).close()  # how long is no setting
+    assert not (tmp_path / "run" / "metrics.csv").read_text()
+    assert not list((tmp_path / "run" / "neurons").iterdir())
+
+
 def test_what_is_left_out_is_empty_and_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loop = Loop()
     with Recorder(

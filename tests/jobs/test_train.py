@@ -21,6 +21,7 @@ from torch import Tensor
 from neq_cli.errors import NeqError, RecipeError, RunDirectoryError, Terminated, TrainingError
 from neq_cli.events import EpochRecord, Record
 from neq_cli.freezing import Observation
+from neq_cli.jobs import follower, time_shares
 from neq_cli.jobs import train as running
 from neq_cli.jobs.resume import read_checkpoint
 from neq_cli.recipe.load import LoadedRecipe, load_recipe
@@ -29,6 +30,7 @@ from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.signals import Watch
 from neq_cli.training.loop.checkpoint import load_state, read_weights, save_state
+from neq_cli.training.machine import limits
 from neq_cli.training.machine.energy import measured
 from neq_cli.training.machine.energy.meter import Meter
 
@@ -317,3 +319,24 @@ def test_a_run_in_which_nothing_learns_any_more_ends_and_says_so(tmp_path: Path)
     assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2"]
     running.train(load(tmp_path, "policy.epsilon=1e9"), run, Silent(), resume=True)  # asked for all epochs after all
     assert [row["epoch"] for row in rows(run / "metrics.csv")] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("more", "mend"),
+    [
+        ((), "lower data.probe_size"),
+        (("probe_every=4",), "raise probe_every, or lower data.probe_size"),
+    ],
+)
+def test_a_run_that_probes_or_waits_much_says_so_with_a_mend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], mend: str
+) -> None:
+    monkeypatch.setattr(time_shares, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(follower, "MUCH_PROBING", 1e-9)
+    monkeypatch.setattr(follower, "MUCH_WAITING", 1e-9)
+    monkeypatch.setattr(limits, "usable_cores", lambda: 64)
+    run = running.train(load(tmp_path, "data.cache=none", *more), tmp_path / "run", Silent())
+    notes = read_run(run).environment["notes"]
+    probing, waiting = (next(note for note in notes if note.startswith(said)) for said in ("probing", "waiting for"))
+    assert re.fullmatch(rf"probing took \d+ % of the time so far; {mend}", probing)
+    assert re.fullmatch(r"waiting for data took \d+ % .*; raise data.workers \(64 cores here\)", waiting)

@@ -10,6 +10,8 @@ from neq_cli.errors import NeqError
 from neq_cli.recipe import load
 from neq_cli.recipe.keys import Recipe, warnings
 from neq_cli.recipe.load import load_recipe
+from neq_cli.recipe.schema import schema_text
+from neq_cli.recipe.schema_file import FIRST_LINE
 from neq_cli.recipe.shipped import copy_recipe, list_recipes
 
 NAMES = [
@@ -20,6 +22,7 @@ NAMES = [
     "digits-baseline",
     "digits-stochastic",
     "entrypoint",
+    "finetune-folder",
     "language-model",
     "regression",
     "resnet18-imagenet",
@@ -142,6 +145,53 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         copy_recipe("entrypoint", tmp_path)
     assert mine.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [mine], "and nothing else is written"
+
+
+def test_a_schema_is_laid_beside_a_copy_which_names_it_first(tmp_path: Path) -> None:
+    copy, laid = copy_recipe("digits", tmp_path, schema=True)
+    assert (copy.name, laid.name) == ("digits.yaml", "neq.schema.json")
+    assert laid.read_text() == schema_text()
+    original = load.shipped_directory() / "digits.yaml"
+    assert copy.read_bytes() == FIRST_LINE.encode() + original.read_bytes()
+    assert f"$schema={laid.name}\n" in FIRST_LINE
+    assert load_recipe(str(copy)).recipe == shipped("digits")
+
+
+def test_problems_of_a_copy_are_found_in_its_own_lines(tmp_path: Path) -> None:
+    copy = copy_recipe("digits", tmp_path, schema=True)[0]
+    text = copy.read_text().replace("epochs:", "epochz:")
+    copy.write_text(text)
+    with pytest.raises(NeqError) as caught:
+        load_recipe(str(copy))
+    line = text.splitlines().index(next(line for line in text.splitlines() if line.startswith("epochz:"))) + 1
+    # A missing key is found where the recipe's keys begin, below the line that names the schema.
+    assert str(caught.value).splitlines() == [
+        f"{copy}:2: epochs: missing; write epochs: 250",
+        f"{copy}:{line}: epochz: unknown key; did you mean 'epochs'?",
+    ]
+
+
+def test_a_schema_that_is_there_stays(tmp_path: Path) -> None:
+    laid = copy_recipe("digits", tmp_path, schema=True)[1]
+    assert [path.name for path in copy_recipe("digits-baseline", tmp_path, schema=True)] == ["digits-baseline.yaml"]
+    laid.write_text('{"$id": "urn:neq:recipe:0.0.1"}')
+    assert [path.name for path in copy_recipe("digits-stochastic", tmp_path, schema=True)] == ["digits-stochastic.yaml"]
+    assert laid.read_text() == '{"$id": "urn:neq:recipe:0.0.1"}'
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "broken link"])
+def test_what_is_no_schema_is_neither_overwritten_nor_named_as_one(tmp_path: Path, kind: str) -> None:
+    there = tmp_path / "neq.schema.json"
+    if kind == "text":
+        there.write_text("{}")
+    elif kind == "folder":
+        there.mkdir()
+    else:
+        there.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(NeqError, match=r"neq\.schema\.json: is there already, and no schema of neq's; .*--no-schema"):
+        copy_recipe("digits", tmp_path, schema=True)
+    assert list(tmp_path.iterdir()) == [there]
+    copy_recipe("digits", tmp_path)
 
 
 def test_copies_that_cannot_be_made(tmp_path: Path) -> None:

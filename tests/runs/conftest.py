@@ -109,7 +109,8 @@ def records() -> Callable[..., list[EpochRecord]]:
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     """``make_run(name, recipe=..., epochs=planned, frozen=..., metrics=..., environment=..., finish=True)``.
 
-    ``metric`` is what it goes by, and ``lower`` whether less of it is better.
+    ``metric`` is what it goes by, and ``lower`` whether less of it is better; ``unit`` and ``planned`` are what it says
+    of its rows.
     """
 
     def make(
@@ -123,12 +124,16 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         finish: bool = True,
         metric: str = "test_top1",
         lower: bool = False,
+        unit: str = "epoch",
+        planned: int = 3,
     ) -> Run:
         recipe = recipe or make_recipe()
         path, sizes = tmp_path / name, sizes or SIZES
         started = RunStarted(
-            *("digits", "resnet32 on CIFAR10", "neq epsilon=0.001 mu=0.5", "cpu", 3, 7, metric, sizes, ("a note",)),
+            *("digits", "resnet32 on CIFAR10", "neq epsilon=0.001 mu=0.5", "cpu", planned, 7),
+            *(metric, sizes, ("a note",)),
             lower_is_better=lower,
+            unit=unit,
         )
         writer = RunWriter.create(path, yaml.safe_dump(recipe, sort_keys=False), environment or {})
         writer.write_started(started)
@@ -137,5 +142,34 @@ def make_run(tmp_path: Path) -> Callable[..., Run]:
         if finish:
             writer.finish()
         return read_run(path)
+
+    return make
+
+
+def passes(rows: int, every: int, steps: int) -> list[dict[str, float]]:
+    """Return the columns that tell where observations stand, one every so many steps, of so many an epoch."""
+    return [{"step": every * row, "passed_epochs": every * row / steps} for row in range(1, rows + 1)]
+
+
+@pytest.fixture
+def make_observed(make_run: Callable[..., Run]) -> Callable[..., Run]:
+    """``make_observed(name, rows=8, every=100, steps=400, planned=12, metrics=...)``, and what ``make_run`` takes.
+
+    A run with a row for every so many optimiser steps, of so many an epoch: 100, 200... and 0.25, 0.5... epochs.
+    """
+
+    def make(
+        name: str = "observed",
+        *,
+        rows: int = 8,
+        every: int = 100,
+        steps: int = 400,
+        planned: int = 12,
+        metrics: Sequence[Mapping[str, float]] = (),
+        **others: Any,
+    ) -> Run:
+        own = metrics or [{}] * rows
+        rows_told = [{**place, **row} for place, row in zip(passes(len(own), every, steps), own, strict=True)]
+        return make_run(name, metrics=rows_told, unit="observation", planned=planned, **others)
 
     return make

@@ -102,7 +102,7 @@ def test_every_problem_of_a_section_is_found_at_once(tmp_path: Path) -> None:
         ),
         (
             ModelSection(name="resnet18", fresh=["fc.*"]),
-            "model.fresh: is for a checkpoint, and none is given; remove it or give model.checkpoint",
+            "model.fresh: is for weights or a checkpoint, and none are given; remove it or give either",
         ),
         (
             DataSection(name="COCO", augment="imagenet"),

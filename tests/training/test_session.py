@@ -44,7 +44,8 @@ def test_a_session_says_what_it_is() -> None:
     assert "never frozen (output layer): fc" in started.notes
     assert "data.cache: memory, 0.46 MB" in started.notes
     assert session.data_content == {
-        "name": "digits", "train": 1438, "test": 359, "classes": 10, "image_shape": [1, 8, 8]
+        "name": "digits", "train": 1438, "test": 359, "classes": 10, "image_shape": [1, 8, 8],
+        "mean": [0.3058], "std": [0.3764], "class_names": list("0123456789"),
     }  # fmt: skip
 
 

@@ -166,10 +166,11 @@ def is_wrapped(model: nn.Module) -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Return whether torch.compile runs ``model``: its wrapper, or ``model.compile()``."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return is_compiled(model.module)
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    """Return whether torch.compile runs ``model`` or a part of it: by its wrapper, or by ``compile()``."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def first_input(batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from neq_cli.runs.store.paths import RunFiles, check_resumable
 from neq_cli.runs.store.resumable import differences, ended_at_rest, stored_recipe
 from neq_cli.runs.store.sweep_folder import SweepFiles, check_sweep, default_sweep_directory
 from neq_cli.runs.views.live.sweep_state import FINISHED, SweptRun, is_finished
+from neq_cli.text import format_passes
 
 _KINDS = "policy.kind: kinds with keys of their own are swept as policy='{kind: baseline},{kind: stochastic, p: 0.5}'"
 
@@ -147,9 +149,10 @@ def _take_stock(planned: PlannedRun) -> list[str]:
     if loaded.recipe.batch_size != stored.batch_size:
         said = f"{loaded.recipe.batch_size}, but {run.path} was begun with {stored.batch_size}; leave it, {_ANEW}"
         problems.append(Problem("batch_size", said))
-    if run.epochs_done > run.epochs and not finished:
-        said = f"{run.epochs}, but epoch {run.epochs_done} of {run.path} is trained, on the way to {stored.epochs}"
-        problems.append(Problem("epochs", f"{said}; give at least {run.epochs_done}, {_ANEW}"))
+    if run.passed_epochs > run.epochs and not finished:
+        trained = format_passes(run.passed_epochs)
+        said = f"{run.epochs}, but epoch {trained} of {run.path} is trained, on the way to {stored.epochs}"
+        problems.append(Problem("epochs", f"{said}; give at least {math.ceil(run.passed_epochs)}, {_ANEW}"))
     if finished and (run.epochs_done >= run.epochs or ended_at_rest(stored, loaded.recipe, run.epochs_done)):
         run.epochs = run.epochs_done  # an earlier call may have asked for more
         run.state = FINISHED

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from neq_cli.errors import NeqError
+from neq_cli.events import EPOCH
 from neq_cli.runs.compare.configurations import (
     UNSET,
     beside_matched,
@@ -25,7 +26,7 @@ from neq_cli.runs.compare.configurations import (
 from neq_cli.runs.compare.energy import common_way, energy_notes, is_measured, total_joules
 from neq_cli.runs.compare.goal import Goal, goal, training_flops
 from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
-from neq_cli.runs.store.run import Run
+from neq_cli.runs.store.run import Run, unit_of_runs
 from neq_cli.text import plain_json, printable, ratio_percent
 
 _MATCHED_P_SPREAD = (
@@ -42,8 +43,8 @@ class Row:
     runs: tuple[str, ...]
     seeds: tuple[int | None, ...]
     is_baseline: bool
-    unfinished: tuple[str, ...]  # "12/250" for every run that stopped early
-    flops_paper: Summary  # per iteration: mean over the epochs of a run, then over runs
+    unfinished: tuple[str, ...]  # "12/250" for every run that stopped early, in its ``unit``
+    flops_paper: Summary  # per iteration: mean over the rows of a run, then over runs
     flops_paper_percent: float | None  # of the baseline's, as are all below that have None
     flops_executed: Summary
     flops_executed_percent: float | None
@@ -58,6 +59,7 @@ class Row:
     goal: Goal | None  # None without a baseline of the same metric
     matched_p: Summary | None  # of `p: match:RUN_DIR`
     lower_is_better: bool = False  # of the metric
+    unit: str = EPOCH  # or OBSERVATION: what the runs have a row of
     joules: Summary | None = None  # of whole runs; None unless all runs compared measured it
     joules_percent: float | None = None  # None too where it was not measured in one way
 
@@ -70,6 +72,11 @@ class Comparison:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     energy: str | None = None  # how it was measured; None where it was not, or in different ways
+
+    @property
+    def units(self) -> str:
+        """What means of whole runs are over: "epochs", "observations", or "epochs or observations"."""
+        return " or ".join(dict.fromkeys(f"{row.unit}s" for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
     ``schema`` (1), ``baseline`` (an approach or None), ``notes``, ``energy`` (how it was measured, or None), and
     ``rows``, each with the fields of ``Row``: ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``,
-    ``metric``, ``lower_is_better``; ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``, ``best``,
-    ``seconds``, ``matched_p`` and ``joules`` as ``{mean, std, n}``; ``flops_paper_percent``,
+    ``metric``, ``lower_is_better``, ``unit``; ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``,
+    ``best``, ``seconds``, ``matched_p`` and ``joules`` as ``{mean, std, n}``; ``flops_paper_percent``,
     ``flops_executed_percent``, ``flops_training_percent``, ``joules_percent``; ``final_difference`` and
     ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields of ``Goal``.
     """
@@ -204,6 +211,7 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
         goal=goal(runs, reference.runs, target, shortest) if reference is not None and same_metric else None,
         matched_p=summarise(matched) if matched else None,
         lower_is_better=runs[0].lower_is_better,
+        unit=unit_of_runs(runs),
     )
 
 

@@ -197,6 +197,8 @@ def _number_as_float(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return printable(f"[{', '.join(map(_short, value))}]", 60)
     if not isinstance(value, float):
         return printable(value, 60)
     return f"{value:g}" if float(f"{value:g}") == value else repr(value)

@@ -11,9 +11,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from neq_cli.events import EPOCH
 from neq_cli.runs.compare.comparison import Comparison, Row, compare_runs
 from neq_cli.runs.store.run import Run
-from neq_cli.text import printable
+from neq_cli.text import format_passes, printable
 
 LONGEST_NAME = 200  # characters
 _STEP = 1.5  # the factor from which a change of the learning rate is a step, not a slope
@@ -40,8 +41,12 @@ class Configuration:
 
     @property
     def epochs(self) -> int:
-        """Finished epochs of the longest run."""
+        """Finished epochs of the longest run, or observations, as its ``unit`` says."""
         return max(run.epochs for run in self.runs)
+
+    @property
+    def unit(self) -> str:
+        return self.row.unit
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ class Study:
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity by epoch, [epochs]: mean, lowest and highest of the runs that have the epoch; NaN where none has."""
+    """A quantity by epoch, [places]: mean, lowest and highest of the runs that have a row there; NaN where none has."""
 
+    at: NDArray[np.float64]  # see ``places``
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -71,12 +77,22 @@ class Curve:
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Where the learning rate made steps, as (epoch, rate from then on), and the rates it began and ended with."""
+    """Where the learning rate made steps, as (row, rate from then on), and the rates it began and ended with."""
 
     steps: tuple[tuple[int, float], ...]
     gradual: bool  # it changes otherwise than by these steps
     first: float
     last: float
+    unit: str  # what the rows are of
+    axis: str  # what ``begins`` counts
+    begins: tuple[float, ...]  # for each step, the place of the row before it: all that is earlier had the old rate
+
+    @property
+    def when(self) -> tuple[str, ...]:
+        """From when on each step holds: "from epoch 100 on", between epochs "after epoch 2.31"."""
+        if self.unit == self.axis:
+            return tuple(f"from {self.unit} {row} on" for row, _ in self.steps)
+        return tuple(f"after {self.axis} {format_passes(place)}" for place in self.begins)
 
 
 def study(runs: Sequence[Run], baseline: Run | None = None, allow_differences: bool = False) -> Study:
@@ -90,15 +106,28 @@ def study(runs: Sequence[Run], baseline: Run | None = None, allow_differences: b
     return Study(comparison, configurations)
 
 
+def places(run: Run) -> NDArray[np.float64]:
+    """Return where each row of a run stands on an axis of epochs, [epochs]; see ``axis_word``."""
+    passed = run.passed_epochs
+    return np.arange(1.0, run.epochs + 1) if passed is None else passed
+
+
+def axis_word(runs: Sequence[Run]) -> str:
+    """Return what ``places`` count: epochs, or observations of runs that do not tell how far they are apart."""
+    return " or ".join(dict.fromkeys(run.unit if run.passed_epochs is None else EPOCH for run in runs))
+
+
 def curve(runs: Sequence[Run], values: Callable[[Run], NDArray[np.float64]]) -> Curve:
     """Fold ``values(run)``, [epochs of that run], over runs; what is not finite counts as not measured."""
-    table = np.full((len(runs), max(run.epochs for run in runs)), np.nan)
-    for place, run in enumerate(runs):
-        table[place, : run.epochs] = values(run)
+    found = [places(run) for run in runs]
+    at = np.unique(np.concatenate(found))
+    table = np.full((len(runs), len(at)), np.nan)
+    for number, (run, own) in enumerate(zip(runs, found, strict=True)):
+        table[number, np.searchsorted(at, own)] = values(run)
     table[~(np.abs(table) <= _LARGEST)] = np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # epochs that no run measured
-        return Curve(np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0))
+        return Curve(at, np.nanmean(table, axis=0), np.nanmin(table, axis=0), np.nanmax(table, axis=0))
 
 
 def learning_rate(runs: Sequence[Run]) -> LearningRate | None:
@@ -106,11 +135,14 @@ def learning_rate(runs: Sequence[Run]) -> LearningRate | None:
     told = [run for run in runs if "lr" in run.rows[0]]
     if not told:
         return None
-    rates = max(told, key=lambda run: run.epochs).column("lr").tolist()
-    changes = [(epoch, old, new) for epoch, (old, new) in enumerate(pairwise(rates), 2)]
-    steps = tuple((epoch, new) for epoch, old, new in changes if _is_step(old, new))
+    run = max(told, key=lambda run: run.epochs)
+    rates, at = run.column("lr").tolist(), places(run)
+    changes = [(row, old, new) for row, (old, new) in enumerate(pairwise(rates), 2)]
+    steps = tuple((row, new) for row, old, new in changes if _is_step(old, new))
     gradual = len(steps) > _MOST_STEPS or any(old != new and not _is_step(old, new) for _, old, new in changes)
-    return LearningRate(steps if len(steps) <= _MOST_STEPS else (), gradual, rates[0], rates[-1])
+    steps = steps if len(steps) <= _MOST_STEPS else ()
+    begins = tuple(float(at[row - 2]) for row, _ in steps)
+    return LearningRate(steps, gradual, rates[0], rates[-1], run.unit, axis_word([run]), begins)
 
 
 def _is_step(old: float, new: float) -> bool:

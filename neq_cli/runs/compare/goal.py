@@ -19,7 +19,7 @@ class Goal:
     """What the runs of a configuration take to the baseline's final metric.
 
     ``flops`` are multiply-adds on one sample, forward passes and executed back-propagation of all epochs up to there,
-    and ``flops_percent`` is of the baseline's whole training; both are NaN where runs tell no ``flops_forward``.
+    and ``flops_percent`` is of the baseline's whole training; both are NaN where runs do not tell ``training_flops``.
     """
 
     target: float  # mean over the baseline's runs of the last value measured
@@ -48,10 +48,14 @@ def goal(runs: Sequence[Run], baseline: Sequence[Run], target: float, equal_seco
 
 
 def training_flops(run: Run) -> NDArray[np.float64]:
-    """Return each epoch's multiply-adds on one sample, forward and backward as executed; NaN where not told."""
-    if "flops_forward" not in run.rows[0]:  # of an earlier version
+    """Return what each epoch takes on one sample, [epochs], forward and backward as executed; NaN where not told.
+
+    Multiply-adds; an observation takes the part of them that it is of an epoch.
+    """
+    passed = run.passed_epochs
+    if passed is None or "flops_forward" not in run.rows[0]:  # the latter of an earlier version
         return np.full(run.epochs, math.nan)
-    return run.column("flops_forward") + run.column("flops_executed")
+    return (run.column("flops_forward") + run.column("flops_executed")) * np.diff(passed, prepend=0.0)
 
 
 def _first_epoch(run: Run, target: float) -> int | None:

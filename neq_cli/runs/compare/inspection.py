@@ -50,7 +50,10 @@ class EpochChange:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A run as it stood after ``epoch``; means, best and seconds are over the epochs up to it, whole model."""
+    """A run as it stood after ``epoch``; means, best and seconds are over the epochs up to it, whole model.
+
+    Where the ``unit`` is the observation, all epochs here are numbers of observations but ``passed_epochs``.
+    """
 
     path: str
     recipe: str
@@ -62,6 +65,9 @@ class Inspection:
     epoch: int
     epochs_done: int
     epochs_planned: int
+    unit: str
+    step: int | None  # optimiser steps up to ``epoch``, where the run tells them
+    passed_epochs: float | None  # passes over the training data up to it
     neurons: int
     frozen: int
     frozen_mean_percent: float
@@ -93,7 +99,7 @@ def inspect_run(run: Run, epoch: int | None = None, layer_glob: str | None = Non
     """
     epoch = run.epochs if epoch is None else epoch
     if not 1 <= epoch <= run.epochs:
-        known = "only epoch 1" if run.epochs == 1 else f"epochs 1 to {run.epochs}"
+        known = f"only {run.unit} 1" if run.epochs == 1 else f"{run.unit}s 1 to {run.epochs}"
         raise NeqError(f"--epoch {epoch}: {printable(run.path)} has {known}")
     rows = run.layers(epoch)
     neurons = run.neurons(epoch)
@@ -208,6 +214,11 @@ def _notes(notes: object) -> tuple[str, ...]:
     return tuple(map(str, [*notes[:_MOST_NOTES], *more]))
 
 
+def _told(run: Run, epoch: int, column: str) -> float | None:
+    value = run.rows[epoch - 1].get(column, math.nan)
+    return float(value) if math.isfinite(value) else None
+
+
 def _summary(run: Run, epoch: int) -> dict[str, Any]:
     columns = {name: run.column(name)[:epoch] for name in run.rows[0]}
     means = {name: mean_known(values) for name, values in columns.items()}
@@ -227,6 +238,9 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
         "epoch": epoch,
         "epochs_done": run.epochs,
         "epochs_planned": run.epochs_planned,
+        "unit": run.unit,
+        "step": None if (step := _told(run, epoch, "step")) is None else int(step),
+        "passed_epochs": _told(run, epoch, "passed_epochs"),
         "frozen_mean_percent": ratio_percent(means["frozen"], means["neurons"]),
         "flops_paper": means["flops_paper"],
         "flops_paper_percent": ratio_percent(means["flops_paper"], means["flops_paper_dense"]),

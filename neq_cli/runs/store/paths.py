@@ -66,6 +66,16 @@ class RunFiles:
     def checkpoints_folder(self) -> Path:
         return self.root / "checkpoints"
 
+    @property
+    def tracking_folder(self) -> Path:
+        """What trackers keep of the run, each in a folder of its name; there only where a run has any."""
+        return self.root / "tracking"
+
+    @property
+    def tracking_ids(self) -> Path:
+        """Under which id each tracker has the run."""
+        return self.tracking_folder / "ids.json"
+
     def neurons(self, epoch: int) -> Path:
         return self.neurons_folder / f"epoch_{epoch:04d}.safetensors"
 
@@ -95,7 +105,7 @@ class RunFiles:
     def files(self) -> Iterator[Path]:
         """What neq writes or may have written. OSError."""
         yield from (self.recipe, self.environment, self.status, self.metrics, self.layers, self.dispatch)
-        yield from (self.weights, self.lock, *self.root.glob("*.py"))
+        yield from (self.weights, self.lock, self.tracking_ids, *self.root.glob("*.py"))
         for folder in self.folders:
             if folder.exists():
                 yield from folder.glob("*.safetensors")
@@ -140,7 +150,7 @@ def check_resumable(path: Path) -> None:
     try:
         if not _is_folder(path):
             return
-        for folder in files.folders:
+        for folder in (*files.folders, files.tracking_folder):
             check_own(folder, folder=True)
         for file in files.files:
             check_own(file)

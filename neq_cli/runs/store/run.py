@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.errors import RunDirectoryError
-from neq_cli.events import EpochRecord, LayerState
+from neq_cli.events import EPOCH, OBSERVATION, EpochRecord, LayerState
 from neq_cli.recipe.recorded import is_recorded
 from neq_cli.runs.store.lock import is_alive
 from neq_cli.runs.store.neurons import NEURON_FIELDS, read_neurons
@@ -43,7 +44,8 @@ class RunStatus:
 class Run:
     """A run with at least one finished epoch; ``rows`` of metrics.csv, NaN where not measured.
 
-    ``layers`` and ``neurons`` read their files when called.
+    Where its ``unit`` is not the epoch, "epoch" here counts observations, a row each, as the files do. ``layers`` and
+    ``neurons`` read their files when called.
     """
 
     path: Path
@@ -64,8 +66,29 @@ class Run:
     @property
     def epochs_planned(self) -> int:
         """How many epochs the run is meant to have; those it has where it was recorded without saying so."""
-        planned = self.recipe.get("epochs")
-        return self.epochs if planned is None else int(planned)
+        observed = self.unit == OBSERVATION
+        planned = self.environment.get("rows_planned") if observed else self.recipe.get("epochs")
+        if planned is None or (observed and not _is_count(planned)):
+            return self.epochs
+        return int(planned)
+
+    @property
+    def unit(self) -> str:
+        """What a row is of: EPOCH, or OBSERVATION where there is one every so many optimiser steps."""
+        # Callbacks and loops of one's own need not say it: their rows do.
+        told = [row["passed_epochs"] for row in self.rows] if "passed_epochs" in self.rows[0] else []
+        if is_recorded(self.recipe) and any(passed % 1 != 0 for passed in told):  # also NaN: no whole number
+            return OBSERVATION
+        return _unit(self.environment)
+
+    @property
+    def passed_epochs(self) -> NDArray[np.float64] | None:
+        """Passes over the training data up to each row, [epochs]; None of observations that do not tell, in order."""
+        if "passed_epochs" in self.rows[0]:
+            told = self.column("passed_epochs")
+            if np.isfinite(told).all() and (np.diff(told, prepend=0.0) > 0).all() and told[-1] <= _MOST_EPOCHS:
+                return told
+        return None if self.unit == OBSERVATION else np.arange(1.0, self.epochs + 1)
 
     @property
     def recipe_name(self) -> str:
@@ -132,15 +155,29 @@ def read_run(path: str | Path) -> Run:
     recipe = read_yaml(files.recipe)
     epochs = recipe.get("epochs")
     untold = epochs is None and is_recorded(recipe)
-    if not untold and (not isinstance(epochs, int) or isinstance(epochs, bool) or not 1 <= epochs <= _MOST_EPOCHS):
+    if not untold and not _is_count(epochs):
         raise damaged(files.recipe, f"epochs: {printable(repr(epochs), 60)} is not a whole number above 0")
     environment = read_json(files.environment) if _is_there(files.environment) else {}
     status = _read_status(files.status)  # before the metrics, so that a run read as finished is read whole
     metrics = read_metrics(files.metrics) if _is_there(files.metrics) else ()
     if not metrics:
         mend = "wait for its first" if status.state == "running" else "train it further or anew"
-        raise RunDirectoryError(f"{printable(path)}: no finished epoch yet (status: {status}); {mend}")
+        unit = _unit(environment)
+        raise RunDirectoryError(f"{printable(path)}: no finished {unit} yet (status: {status}); {mend}")
     return Run(path, recipe, environment, status, metrics)
+
+
+def unit_of_runs(runs: Sequence[Run]) -> str:
+    """Return what the rows of runs of one configuration are of; observations where those of any run are."""
+    return OBSERVATION if any(run.unit == OBSERVATION for run in runs) else EPOCH
+
+
+def _unit(environment: Mapping[str, Any]) -> str:
+    return OBSERVATION if environment.get("unit") == OBSERVATION else EPOCH
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_EPOCHS
 
 
 def _check_is_run(files: RunFiles) -> None:

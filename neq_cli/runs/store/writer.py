@@ -171,6 +171,16 @@ class RunWriter:
             atomic_write(self.files.dispatch, _json(dispatch))
 
     @property
+    def epoch(self) -> int:
+        """The last finished epoch, 0 for none."""
+        return self._epochs.epoch
+
+    @property
+    def ended(self) -> tuple[str, str]:
+        """How the run has ended, state and reason as status.json has them; "running" while it has not."""
+        return str(self._status["state"]), str(self._status["reason"] or "")
+
+    @property
     def path(self) -> Path:
         return self.files.root
 
@@ -182,9 +192,9 @@ class RunWriter:
         return self.files.checkpoint(name)
 
     def write_started(self, record: RunStarted) -> None:
-        """Add to environment.json what the run says of itself: its name, policy, device, metric and notes.
+        """Add to environment.json what the run says of itself: its name, policy, device, metric, rows and notes.
 
-        Where the run goes on, what it said first stays, and only new notes are added.
+        Where the run goes on, what it said first stays, but the number of rows planned; and new notes are added.
         """
         notes = self._environment.get("notes", ())
         said = {
@@ -194,9 +204,12 @@ class RunWriter:
             "device": record.device,
             "metric": record.metric,
             "metric_better": "lower" if record.lower_is_better else "higher",
+            "unit": record.unit,
+            **({"rows_planned": record.epochs} if record.epochs > 0 else {}),
             "notes": [*notes, *(note for note in record.notes if note not in notes)],
         }
-        kept = {key: value for key, value in self._environment.items() if self._epochs.resumed and key != "notes"}
+        anew = ("notes", "rows_planned")
+        kept = {key: value for key, value in self._environment.items() if self._epochs.resumed and key not in anew}
         self._environment.update({**said, **kept})
         with writing(self.files.environment):
             atomic_write(self.files.environment, _json(self._environment))

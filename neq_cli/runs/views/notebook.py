@@ -6,10 +6,11 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 
+from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.configurations import model_and_data, policy_label
 from neq_cli.runs.compare.statistics import mean_known
 from neq_cli.runs.store.run import Run
-from neq_cli.text import format_metric, format_percent, format_seconds, printable, ratio_percent
+from neq_cli.text import format_metric, format_percent, format_seconds, in_training, printable, ratio_percent
 
 _WIDTH, _HEIGHT, _MARGIN = 260, 60, 3  # pixels
 
@@ -26,7 +27,9 @@ def run_as_html(run: Run) -> str:
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "run", printable(run.path)
     yield "what", f"{model_and_data(run)}, {policy_label([run])}"
-    yield "status", f"{printable(run.status)}, epoch {run.epochs} of {run.epochs_planned}"
+    last = run.rows[-1]
+    place = in_training(last.get("step"), last.get("passed_epochs")) if run.unit == OBSERVATION else ""
+    yield "status", f"{printable(run.status)}, {run.unit} {run.epochs} of {run.epochs_planned}{place}"
     known = [value for value in run.column(run.metric).tolist() if math.isfinite(value)]
     if known:
         best = min(known) if run.lower_is_better else max(known)
@@ -39,7 +42,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _plot(title: str, values: Sequence[float], metric: str) -> str:
-    """Return a line over the epochs, with its range; gaps where nothing was measured."""
+    """Return a line over the rows, with its range; gaps where nothing was measured."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,6 +38,7 @@ class Loaders:
     probe: Passes
     test: Passes  # empty where there are more processes than images
     note: str  # where images are cached, and why: "data.cache: memory, 184 MB"
+    place: Literal["memory", "device", "none"] = "none"  # where
 
     def start_epoch(self, epoch: int, consumed: int = 0) -> None:
         """Make the next pass over ``train`` that of ``epoch``, counted from 1; without it passes follow each other.
@@ -101,7 +102,13 @@ def make_loaders(
         CachedBatches(data.probe, place, device, probe_reading),
         _read(data.test, reading, device) if data.test.differ else CachedBatches(data.test, place, device, reading),
         choice.note,
+        choice.place,
     )
+
+
+def tested_once(data: Data, batch_size: int, workers: int, seed: int, device: torch.device) -> Batches:
+    """Return the test part in the very batches of a run with one process, read as they are asked for, not kept."""
+    return _read(data.test, Decoding(batch_size, workers, seed), device)
 
 
 def _check_sizes(data: Data, batch_size: int, processes: int) -> None:

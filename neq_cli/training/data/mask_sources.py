@@ -20,6 +20,7 @@ from neq_cli.training.data.masks import IGNORED, MOST_CLASSES, as_mask
 from neq_cli.training.data.pixels import Range, cannot_be_used, read_image
 
 FOLDER_LAYOUT = "a segmentation folder holds train/images/*, train/masks/<same names>.png, and val/ or test/ likewise"
+OR_VALIDATION = "; where there is no test part, data.validation=0.1 holds out a tenth of the images"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -69,23 +70,57 @@ class MaskFiles:
         return largest
 
 
+def folders_of(root: Path, *, tested_only: bool = False, validation: bool = False) -> tuple[Path, Path]:
+    """Return the folders of the training and the test part below ``root``, which need not be there.
+
+    The test part is in test/, else in val/. ``tested_only``: its folder stands for both, and is ``root`` itself where
+    that has no parts. ``validation``: the training part holds both, in train/, or in ``root`` itself where that has no
+    parts.
+    """
+    train, test = root / "train", tested_folder(root)
+    without_parts = test is None and not train.is_dir()
+    if validation:
+        only = root if without_parts else train
+        return only, only
+    if tested_only:
+        only = root if without_parts else test or root / "test"
+        return only, only
+    return train, test or root / "test"
+
+
+def tested_folder(root: Path) -> Path | None:
+    """Return the folder of the test part below ``root``; None where there is none."""
+    return next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+
+
 def open_folder(
-    root: Path, kwargs: Mapping[str, Any], ignore_index: int, value_range: Range | None = None
+    root: Path,
+    kwargs: Mapping[str, Any],
+    ignore_index: int,
+    value_range: Range | None = None,
+    *,
+    tested_only: bool = False,
+    validation: bool = False,
 ) -> tuple[MaskFiles, MaskFiles, list[str]]:
     """Return the training and the test part under ``root``, and notes on how they were understood.
+
+    ``tested_only``: the test part stands for both. ``validation``: the training part does.
 
     The number of classes is ``kwargs["num_classes"]``, else that of the lines of classes.txt, else one more than the
     largest number in the masks. Names that begin with a dot are left out.
     """
     if not root.is_dir():
         raise RecipeValueError("data.root", f"no folder '{root}'; {FOLDER_LAYOUT}")
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    folders = folders_of(root, tested_only=tested_only, validation=validation)
     hidden = Hidden(root)
-    parts = [MaskFiles(_pairs(part, hidden), value_range) for part in (root / "train", held_out)]
-    classes, note = _classes(root, parts, kwargs.get("num_classes"), ignore_index)
-    for part in parts:
+    if not folders[1].is_dir() and not tested_only and (folders[0].is_dir() or (root / "images").is_dir()):
+        raise RecipeValueError("data.root", f"no folder '{folders[1]}'; {FOLDER_LAYOUT}{OR_VALIDATION}")
+    opened = {part: MaskFiles(_pairs(part, hidden), value_range) for part in folders}
+    classes, note = _classes(root, list(opened.values()), kwargs.get("num_classes"), ignore_index)
+    for part in opened.values():
         part.classes = classes
-    return parts[0], parts[1], [*([note] if note else ()), *hidden.notes]
+    train, test = (opened[part] for part in folders)
+    return train, test, [*([note] if note else ()), *hidden.notes]
 
 
 def _classes(root: Path, parts: Sequence[MaskFiles], given: Any, ignore_index: int) -> tuple[tuple[str, ...], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,8 +21,13 @@ from neq_cli.training.data.items import Items, image_keys_problems
 from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import Source, Stored, open_source, range_of
+from neq_cli.training.data.splits import hold_out, known_labels, split
 from neq_cli.training.data.transforms import Mixing, Preparation
 from neq_cli.training.errors import DataError
+
+MOST_NAMES = 10_000
+"""Classes whose names a run directory keeps."""
+_LONGEST_NAMES = 2**18  # characters; readers refuse an environment.json of more than 2**20 bytes
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Data:
     own: bool  # a dataset of the user's own, which may hold chance or change
     masked: bool = False  # a mask [height, width] in place of every label
     as_it_is: bool = False
+    validation: bool = False  # whether the test part is a share of the data's training part
     notes: tuple[str, ...] = ()  # what a user should know of how the data was understood
 
     @property
@@ -56,6 +63,29 @@ class Data:
             f"{shape}{classes}"
         )
 
+    def content(self) -> dict[str, Any]:
+        """Return what the data holds, wherever it lies, in plain values: what a run directory says of it.
+
+        ``mean`` and ``std`` are those that images were normalised by, None where they were not. ``validation`` stands
+        there where the test part is a share of the training part: how many. Names of classes are left out where there
+        are too many to be kept in a small file.
+        """
+        preparation = self.test.preparation
+        content = {
+            "name": self.name,
+            "train": len(self.train) + len(self.probe),
+            "test": len(self.test),
+            "classes": self.num_classes,
+            "image_shape": None if self.image_shape is None else list(self.image_shape),
+            "mean": None if preparation.mean is None else list(preparation.mean),
+            "std": None if preparation.std is None else list(preparation.std),
+        }
+        if self.validation:
+            content["validation"] = len(self.test)
+        if 0 < len(self.classes) <= MOST_NAMES and len(json.dumps(self.classes)) <= _LONGEST_NAMES:
+            content["class_names"] = list(self.classes)
+        return content
+
     def sample(self) -> Any:
         """Return a batch of one item of the probe. RecipeValueError where it does not make one."""
         try:
@@ -64,21 +94,29 @@ class Data:
             raise RecipeValueError("data", str(error)) from error
 
 
-def load_data(section: DataSection, seed: int, *, own_task: bool = False) -> Data:
+def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested_only: bool = False) -> Data:
     """Open what ``section`` names and split ``probe_size`` images, chosen by ``seed`` alone, off the training part.
+
+    Where the recipe gives ``validation``, that share of the training part is the test part; the probe is of the rest.
 
     Raises RecipeValueError, one line, where the data is missing, empty, inconsistent or smaller than the probe set.
     A dataset of the user's own may yield PIL images, uint8 or float tensors or arrays; it should leave augmentation to
     ``augment``, so that the probe set is seen without. Whatever else it yields is taken as it is; under an ``own_task``
     so are images with anything but a label or a mask beside them.
+
+    ``tested_only``: the test part is all that is wanted. Of folders no other is opened, unless it is a share of the
+    training part; the others then share images, and nothing may be trained.
     """
-    source = open_source(section, own_task=own_task)
+    source = open_source(section, own_task=own_task, tested_only=tested_only)
     for part, dataset in (("training", source.train), ("test", source.test)):
-        if len(dataset) == 0:
+        if len(dataset) == 0 and (part == "training" or section.validation is None):
             raise RecipeValueError("data", f"{source.name} has no {part} images")
-    kept, probed = split(len(source.train), section.probe_size, seed)
+    source, kept, tested = _held_out(section, source, seed)
+    probed = kept
+    if not tested_only:
+        kept, probed = (kept[chosen] for chosen in split(len(kept), section.probe_size, seed))
     if source.as_it_is:
-        return _as_it_is(section, source, kept, probed)
+        return _as_it_is(section, source, kept, probed, tested)
     own = section.entrypoint is not None
     value_range = range_of(section) if own else None  # all others scale images as they read them
     image, target = _first(source)
@@ -88,7 +126,6 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False) -> Dat
     first_image = _first_tensor(source, image, value_range)
     finished = own and value_range is None and comes_as_floats(image)
     preparation = _preparation(section, source, first_image.shape[0], masked=masked, finished=finished)
-    everything = torch.arange(len(source.test))
     train: Images
     if isinstance(preparation, MaskPreparation):
         options: dict[str, Any] = {
@@ -99,11 +136,11 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False) -> Dat
         }
         train = MaskedImages(source.train, kept, preparation, augmented=True, **options)
         probe: Images = MaskedImages(source.train, probed, preparation, **options)
-        test: Images = MaskedImages(source.test, everything, preparation, whole=True, **options)
+        test: Images = MaskedImages(source.test, tested, preparation, whole=True, **options)
     else:
         train = _images(source, source.train, kept, preparation, value_range, augmented=True)
         probe = _images(source, source.train, probed, preparation, value_range, augmented=False)
-        test = _images(source, source.test, everything, preparation, value_range, augmented=False)
+        test = _images(source, source.test, tested, preparation, value_range, augmented=False)
     first = probe.fixed([0])[0][0]
     channels, height, width = first.shape
     for images in (train, probe, test):
@@ -120,11 +157,27 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False) -> Dat
         image_bytes=first.nbytes + (height * width if masked else 0),
         own=own,
         masked=masked,
+        validation=section.validation is not None,
         notes=source.notes,
     )
 
 
-def _as_it_is(section: DataSection, source: Source, kept: Tensor, probed: Tensor) -> Data:
+def _held_out(section: DataSection, source: Source, seed: int) -> tuple[Source, Tensor, Tensor]:
+    """Return the source with what is tested in place, and the indices that are trained on or probed, and tested."""
+    size = len(source.train)
+    if section.validation is None:
+        return source, torch.arange(size), torch.arange(len(source.test))
+    labels = None if source.as_it_is else known_labels(source.train)
+    rest, tested = hold_out(size, section.validation, seed, labels)
+    chosen = "by seed and class by class" if labels is not None else "by seed alone"
+    untested = source.untested or (f"the test part of {source.name}" if source.test is not source.train else "")
+    instead = f", in place of {untested}" if untested else ""
+    what = "items" if source.as_it_is else "images"
+    note = f"data.validation: {len(tested)} of {size} training {what}, chosen {chosen}, are the test part{instead}"
+    return replace(source, test=source.train, notes=(*source.notes, note)), rest, tested
+
+
+def _as_it_is(section: DataSection, source: Source, kept: Tensor, probed: Tensor, tested: Tensor) -> Data:
     """Return the parts of a dataset whose items are no images with a label or a mask."""
     for key, problem in image_keys_problems(section, source.name):
         raise RecipeValueError(f"data.{key}", problem)
@@ -132,13 +185,15 @@ def _as_it_is(section: DataSection, source: Source, kept: Tensor, probed: Tensor
         name=source.name,
         train=Items(source.train, kept, name=source.name, varies=True),
         probe=Items(source.train, probed, name=source.name),
-        test=Items(source.test, torch.arange(len(source.test)), name=source.name),
+        test=Items(source.test, tested, name=source.name),
         num_classes=len(source.classes) or None,
         classes=source.classes,
         image_shape=None,
         image_bytes=0,
         own=True,
         as_it_is=True,
+        validation=section.validation is not None,
+        notes=source.notes,
     )
     batch = data.sample()
     return replace(data, image_shape=_image_shape(batch), image_bytes=sum(one.nbytes for one in tensors_in(batch)))
@@ -151,16 +206,6 @@ def _image_shape(batch: Any) -> Shape | None:
         return None
     _, channels, height, width = inputs.shape
     return channels, height, width
-
-
-def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the sorted indices that are trained on and those that are probed; together 0 to ``size`` - 1."""
-    if probe_size >= size:
-        raise RecipeValueError(
-            "data.probe_size", f"{probe_size} probe images of {size} training images leave none to train on; lower it"
-        )
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return order[probe_size:].sort().values, order[:probe_size].sort().values
 
 
 def _preparation(section: DataSection, source: Source, channels: int, *, masked: bool, finished: bool) -> Preparation:

@@ -25,7 +25,15 @@ from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
 from neq_cli.training.data.images import place_of
 from neq_cli.training.data.items import taken_as_they_are
-from neq_cli.training.data.mask_sources import VOC_CLASSES, CocoMasks, MaskFiles, open_folder
+from neq_cli.training.data.mask_sources import (
+    OR_VALIDATION,
+    VOC_CLASSES,
+    CocoMasks,
+    MaskFiles,
+    folders_of,
+    open_folder,
+    tested_folder,
+)
 from neq_cli.training.data.pixels import Range, as_tensor, read_image
 from neq_cli.training.errors import of_the_disk
 
@@ -50,13 +58,15 @@ class Source:
     test: Any
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    untested: str = ""  # the part that is not opened, as data.validation takes its place: "test/"
     as_it_is: bool = False  # what the datasets yield is not images with a label or a mask; classes may be none
 
 
-def open_source(section: DataSection, *, own_task: bool = False) -> Source:
+def open_source(section: DataSection, *, own_task: bool = False, tested_only: bool = False) -> Source:
     """Open what ``section`` names, downloading where it may. RecipeValueError, one line, for all that can go wrong.
 
-    ``own_task``: what is learnt is a callable's to say, and need be neither labels nor masks.
+    ``own_task``: what is learnt is a callable's to say, and need be neither labels nor masks. Of folders one part
+    stands for both under ``data.validation``, the training one, and under ``tested_only``, the test part.
     """
     for argument, problem in kwargs_problems(section):
         raise RecipeValueError(f"data.kwargs.{argument}", problem)
@@ -66,7 +76,12 @@ def open_source(section: DataSection, *, own_task: bool = False) -> Source:
     if name == "digits":
         train, test = load_digits()
         return Source(name, Stored(*train), Stored(*test), _numbered(10))
-    folders = {"image_folder": _from_folder, "segmentation_folder": _from_segmentation_folder, "COCO": _from_coco}
+    tested_only = tested_only and section.validation is None  # else the test part is a part of the training part
+    folders: dict[str, Callable[..., Source]] = {
+        "image_folder": partial(_from_folder, tested_only=tested_only),
+        "segmentation_folder": partial(_from_segmentation_folder, tested_only=tested_only),
+        "COCO": _from_coco,
+    }
     if name in folders:
         try:
             return folders[name](section)
@@ -88,26 +103,34 @@ def data_root(section: DataSection) -> Path:
     return Path(os.path.expandvars(section.root)).expanduser()
 
 
-def _from_folder(section: DataSection) -> Source:
+def _from_folder(section: DataSection, *, tested_only: bool) -> Source:
     root = data_root(section)
     layout = "an image folder holds train/<class>/<image> and test/<class>/<image> (or val/...)"
     if not root.is_dir():
         raise RecipeValueError("data.root", f"no folder '{root}'; {layout}")
-    train = root / "train"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    validation = section.validation is not None
+    train, test = folders_of(root, tested_only=tested_only, validation=validation)
     for part in (train, test):
         if not part.is_dir():
-            raise RecipeValueError("data.root", f"'{root}' has no folder '{part.name}'; {layout}")
+            mend = "" if tested_only or tested_folder(root) else OR_VALIDATION
+            raise RecipeValueError("data.root", f"'{root}' has no folder '{part.name}'; {layout}{mend}")
     hidden = Hidden(root)
     make = partial(folder_maker(ImageFolder, hidden), loader=partial(read_image, value_range=range_of(section)))
-    train_images, test_images = (_image_folder(part, make, section.kwargs) for part in (train, test))
+    opened = {part: _image_folder(part, make, section.kwargs) for part in (train, test)}
+    train_images, test_images = opened[train], opened[test]
     differing = sorted(set(train_images.classes) ^ set(test_images.classes))
     if differing:
         raise RecipeValueError(
             "data.root",
             f"'{train}' and '{test}' differ in classes: {_some(differing)}; every class needs a folder in both",
         )
-    return Source(f"image_folder {root.name}", train_images, test_images, tuple(train_images.classes), hidden.notes)
+    name, classes = f"image_folder {root.name}", tuple(train_images.classes)
+    return Source(name, train_images, test_images, classes, hidden.notes, _untested(section, root))
+
+
+def _untested(section: DataSection, root: Path) -> str:
+    test = None if section.validation is None else tested_folder(root)
+    return "" if test is None else f"{test.name}/"
 
 
 def _image_folder(folder: Path, make: Callable[..., ImageFolder], kwargs: Mapping[str, Any]) -> ImageFolder:
@@ -125,10 +148,18 @@ def _image_folder(folder: Path, make: Callable[..., ImageFolder], kwargs: Mappin
         raise RecipeValueError("data.root", f"'{folder}' cannot be read ({one_line(error)})") from error
 
 
-def _from_segmentation_folder(section: DataSection) -> Source:
+def _from_segmentation_folder(section: DataSection, *, tested_only: bool) -> Source:
     root = data_root(section)
-    train, test, notes = open_folder(root, section.kwargs, section.ignore_index, range_of(section))
-    return Source(f"segmentation_folder {root.name}", train, test, train.classes, tuple(notes))
+    train, test, notes = open_folder(
+        root,
+        section.kwargs,
+        section.ignore_index,
+        range_of(section),
+        tested_only=tested_only,
+        validation=section.validation is not None,
+    )
+    name = f"segmentation_folder {root.name}"
+    return Source(name, train, test, train.classes, tuple(notes), _untested(section, root))
 
 
 def _from_coco(section: DataSection) -> Source:

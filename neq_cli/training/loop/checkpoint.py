@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,29 @@ def save_weights(state_dict: Mapping[str, Tensor], path: Path, metadata: Mapping
     write_tensors(state_dict, {"format": "pt", **metadata}, path)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The plain state_dict of a file, the text beside it, and the epoch after which it stood so; None: not told.
+
+    Within an epoch it stood after none.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: Mapping[str, str]
+    epoch: int | None
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the plain state_dict in ``path``: a file of weights, or a checkpoint's model (averaged, if it is)."""
+    return read_weights_whole(path).tensors
+
+
+def read_weights_whole(path: Path) -> Weights:
+    """Return what ``read_weights`` does, with what else the file tells of it."""
     metadata, tensors = read_tensors(path)
     if "structure" not in metadata:
-        return tensors
+        told = metadata.get("epoch", "")
+        return Weights(tensors, metadata, int(told) if re.fullmatch("[0-9]{1,9}", told) else None)
     state = _state(path, metadata, tensors)
     model, averaged = (state.get(key) for key in ("model", "averaged")) if isinstance(state, dict) else (None, None)
     prefix = ""
@@ -79,7 +99,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     weights = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
     if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise damaged(path, "its model is not one of tensors")
-    return weights
+    epoch: Any = state.get("epoch") if state.get("so_far") is None else None
+    return Weights(weights, metadata, epoch if type(epoch) is int else None)
 
 
 def restore_formats(optimizer: Optimizer) -> None:

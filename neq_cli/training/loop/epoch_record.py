@@ -54,6 +54,7 @@ def epoch_record(
         "images_per_second": trained.images / max(trained.train_seconds, 1e-9),
         "epoch_seconds": epoch_seconds,
         "probe_seconds": probe_seconds,
+        "data_wait_seconds": trained.data_seconds,
         **energy,
     }
     return EpochRecord(trained.epoch, metrics, layers)

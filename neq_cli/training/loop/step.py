@@ -29,6 +29,28 @@ def autocast_of(recipe: Recipe, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def moved_to(device: torch.device, value: Any, *, channels_last: bool) -> Any:
+    """Return a batch's inputs or targets on the device, images in the model's memory format."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory_format = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, non_blocking=True, memory_format=memory_format)
+
+    return map_tensors(moved, value)
+
+
+@torch.no_grad()
+def test_batch(
+    task: Task, outputs_of: Callable[[], Any], targets: Any, totals: Tensor, autocast: torch.autocast
+) -> Any:
+    """Add what a batch's ``targets`` and outputs come to to the ``totals`` of a test; returns the outputs."""
+    with autocast:
+        outputs = outputs_of()
+        loss = task.loss(outputs, targets)
+    task.update(totals, outputs, targets, loss)
+    return outputs
+
+
 def update_weights(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
@@ -151,9 +173,4 @@ class TrainingStep:
 
     def to_device(self, value: Any) -> Any:
         """Return a batch's inputs or targets where they are trained on, in the model's memory format."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            memory_format = torch.channels_last if self.channels_last and tensor.dim() == 4 else torch.preserve_format
-            return tensor.to(self.device, non_blocking=True, memory_format=memory_format)
-
-        return map_tensors(moved, value)
+        return moved_to(self.device, value, channels_last=self.channels_last)

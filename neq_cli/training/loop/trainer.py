@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from neq_cli.training.loop.divergence import FiniteLosses, check_weights
 from neq_cli.training.loop.epoch_record import Scores, epoch_record
 from neq_cli.training.loop.running_epoch import Clock, RunningEpoch
 from neq_cli.training.loop.schedules import Schedule, steps_before_last_drop
-from neq_cli.training.loop.step import TrainingStep
+from neq_cli.training.loop.step import TrainingStep, test_batch
 from neq_cli.training.loop.tasks import Task, checked_results
 from neq_cli.training.loop.trainer_state import restore, state_of
 from neq_cli.training.machine.energy.measured import Energy
@@ -213,8 +214,7 @@ class Trainer:
             self.batches = iter(self.loaders.train)
         if not self.loaded:  # the first batch may wait for all images to be decoded
             yield self._progress(so_far, "load")
-        batch: Any = next(self.batches)
-        self.loaded = True
+        batch = self._next_batch(so_far)
         yield self._progress(so_far, "train")
         self.step.begin_epoch(so_far.totals)
         clock = Clock(so_far, self.step, self.freezer)
@@ -252,13 +252,22 @@ class Trainer:
                 yield self._progress(so_far, "train", speed, checked_results(self.task, so_far.totals)["loss"])
             if ends:
                 break
-            batch = next(self.batches)
+            batch = self._next_batch(so_far)
         if step == steps:
             next(self.batches, None)  # which lets go of what the pass held
 
     def _pause(self, so_far: RunningEpoch, *, stop: bool) -> Pause:
         so_far.joules += self.energy.lap()  # what is saved has all that was spent
         return Pause(so_far.epoch, so_far.steps, stop=stop)
+
+    def _next_batch(self, so_far: RunningEpoch) -> Any:
+        assert self.batches is not None, "the pass has begun"
+        started = time.perf_counter()
+        batch = next(self.batches)
+        if self.loaded:
+            so_far.data_seconds += time.perf_counter() - started
+        self.loaded = True
+        return batch
 
     def _progress(
         self, so_far: RunningEpoch, phase: str, images_per_second: float = math.nan, loss: float = math.nan
@@ -287,11 +296,9 @@ class Trainer:
         steps, shown = len(self.loaders.test), -math.inf
         for step, batch in enumerate(self.loaders.test, 1):
             inputs, targets = map(self.step.to_device, parts_of(batch))
-            with torch.no_grad():
-                with self.step.autocast():
-                    outputs = self.step.call(model, inputs, targets)
-                    loss = self.task.loss(outputs, targets)
-                self.task.update(totals, outputs, targets, loss)
+            test_batch(
+                self.task, partial(self.step.call, model, inputs, targets), targets, totals, self.step.autocast()
+            )
             if time.perf_counter() - shown >= PROGRESS_SECONDS:
                 shown = time.perf_counter()
                 yield StepProgress(so_far.epoch, step, steps, "test", math.nan, math.nan)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 
@@ -122,10 +124,13 @@ def fetched(entry: Any, section: ModelSection, key: str) -> dict[str, Tensor]:
     try:
         loaded: dict[str, Tensor] = entry.get_state_dict(progress=True, check_hash=True)
     except Exception as error:
-        mend = "set TORCH_HOME to a folder with room" if of_the_disk(error) else "check the network"
+        cache = Path(torch.hub.get_dir()) / "checkpoints"  # as torch's own download has it
+        mend = f"where there is no network, put {entry.url} into '{cache}'"
+        if of_the_disk(error):
+            mend = "set TORCH_HOME to a folder with room"
         raise RecipeValueError(
             f"model.{key}",
-            f"'{getattr(section, key)}' of {section.name} could not be fetched ({one_line(error)}); {mend}, "
-            "or give a file as model.checkpoint",
+            f"'{getattr(section, key)}' of {section.name} is not in '{cache}', and could not be fetched "
+            f"({one_line(error)}); {mend}, or give a file as model.checkpoint",
         ) from error
     return loaded

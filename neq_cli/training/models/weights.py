@@ -21,8 +21,9 @@ from neq_cli.training.models.state_files import checkpoint_path, read_state
 def load_weights(model: nn.Module, section: ModelSection, task: str | None = None) -> tuple[str, ...]:
     """Load what ``section.weights`` or ``section.checkpoint`` names into ``model``, built for ``task``.
 
-    Returns notes on what was not loaded: a library's weights go wherever their shapes fit, so that a model with another
-    number of classes keeps its own last layer. A checkpoint must fit entirely. Raises RecipeValueError.
+    Returns notes on what was not loaded: what ``section.fresh`` names; and a library's weights go wherever their shapes
+    fit, so that a model with another number of classes keeps its own last layer. A checkpoint must fit entirely. Raises
+    RecipeValueError.
     """
     if section.weights is not None:
         return _load_published(model, section, task)
@@ -58,7 +59,12 @@ def find_checkpoint(checkpoint: str) -> Path:
 def _load_published(model: nn.Module, section: ModelSection, task: str | None) -> tuple[str, ...]:
     loaded = find_builder(section, task).published(section, model)
     own = model.state_dict()
-    fitting = {name: tensor for name, tensor in loaded.items() if name in own and own[name].shape == tensor.shape}
+    asked = _fresh(section, own)
+    fitting = {
+        name: tensor
+        for name, tensor in loaded.items()
+        if name in own and own[name].shape == tensor.shape and name not in asked
+    }
     # BatchNorm's counters are missing from old files; every other tensor left out starts from scratch.
     counted = [name for name in own if not name.endswith("num_batches_tracked")]
     fresh = [name for name in counted if name not in fitting]
@@ -87,13 +93,26 @@ def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]
     path = find_checkpoint(str(section.checkpoint))
     own = model.state_dict()
     loaded = as_torchvision(read_state(path), own)
+    fresh = _fresh(section, own)
+    loaded = {name: tensor for name, tensor in loaded.items() if not _matches(name, section.fresh)}
+    own = {name: tensor for name, tensor in own.items() if name not in fresh}
+    if problem := misfits(loaded, own):
+        raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: {problem}")
+    model.load_state_dict(dict(loaded), strict=not fresh)
+    return (f"model.fresh: {len(fresh)} tensors start from scratch: {_listed(fresh)}",) if fresh else ()
+
+
+def _fresh(section: ModelSection, own: Mapping[str, Tensor]) -> list[str]:
+    """Return which of the model's ``own`` tensors are to start at random; RecipeValueError for a glob without any."""
     for glob in section.fresh:
         if not any(fnmatchcase(name, glob) for name in own):
             hint = did_you_mean(glob, own) or f"; names are such as '{next(iter(own), '')}'"
             raise RecipeValueError("model.fresh", f"no tensor of the model matches '{glob}'{hint}")
-    fresh = [name for name in own if _matches(name, section.fresh)]
-    loaded = {name: tensor for name, tensor in loaded.items() if not _matches(name, section.fresh)}
-    own = {name: tensor for name, tensor in own.items() if name not in fresh}
+    return [name for name in own if _matches(name, section.fresh)]
+
+
+def misfits(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return in what ``loaded`` is not the state dict of a model that has its ``own``; "" where nothing is wrong."""
     missing = [name for name in own if name not in loaded]
     unexpected = [name for name in loaded if name not in own]
     mismatched = [
@@ -103,10 +122,7 @@ def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]
     ]
     parts = (("missing", missing), ("not in the model", unexpected), ("of another shape", mismatched))
     problems = [f"{len(names)} {what} ({_listed(names)})" for what, names in parts if names]
-    if problems:
-        raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: tensors {'; '.join(problems)}")
-    model.load_state_dict(dict(loaded), strict=not fresh)
-    return (f"model.fresh: {len(fresh)} tensors start from scratch: {_listed(fresh)}",) if fresh else ()
+    return f"tensors {'; '.join(problems)}" if problems else ""
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

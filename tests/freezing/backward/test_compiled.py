@@ -87,6 +87,31 @@ def test_gradients_are_those_of_the_eager_model_and_one_graph_serves_all_sets(
     assert type(model.conv) is nn.Conv2d
 
 
+@pytest.mark.parametrize("wraps", [True, False])
+@pytest.mark.usefixtures("double")
+def test_a_part_that_is_compiled_is_compiled_once(*, wraps: bool) -> None:
+    """Where the model itself runs eagerly, and after more sets than torch would compile anew for."""
+    torch._dynamo.reset()
+    part, head = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), nn.Linear(3, 2)
+    if not wraps:
+        part.compile(backend="aot_eager")
+    model = nn.Sequential(torch.compile(part, backend="aot_eager") if wraps else part, head)
+    inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    freezer = Freezer(model, optimizer, [inputs], Sets(0.5))
+    assert freezer.compiled
+    graphs = []
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        before, trainable = part[0].weight.detach().clone(), next(iter(freezer.trainable.values()))
+        model(inputs).sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal((part[0].weight != before).any(1), trainable)
+        freezer.step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
+
+
 def test_everything_frozen_is_no_exception(force: Callable[[str], None]) -> None:
     force("sliced")
     torch._dynamo.reset()

@@ -158,6 +158,23 @@ def test_only_what_is_trained_to_its_end_is_finished(folder: Path) -> None:
     assert more.runs[0].run.state == PENDING
 
 
+def test_epochs_of_a_run_by_steps_are_those_passed(folder: Path) -> None:
+    rows = [[row, row / 4, 50, 10, 5, 1.5] for row in range(1, 10)]  # up to 2.25 epochs
+    for name, state, known in (("seed=1", "running", rows), ("seed=2", "finished", rows[:8])):
+        path = run(folder, name, name, "epochs=3" if state == "running" else "epochs=2", state=state)
+        with (path / "metrics.csv").open("w", newline="") as file:
+            header = ["epoch", "passed_epochs", "test_top1", "neurons", "frozen", "epoch_seconds"]
+            csv.writer(file, lineterminator="\n").writerows([header, *known])
+    plan = plan_sweep(str(folder / "small.yaml"), ["seed=1", "epochs=3"], folder / "sweep")
+    assert [(one.run.state, one.run.epochs_done, one.run.passed_epochs) for one in plan.runs] == [(PENDING, 2, 2.25)]
+    plan = plan_sweep(str(folder / "small.yaml"), ["seed=2", "epochs=2"], folder / "sweep")
+    assert [(one.run.state, one.run.epochs_done) for one in plan.runs] == [(FINISHED, 2)]
+    with pytest.raises(
+        RecipeError, match=r"2, but epoch 2\.25 of .*seed=1 is trained, on the way to 3; give at least 3,"
+    ):
+        plan_sweep(str(folder / "small.yaml"), ["seed=1", "epochs=2"], folder / "sweep")
+
+
 def test_runs_of_another_recipe_are_refused_all_at_once(folder: Path) -> None:
     for seed in (1, 2, 3):
         run(folder, f"seed={seed}", f"seed={seed}", "batch_size=32" if seed == 3 else "optimizer.lr=0.5")

@@ -249,8 +249,9 @@ def test_json_is_plain_and_has_stable_keys(seeded: Callable[..., Run]) -> None:
         "approach", "runs", "seeds", "is_baseline", "unfinished", "flops_paper", "flops_paper_percent",
         "flops_executed", "flops_executed_percent", "metric", "final", "final_difference", "best", "best_difference",
         "seconds", "flops_training", "flops_training_percent", "goal", "matched_p",
-        "lower_is_better", "joules", "joules_percent",
+        "lower_is_better", "unit", "joules", "joules_percent",
     ]  # fmt: skip
+    assert row["unit"] == "epoch"
     assert row["final"] == {"mean": 91.0, "std": None, "n": 1}
     assert row["final_difference"] == {
         "mean": 1.0, "p_value": None, "test": "paired", "pairs": 1, "why_no_p": "n too small",
@@ -334,3 +335,34 @@ def test_where_lower_is_better_the_least_is_the_best(make_run: Callable[..., Run
     assert (second.goal.target, second.goal.reached, second.goal.seconds.mean) == (5, 1, 10)
     with pytest.raises(NeqError, match=r"metric: test_mae \(lower is better\) in .*, test_mae in "):
         compare_runs([better, run("other", BASELINE, 1.0, 1.0, 1.0, lower=False)])
+
+
+def test_epochs_beside_observations(make_run: Any, make_observed: Any, recipe: Any) -> None:
+    # The same training, seen after each of 2 epochs and after every fourth of one; it reaches 90 after 1.25 epochs.
+    by_epoch = [{"test_top1": top1, "flops_forward": 500.0, "epoch_seconds": 40.0} for top1 in (80.0, 90.0)]
+    by_step = [
+        {"test_top1": 90.0 if row >= 5 else 80.0, "flops_forward": 500.0, "epoch_seconds": 10.0} for row in range(1, 9)
+    ]
+    found = compare_runs(
+        [
+            make_run("b", recipe(epochs=2, seed=1, policy=BASELINE), metrics=by_epoch, planned=2),
+            make_observed("n", metrics=by_step, planned=8, recipe=recipe(epochs=2, seed=1)),
+        ]
+    )
+    baseline, neq = found.rows
+    assert (baseline.unit, neq.unit, found.units) == ("epoch", "observation", "epochs or observations")
+    # 500 forward and 1500 executed on a sample in every epoch, however often neurons were looked at.
+    assert (baseline.flops_training.mean, neq.flops_training.mean) == (4000, 4000)
+    assert neq.flops_training_percent == 100
+    assert baseline.goal is not None
+    assert neq.goal is not None
+    assert (baseline.goal.seconds.mean, neq.goal.seconds.mean) == (80, 50)
+    assert (baseline.goal.flops_percent, neq.goal.flops_percent) == (100, 62.5)
+    assert neq.unfinished == ()
+
+
+def test_observations_that_do_not_tell_their_epochs_have_no_training_flops(make_observed: Any) -> None:
+    rows = [{"flops_forward": 500.0, "passed_epochs": math.nan}] * 3
+    (row,) = compare_runs([make_observed(metrics=rows, finish=False)]).rows
+    assert math.isnan(row.flops_training.mean)
+    assert row.unfinished == ("3/12",)

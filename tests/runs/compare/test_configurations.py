@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from neq_cli.runs.compare.configurations import disagreements, labels, model_and_data, policy_label, settings
+from neq_cli.runs.compare.configurations import disagreements, labels, model_and_data, policy_label, settings, written
 from neq_cli.runs.store.run import Run
 
 
@@ -141,3 +141,17 @@ def test_labels_tell_rows_apart_by_the_keys_that_differ(make_run: Callable[..., 
 def test_model_and_data_by_entrypoint(make_run: Callable[..., Run], recipe: Any) -> None:
     made = recipe(model={"entrypoint": "my.nets:make"}, data={"entrypoint": "my.data:load"})
     assert model_and_data(make_run(recipe=made, epochs=1)) == "my.nets:make on my.data:load"
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("2.0", "2"),
+        ("0.001", "0.001"),
+        ("[15.0, 22.5]", "[15, 22.5]"),
+        ('["fc.*", true]', "[fc.*, True]"),
+        ('"cosine"', "cosine"),
+    ],
+)
+def test_settings_are_written_as_people_do(setting: str, shown: str) -> None:
+    assert written(setting) == shown

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from neq_cli.runs.compare.curves import curve, learning_rate, study
+from neq_cli.runs.compare.curves import axis_word, curve, learning_rate, places, study
 from neq_cli.runs.store.run import Run
 
 BASELINE = {"kind": "baseline"}
@@ -53,6 +53,7 @@ def test_steps_of_the_learning_rate(make_run: Callable[..., Run], recipe: Any) -
     found = learning_rate([rates(make_run, recipe, [0.1, 0.1, 0.01, 0.01, 0.001])])
     assert found is not None
     assert found.steps == ((3, 0.01), (5, 0.001))
+    assert (found.begins, found.when) == ((2, 4), ("from epoch 3 on", "from epoch 5 on"))
     assert (found.gradual, found.first, found.last) == (False, 0.1, 0.001)
 
 
@@ -73,3 +74,40 @@ def test_rates_of_zero_and_none_make_no_steps(make_run: Callable[..., Run], reci
     found = learning_rate([rates(make_run, recipe, [0.0, 0.1, float("nan"), -1.0, float("inf")])])
     assert found is not None
     assert found.steps == ()
+
+
+def test_observations_stand_where_they_were_made(make_observed: Callable[..., Run]) -> None:
+    first = make_observed("a", metrics=[{"test_top1": value} for value in (10, 20, 30)])
+    second = make_observed("b", metrics=[{"test_top1": value} for value in (30, 40)], finish=False)
+    found = curve([first, second], lambda run: run.column("test_top1"))
+    np.testing.assert_array_equal(found.at, [0.25, 0.5, 0.75])
+    np.testing.assert_array_equal(found.mean, [20, 30, 30])
+    np.testing.assert_array_equal(found.high, [30, 40, 30])
+    assert axis_word([first, second]) == "epoch"
+
+
+def test_runs_with_rows_elsewhere_are_folded_where_they_meet(
+    make_run: Callable[..., Run], make_observed: Callable[..., Run]
+) -> None:
+    epochs = make_run("a", metrics=[{"test_top1": value} for value in (10, 20)])
+    halves = make_observed("b", every=200, metrics=[{"test_top1": value} for value in (0, 30, 0, 60)])
+    found = curve([epochs, halves], lambda run: run.column("test_top1"))
+    np.testing.assert_array_equal(found.at, [0.5, 1, 1.5, 2])
+    np.testing.assert_array_equal(found.mean, [0, 20, 0, 40])
+
+
+def test_observations_that_do_not_tell_their_epochs_are_counted(make_observed: Callable[..., Run]) -> None:
+    run = make_observed("a", metrics=[{"passed_epochs": np.nan}] * 3)
+    np.testing.assert_array_equal(places(run), [1, 2, 3])
+    assert axis_word([run]) == "observation"
+    assert axis_word([run, make_observed("b")]) == "observation or epoch"
+
+
+def test_steps_of_the_learning_rate_among_observations(make_observed: Callable[..., Run]) -> None:
+    found = learning_rate([make_observed(metrics=[{"lr": value} for value in (0.1, 0.1, 0.1, 0.1, 0.01)])])
+    assert found is not None
+    # The fifth was made after 1.25 epochs; the rate of the first four held up to the fourth.
+    assert (found.steps, found.begins, found.when) == (((5, 0.01),), (1.0,), ("after epoch 1",))
+    untold = learning_rate([make_observed("b", metrics=[{"lr": r, "passed_epochs": np.nan} for r in (0.1, 0.01)])])
+    assert untold is not None
+    assert untold.when == ("from observation 2 on",)

@@ -118,11 +118,13 @@ def test_json_is_plain_and_has_stable_keys(run: Run, tmp_path: Path) -> None:
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert " ".join(plain) == (
         "schema path recipe description policy device status status_reason epoch epochs_done epochs_planned "
+        "unit step passed_epochs "
         "neurons frozen frozen_mean_percent flops_paper flops_paper_percent flops_executed flops_executed_percent "
         "metric lower_is_better metric_final metric_best metric_best_epoch seconds probe_percent notes layer_glob "
         "layers changes joules co2_grams energy"
     )
     assert plain["path"] == str(tmp_path / "run")
+    assert (plain["unit"], plain["step"], plain["passed_epochs"]) == ("epoch", None, None)
     assert list(plain["layers"][0]) == [
         "name", "kind", "neurons", "frozen", "phi_mean", "velocity_abs_mean", "frozen_indices", "frozen_since",
     ]  # fmt: skip
@@ -160,3 +162,21 @@ def test_the_best_epoch_is_the_one_the_metric_says(
     found = inspect_run(make_run(metrics=metrics, metric="test_mae", lower=lower))
     assert (found.metric_final, found.metric_best, found.metric_best_epoch) == (4, best, epoch)
     assert found.lower_is_better == lower
+
+
+def test_an_observation_says_where_it_stands(make_observed: Callable[..., Run]) -> None:
+    plain = to_json(inspect_run(make_observed(), epoch=5))
+    assert (plain["unit"], plain["epoch"], plain["epochs_done"], plain["epochs_planned"]) == ("observation", 5, 8, 12)
+    assert (plain["step"], plain["passed_epochs"]) == (500, 1.25)
+    assert isinstance(plain["step"], int)
+
+
+def test_an_observation_of_data_without_a_length_has_a_step(make_observed: Callable[..., Run]) -> None:
+    plain = to_json(inspect_run(make_observed(metrics=[{"passed_epochs": math.nan}] * 2)))
+    assert (plain["step"], plain["passed_epochs"]) == (200, None)
+
+
+@pytest.mark.parametrize(("rows", "known"), [(8, "observations 1 to 8"), (1, "only observation 1")])
+def test_an_observation_that_is_not_there(make_observed: Callable[..., Run], rows: int, known: str) -> None:
+    with pytest.raises(NeqError, match=rf"--epoch 9: .* has {known}"):
+        inspect_run(make_observed(rows=rows), epoch=9)

@@ -315,3 +315,71 @@ def test_odd_yaml_becomes_plain_values(make_run: Callable[..., Run], recipe: Any
     assert run.setting("1") == "one"
     assert run.setting("nested") == {"shared": [1, 2], "again": [1, 2]}
     assert sorted(run.setting("set")) == ["a", "b"]
+
+
+def test_rows_are_epochs_unless_the_run_says_otherwise(make_run: Callable[..., Run], recipe: Any) -> None:
+    run = make_run(recipe=recipe(epochs=5), epochs=3)
+    assert (run.unit, run.epochs, run.epochs_planned) == ("epoch", 3, 5)
+    assert run.passed_epochs is not None
+    assert run.passed_epochs.tolist() == [1, 2, 3]
+
+
+def test_a_run_of_observations(make_observed: Callable[..., Run], recipe: Any) -> None:
+    run = make_observed(recipe=recipe(epochs=3))
+    assert (run.unit, run.epochs, run.epochs_planned) == ("observation", 8, 12)
+    assert run.passed_epochs is not None
+    assert run.passed_epochs.tolist() == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
+    assert run.column("step")[-1] == 800
+
+
+RECORDED = {"recorded": True, "name": "mine", "seed": 1, "epochs": None, "policy": {"kind": "neq"}}
+
+
+@pytest.mark.parametrize(
+    ("passed", "unit", "known"),
+    [
+        ([1.0, 2.0, 3.0], "epoch", [1, 2, 3]),
+        ([0.4, 0.8, 1.2], "observation", [0.4, 0.8, 1.2]),
+        ([math.nan, math.nan, math.nan], "observation", None),  # data without a length
+        ([2.0, 1.0, 1.0], "epoch", [1, 2, 3]),  # whatever somebody's column of that name is
+        ([0.4, 0.3, 1.2], "observation", None),
+        ([0.0, 0.5, 1.0], "observation", None),
+        ([-0.5, 0.5, 1.0], "observation", None),
+        ([0.5, 1.0, math.inf], "observation", None),
+        ([0.5, 1.0, 1e99], "observation", None),
+    ],
+)
+def test_rows_of_recorded_runs_tell_what_they_are(
+    make_run: Callable[..., Run], passed: list[float], unit: str, known: list[float] | None
+) -> None:
+    run = make_run(recipe=RECORDED, metrics=[{"passed_epochs": value} for value in passed])
+    assert (run.unit, run.epochs_planned) == (unit, 3)
+    told = run.passed_epochs
+    assert (None if told is None else told.tolist()) == known
+
+
+def test_a_loop_that_counts_parts_of_epochs_in_a_recipe_of_neqs_is_by_epoch(make_run: Callable[..., Run]) -> None:
+    assert make_run(metrics=[{"passed_epochs": value} for value in (0.5, 1.0)]).unit == "epoch"
+
+
+@pytest.mark.parametrize("planned", [True, "12", 0, -3, 1.5, 10**10, [12], None])
+def test_rows_planned_that_are_no_number_are_those_there_are(make_observed: Callable[..., Run], planned: Any) -> None:
+    run = make_observed()
+    environment = json.loads(run.files.environment.read_text())
+    run.files.environment.write_text(json.dumps({**environment, "rows_planned": planned}))
+    assert read_run(run.path).epochs_planned == 8
+
+
+@pytest.mark.parametrize("unit", [["observation"], {"observation": 1}, "", None, 3, "observations"])
+def test_a_unit_of_no_meaning_is_the_epoch(make_run: Callable[..., Run], unit: Any) -> None:
+    run = make_run()
+    environment = json.loads(run.files.environment.read_text())
+    run.files.environment.write_text(json.dumps({**environment, "unit": unit}))
+    assert read_run(run.path).unit == "epoch"
+
+
+def test_a_run_without_an_observation_is_refused_in_its_word(make_observed: Callable[..., Run]) -> None:
+    run = make_observed()
+    run.files.metrics.unlink()
+    with pytest.raises(RunDirectoryError, match="no finished observation yet"):
+        read_run(run.path)

@@ -190,6 +190,8 @@ def test_what_the_run_says_of_itself_stands_in_the_environment(tmp_path: Path) -
         "device": "cpu",
         "metric": "test_top1",
         "metric_better": "higher",
+        "unit": "epoch",
+        "rows_planned": 3,
     }
 
 
@@ -345,7 +347,9 @@ def test_what_a_resumed_run_says_of_itself(tmp_path: Path, recipe: Any, records:
     with RunWriter.reopen(path) as writer:
         assert json.loads((path / "status.json").read_text())["state"] == "interrupted"  # nothing is written yet
         writer.rewind(1, "seed: 1\n", {"neq": "0.4", "device": "cuda", "argv": ["neq", "train", "--resume"]})
-        started = dataclasses.replace(_started(), device="cuda", notes=("cls_token trains always", "another"))
+        started = dataclasses.replace(
+            _started(), device="cuda", epochs=9, unit="observation", notes=("cls_token trains always", "another")
+        )
         writer.write_started(started)
     status = json.loads((path / "status.json").read_text())
     assert (status["state"], status["reason"], status["ended"]) == ("running", None, None)
@@ -357,7 +361,8 @@ def test_what_a_resumed_run_says_of_itself(tmp_path: Path, recipe: Any, records:
         "epoch": 1, "host": socket.gethostname(), "device": "cuda", "argv": ["neq", "train", "--resume"],
         "changed": {"neq": "0.4"},
     }  # fmt: skip
-    assert environment == {**first_environment, "notes": ["cls_token trains always", "another"]}
+    # What it said first stays, but for the rows planned: it may go on for longer.
+    assert environment == {**first_environment, "notes": ["cls_token trains always", "another"], "rows_planned": 9}
     assert (path / "recipe.yaml").stat().st_mtime_ns == recipe_file.st_mtime_ns  # not written again
     with RunWriter.reopen(path) as writer:
         writer.rewind(1, "seed: 1\nepochs: 9\n", {})
@@ -662,3 +667,11 @@ def _started() -> Any:
     notes = ("cls_token trains always",)
     policy = "neq epsilon=0.001 mu=0.5"
     return RunStarted("digits", "small on digits", policy, "cpu", 3, 7, "test_top1", {"conv1": 4}, notes)
+
+
+def test_rows_that_nobody_planned_are_not_said(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", "", {})
+    writer.write_started(dataclasses.replace(_started(), epochs=0, unit="observation"))
+    environment = json.loads((writer.path / "environment.json").read_text())
+    assert environment["unit"] == "observation"
+    assert "rows_planned" not in environment

@@ -48,6 +48,7 @@ SHAPES = {
     "digits-baseline": ((1, 8, 8), 10),
     "digits-stochastic": ((1, 8, 8), 10),
     "entrypoint": ((1, 8, 8), 10),
+    "finetune-folder": ((3, 224, 224), 1000),
     "resnet18-imagenet": ((3, 224, 224), 1000),
     "resnet32-cifar10": ((3, 32, 32), 10),
     "resnet32-cifar10-adam": ((3, 32, 32), 10),

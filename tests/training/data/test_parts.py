@@ -14,7 +14,8 @@ from rounding import apart
 
 from neq_cli.errors import NeqError, TrainingError
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.parts import Data, load_data, split
+from neq_cli.training.data.parts import Data, load_data
+from neq_cli.training.data.splits import split
 
 # Scaled to one, less a mean below 0.5, divided by 0.2 or more: statistics are rounded too, and undone again in a test.
 NORMALISED = {"rtol": 0.0, "atol": apart(10, torch.float32, magnitude=1.5 / 0.2)}

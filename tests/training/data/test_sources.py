@@ -75,7 +75,10 @@ def test_image_folders_that_are_not_right(tmp_path: Path) -> None:
     layout = "an image folder holds train/<class>/<image> and test/<class>/<image> (or val/...)"
     assert message("none", {}) == f"data.root: no folder '/none'; {layout}"
     assert message("no_train", {"test": ["a"]}) == f"data.root: '/no_train' has no folder 'train'; {layout}"
-    assert message("no_test", {"train": ["a"]}) == f"data.root: '/no_test' has no folder 'test'; {layout}"
+    assert message("no_test", {"train": ["a"]}) == (
+        f"data.root: '/no_test' has no folder 'test'; {layout}; "
+        "where there is no test part, data.validation=0.1 holds out a tenth of the images"
+    )
     assert message("empty", {"train": ["a", "b"], "test": ["a"]}, 0) == (
         "data.root: '/empty/train' has no images for the classes 'a', 'b'"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
+from timings import TIMINGS
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -21,7 +23,6 @@ from neq_cli.training.loop.course import Course
 from neq_cli.training.loop.trainer import SAVE, Trainer
 from neq_cli.training.session import prepare
 
-TIMED = {"images_per_second", "epoch_seconds", "probe_seconds"}
 BATCHES = 5  # of a pass: 45 images less 4 of the probe, 8 at a time
 
 
@@ -60,7 +61,7 @@ def records_of(trainer: Trainer) -> list[EpochRecord]:
 
 
 def untimed(record: EpochRecord) -> dict[str, str]:
-    return {key: str(value) for key, value in record.metrics.items() if key not in TIMED}
+    return {key: str(value) for key, value in record.metrics.items() if key not in TIMINGS}
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -264,3 +265,28 @@ def test_a_plateau_goes_by_the_metric_that_is_tested() -> None:
     records = records_of(trainer)
     assert [record.metrics["lr"] for record in records] == pytest.approx([0.1] * 4 + [0.05] * 2)
     assert records[1].metrics["test_top1"] > 0
+
+
+class Slow(TensorDataset):
+    """Takes its time for every image."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        time.sleep(SLEEP)
+        return super().__getitem__(index)
+
+
+SLEEP = 0.004
+
+
+def slow() -> tuple[TensorDataset, TensorDataset]:
+    train, test = noise()
+    return Slow(*train.tensors), test
+
+
+def test_a_row_tells_how_long_its_steps_waited_for_data() -> None:
+    data = {"entrypoint": f"{__name__}:slow", "probe_size": 4, "workers": 0, "cache": "none"}
+    for record, steps in zip(records_of(make_trainer(data=data, epochs=2)), (BATCHES - 1, BATCHES), strict=True):
+        # The run's very first batch, for which all else is got ready, is not counted.
+        assert steps * 8 * SLEEP <= record.metrics["data_wait_seconds"] < record.metrics["epoch_seconds"]
+    quick = records_of(make_trainer(data={**data, "cache": "memory"}, epochs=2))[1].metrics["data_wait_seconds"]
+    assert quick < BATCHES * 8 * SLEEP

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rounding import apart, apart_after_steps, apart_behind_layers, gamma
+from timings import TIMINGS
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -20,8 +21,6 @@ from neq_cli.recipe import Recipe
 from neq_cli.training.loop.tasks import Classification
 from neq_cli.training.loop.trainer import Trainer
 from neq_cli.training.session import prepare
-
-TIMINGS = {"images_per_second", "epoch_seconds", "probe_seconds"}
 
 
 @pytest.fixture(autouse=True)

@@ -170,7 +170,9 @@ def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
     section = ModelSection(name="resnet18", weights="DEFAULT")
     with pytest.raises(
-        NeqError, match=r"'DEFAULT' of resnet18 could not be fetched \(URLError: .*unreachable.*network"
+        NeqError,
+        match=r"'DEFAULT' of resnet18 is not in '.*checkpoints', and could not be fetched \(URLError: .*unreachable"
+        r".*\); where there is no network, put https://.*/resnet18-\w+\.pth into '.*checkpoints', or give a file",
     ):
         load_weights(build_model(section), section)
 
@@ -193,6 +195,21 @@ def test_tensors_named_fresh_keep_their_random_numbers(tmp_path: Path) -> None:
     for name, tensor in target.state_dict().items():
         expected = before if name.startswith("fc") else source
         assert torch.equal(tensor, expected.state_dict()[name])
+
+
+def test_a_head_is_fresh_though_published_weights_would_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = ModelSection(name="resnet18", weights="DEFAULT", fresh=["fc.*"])
+    torch.manual_seed(1)
+    model, published = build_model(section), build_model(section).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: published)
+    head = model.fc.weight.detach().clone()
+    (note,) = load_weights(model, section)
+    assert note == "model.weights: 2 of 122 tensors start from scratch: fc.weight, fc.bias"
+    assert torch.equal(model.fc.weight, head)
+    assert not torch.equal(head, published["fc.weight"])
+    assert torch.equal(model.conv1.weight, published["conv1.weight"])
+    with pytest.raises(NeqError, match=r"^model.fresh: no tensor of the model matches 'head\.\*'"):
+        load_weights(model, section.model_copy(update={"fresh": ["head.*"]}))
 
 
 def test_a_glob_that_matches_nothing_is_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
+from neq_cli.events import OBSERVATION
 from neq_cli.runs.views.drawing import (
     DONE,
     FROZEN,
@@ -21,10 +22,11 @@ from neq_cli.runs.views.drawing import (
     rule,
     shorten,
     span,
+    text_of,
 )
 from neq_cli.runs.views.live.layers import format_velocity
 from neq_cli.runs.views.live.run_view import VELOCITY_DECADES, RunView, clock
-from neq_cli.text import MISSING, format_flops, format_joules, format_metric, format_percent, printable
+from neq_cli.text import MISSING, format_flops, format_joules, format_metric, format_percent, in_training, printable
 
 METRIC_NAMES = {"test_top1": "test top-1", "test_miou": "test mIoU"}
 LOWEST, HIGHEST = (f"1e{VELOCITY_DECADES[0]}", f"{10.0 ** VELOCITY_DECADES[1]:.0f}")
@@ -73,20 +75,20 @@ def policy_line(view: RunView, width: int) -> Line:
 
 def progress_lines(view: RunView, width: int, now: float) -> list[Line]:
     """A bar for the run and one for the epoch's phase, with speed and time left."""
-    epochs, position = view.started.epochs, view.position
+    epochs, unit, position = view.started.epochs, view.started.unit, view.position
     step, steps = (position.step, position.steps) if position else (0, view.started.steps_per_epoch)
     phase = position.phase if position else "train"
     # Steps of test and probe are not an epoch's: for the run's bar they count as its last tenth.
     within = 0.9 * step / max(steps, 1) if phase == "train" else 0.9
     run_share = min((view.epoch - 1 + within) / max(epochs, 1), 1.0)
-    labels = [f"epoch {min(view.epoch, epochs)}/{epochs}", f"{phase} {step}/{steps}"]
+    labels = [f"{unit} {min(view.epoch, epochs)}/{epochs}", f"{phase} {step}/{steps}"]
     shares = [run_share, step / max(steps, 1)]
     if view.preparing is not None:
         done, total = view.preparing.done, view.preparing.total
         labels[1], shares[1] = printable(view.preparing.what), done / max(total, 1)
     if view.finished:
         labels[1], shares = "done", [1.0, 1.0]
-    label_width = max(len(f"epoch {epochs}/{epochs}"), len(f"train {steps}/{steps}"), len(labels[1]))
+    label_width = max(len(f"{unit} {epochs}/{epochs}"), len(f"train {steps}/{steps}"), len(labels[1]))
     tails = _progress_tails(view, width, now)
     tail_width = max(*map(len, tails), 34 if width >= 70 else 0)
     return [
@@ -121,20 +123,24 @@ def _progress_tails(view: RunView, width: int, now: float) -> tuple[str, str]:
 
 
 def epoch_rule(view: RunView, width: int) -> Line:
-    """Which epoch the numbers below are of, and what it took."""
+    """Which epoch the numbers below are of, and what it took; of an observation also where it stands, if that fits."""
+    unit = view.started.unit
     if not view.epochs_done:
-        return rule("no epoch finished yet", "", width)
+        return rule(f"no {unit} finished yet", "", width)
     took = f"took {clock(view.last('epoch_seconds'))}, probe {view.last('probe_seconds'):.1f} s"
     energy = f", {format_joules(view.last('joules'))}" if "joules" in view.columns else ""
     note = f"lr {format_rate(view.last('lr'))}, {took}{energy}"
-    return rule(f"epoch {view.epochs_done}", note, width)
+    title = f"{unit} {view.epochs_done}"
+    place = in_training(None, view.last("passed_epochs")) if unit == OBSERVATION else ""
+    whole = rule(title + place, note, width)
+    return whole if text_of(whole).endswith(f"{note} ─") else rule(title, note, width)
 
 
 def loss_row(view: RunView, column: str) -> StatRow:
     """``train_loss`` or ``test_loss``."""
     best, epoch = view.best(column, lowest=True)
     losses = latest_known(view.columns.get(column, ()))
-    tails = (f"best {format_loss(best)} at epoch {epoch}", f"best {format_loss(best)}", "") if epoch else ("",)
+    tails = _best_tails(view, format_loss(best), epoch)
     return StatRow(column.replace("_", " "), format_loss(losses[-1] if losses else math.nan), losses, tails)
 
 
@@ -142,11 +148,14 @@ def metric_row(view: RunView) -> StatRow:
     """What says how good the model is."""
     metric = view.started.metric
     best, epoch = view.best(metric, lowest=view.started.lower_is_better)
-    score = format_score(best, metric)
-    tails = (f"best {score} at epoch {epoch}", f"best {score}", "") if epoch else ("",)
+    tails = _best_tails(view, format_score(best, metric), epoch)
     label = METRIC_NAMES.get(metric, printable(metric).replace("_", " "))
     scores = latest_known(view.columns.get(metric, ()))
     return StatRow(label, format_score(scores[-1] if scores else math.nan, metric), scores, tails)
+
+
+def _best_tails(view: RunView, best: str, epoch: int) -> tuple[str, ...]:
+    return (f"best {best} at {view.started.unit} {epoch}", f"best {best}", "") if epoch else ("",)
 
 
 def latest_known(values: Sequence[float]) -> list[float]:
@@ -214,7 +223,8 @@ def _velocity_axis(view: RunView, width: int) -> Line:
 
 def frozen_rule(view: RunView, width: int) -> Line:
     """Which epoch the frozen neurons below are those of, and what changed with it."""
-    title = f"frozen in epoch {view.epoch}" if not view.finished else f"frozen after epoch {view.epochs_done}"
+    unit = view.started.unit
+    title = f"frozen in {unit} {view.epoch}" if not view.finished else f"frozen after {unit} {view.epochs_done}"
     changes = f"{view.froze} froze, {view.thawed} thawed" if view.epochs_done else ""
     return rule(title, changes, width)
 

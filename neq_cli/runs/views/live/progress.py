@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 
 from rich.console import Console
 
-from neq_cli.events import Compiling, EpochRecord, Preparing, Record, RunStarted, StepProgress
+from neq_cli.events import OBSERVATION, Compiling, EpochRecord, Preparing, Record, RunStarted, StepProgress
 from neq_cli.runs.views.live.dashboard import Dashboard
 from neq_cli.runs.views.live.run_view import Pace, clock
-from neq_cli.text import MISSING, format_flops, format_metric, format_percent, printable, ratio_percent
+from neq_cli.text import MISSING, counted, format_flops, format_metric, format_percent, printable, ratio_percent
 
 _FIRST_LINE = 10.0  # seconds
 Mode = Literal["auto", "rich", "plain", "off"]
@@ -185,20 +185,23 @@ def started_line(started: RunStarted) -> str:
     """The run in one line."""
     steps = f" of {started.steps_per_epoch} steps" if started.steps_per_epoch else ""
     length = f"{started.epochs} epochs{steps}"
+    if started.unit == OBSERVATION:
+        every = f", one every {counted(started.steps_per_epoch, 'step')}" if started.steps_per_epoch else ""
+        length = counted(started.epochs, started.unit) + every
     size = f"{sum(started.layers.values())} neurons in {len(started.layers)} layers"
     return f"{started.recipe_name}: {started.description}, {started.policy}, {started.device}, {length}, {size}"
 
 
 def epoch_line(record: EpochRecord, started: RunStarted, seconds_left: float) -> str:
-    """A finished epoch in one line, for people and for grep; what was not measured is a dash.
+    """A finished epoch, or observation, in one line, for people and for grep; what was not measured is a dash.
 
-    Frozen neurons and FLOPs are those in force during the epoch.
+    Frozen neurons and FLOPs are those in force during it.
     """
     metrics = record.metrics
     neurons, frozen = int(metrics["neurons"]), int(metrics["frozen"])
     share = format_percent(ratio_percent(frozen, neurons))
     parts = [
-        f"epoch {record.epoch:>{len(str(started.epochs))}}/{started.epochs}",
+        f"{started.unit} {record.epoch:>{len(str(started.epochs))}}/{started.epochs}",
         f"loss {_number(metrics['train_loss'], '.4f')}",
         f"{started.metric.removeprefix('test_')} {_metric(metrics, started.metric)}",
         f"frozen {frozen:>{len(str(neurons))}}/{neurons} {f'({share})':<8}",

@@ -129,11 +129,11 @@ def _row(run: SweptRun, labels: Sequence[str], width: int, now: float) -> Line:
     tail = f"{epoch:>{_EPOCH_WIDTH}}{numbers}"
     used = cell_len(left) + _STATE_WIDTH
     room = width - used - cell_len(tail) - len(_GAP)
-    if run.state == PENDING and not run.epochs_done:
+    if run.state == PENDING and not run.passed_epochs:
         return [span(left), state]
     middle: Line = [span(" " * max(room + len(_GAP), 0))]
     if room >= 6 and run.state == RUNNING:
-        heavy, light = bar(run.epochs_done / max(run.epochs, 1), min(room, 40))
+        heavy, light = bar(run.passed_epochs / max(run.epochs, 1), min(room, 40))
         blank = " " * (room - min(room, 40))
         middle = [span(_GAP), span(heavy, DONE), span(light + blank, QUIET)]
     return [span(left), state, *middle, span(tail)]

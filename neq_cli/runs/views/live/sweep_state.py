@@ -20,12 +20,14 @@ ENDED = (FINISHED, FAILED, STOPPED)
 _BLOCK = 2**18  # bytes read at a time
 _LARGEST = 2**29
 _EPOCHS_REMEMBERED = 10
+_PASSED = "passed_epochs"
 
 
 class SweptRun:
-    """One run of a sweep: who it is, how it stands, and what its metrics.csv says of the last whole epoch.
+    """One run of a sweep: who it is, how it stands, and what the last whole row of its metrics.csv says.
 
-    Times are seconds of the caller's clock.
+    Epochs are passes over the training data, also of a run that has a row for every so many steps. Times are seconds of
+    the caller's clock.
     """
 
     def __init__(self, name: str, labels: Sequence[str], path: Path, epochs: int) -> None:
@@ -37,8 +39,9 @@ class SweptRun:
         self.reason = ""  # why it failed
         self.began = math.nan  # in this call; NaN where it was not trained in it
         self.ended = math.nan
-        self.epochs_before = 0  # trained by earlier calls
+        self.epochs_before = 0.0  # trained by earlier calls
         self.epochs_done = 0
+        self.part_done = 0.0  # of the epoch after them, where rows tell it
         self.metric = ""  # the column of score, once known
         self.score = math.nan
         self.frozen_share = math.nan
@@ -46,6 +49,7 @@ class SweptRun:
         self._epoch_began = math.nan
         self._first_ended = self._first_seconds = math.nan  # of the first epoch of this call
         self._columns: list[str] = []
+        self._rows = 0
         self._offset = 0
         self._broken = False
 
@@ -53,7 +57,7 @@ class SweptRun:
         """Take note that its process has started."""
         self.look(now)
         self.state, self.began, self._epoch_began = RUNNING, now, now
-        self.epochs_before = self.epochs_done
+        self.epochs_before = self.passed_epochs
 
     def end(self, state: str, reason: str, now: float) -> None:
         """Take note of how its process ended."""
@@ -94,21 +98,26 @@ class SweptRun:
                 self._offset += len(whole)
 
     def _forget(self) -> None:
-        self._columns, self._offset, self.epochs_done = [], 0, 0
+        self._columns, self._rows, self._offset, self.epochs_done, self.part_done = [], 0, 0, 0, 0.0
         self._seconds.clear()
 
     def _take(self, path: Path, cells: list[str], now: float) -> None:
-        """Take in a row. ValueError, LookupError or RunDirectoryError where it is not that of the next epoch."""
+        """Take in a row. ValueError, LookupError or RunDirectoryError where it is not the one that comes next."""
         if not self._columns:
             self._columns, self.metric = cells, _metric(self.path, cells)
             return
         row = dict(zip(self._columns, cells, strict=True))
-        if row["epoch"] != str(self.epochs_done + 1):
-            raise ValueError(f"epoch {row['epoch']} after epoch {self.epochs_done}")
+        if row["epoch"] != str(self._rows + 1):
+            raise ValueError(f"epoch {row['epoch']} after epoch {self._rows}")
         number = {key: float(parse_number(path, 0, key, row[key])) for key in self._needed()}
-        self.epochs_done += 1
+        passed = number.get(_PASSED, self.passed_epochs + 1)
+        part = passed - self.passed_epochs
+        if not 0 < part < math.inf:
+            raise ValueError(f"{passed} epochs passed after {self.passed_epochs}")
+        self._rows, self.epochs_done = self._rows + 1, int(passed)
+        self.part_done = passed - self.epochs_done
         self._epoch_began = now
-        self._seconds.append(number["epoch_seconds"])
+        self._seconds.append(number["epoch_seconds"] / part)
         if self.state == RUNNING and math.isnan(self._first_ended):
             self._first_ended, self._first_seconds = now, number["epoch_seconds"]
         if number["neurons"]:
@@ -117,12 +126,18 @@ class SweptRun:
         self.score = score if math.isfinite(score) else self.score
 
     def _needed(self) -> tuple[str, ...]:
-        return ("epoch_seconds", "neurons", "frozen", *([self.metric] if self.metric else []))
+        passed = [_PASSED] if _PASSED in self._columns else []
+        return ("epoch_seconds", "neurons", "frozen", *passed, *([self.metric] if self.metric else []))
 
     @property
-    def epochs_left(self) -> int:
+    def passed_epochs(self) -> float:
+        """Epochs that are trained, with the part of the last one."""
+        return self.epochs_done + self.part_done
+
+    @property
+    def epochs_left(self) -> float:
         """Epochs that this sweep has yet to train; none of a run that has ended, however it did."""
-        return 0 if self.state in ENDED else max(self.epochs - self.epochs_done, 0)
+        return 0 if self.state in ENDED else max(self.epochs - self.passed_epochs, 0)
 
     def seconds_left(self, now: float) -> float:
         """Seconds until it ends at its pace of late, NaN while that is not known."""
@@ -188,7 +203,7 @@ class SweepState:
     def share(self) -> float:
         """The share of all epochs that is trained."""
         planned = sum(run.epochs for run in self.runs)
-        return sum(min(run.epochs_done, run.epochs) for run in self.runs) / planned if planned else 1.0
+        return sum(min(run.passed_epochs, run.epochs) for run in self.runs) / planned if planned else 1.0
 
     def seconds_left(self, now: float) -> float:
         """Seconds until all runs have ended, at the pace of those that are trained; NaN while there is none."""

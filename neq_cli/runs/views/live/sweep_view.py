@@ -17,7 +17,7 @@ from neq_cli.runs.views.live.progress import Mode, can_show_frames
 from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_frame import sweep_frame
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, RUNNING, SweepState, SweptRun
-from neq_cli.text import format_metric, format_percent, printable
+from neq_cli.text import format_metric, format_passes, format_percent, printable
 
 SECONDS_PER_FRAME = 0.25
 
@@ -170,7 +170,7 @@ def begin_line(state: SweepState) -> str:
 def run_line(run: SweptRun, state: SweepState, now: float) -> str:
     """What became of a run in one line, for people and for grep."""
     if run.state == RUNNING:
-        before = f" after epoch {run.epochs_before}" if run.epochs_before else ""
+        before = f" after epoch {format_passes(run.epochs_before)}" if run.epochs_before else ""
         return f"started      {run.name}{before}"
     counted = f"{state.count(FINISHED)}/{len(state.runs)} finished"
     if run.state == FAILED:
@@ -191,7 +191,7 @@ def plan_lines(runs: Sequence[SweptRun]) -> list[str]:
         what = f"to train, {run.epochs} epochs"
         if run.state == FINISHED:
             what = "finished"
-        elif run.epochs_done:
-            what = f"to go on with after epoch {run.epochs_done} of {run.epochs}"
+        elif run.passed_epochs:
+            what = f"to go on with after epoch {format_passes(run.passed_epochs)} of {run.epochs}"
         lines.append(f"{run.name:<{width}}  {what}")
     return lines

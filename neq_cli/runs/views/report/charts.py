@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MOST_LAYER_LABELS = 24
 _LONGEST_LABEL = 48
 _LONGEST_LAYER = 26
+_FEWEST_EPOCHS = 4  # from which on whole numbers are enough beside an axis
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,26 @@ def draw_curves(
     style: Style,
     lines: Sequence[tuple[Line, Curve]],
     axis: Axis,
-    steps: Sequence[tuple[int, float]],
+    steps: Sequence[tuple[float, float]],
+    horizontal: str,
 ) -> None:
-    """Draw means over runs with the span of the runs around them, and a mark at every step of the learning rate."""
-    axes = new_axes(figure, "epoch", axis.label)
-    epochs = max(len(curve.mean) for _, curve in lines)
+    """Draw means over runs with the span of the runs around them, and a mark at every step of the learning rate.
+
+    ``steps`` are (place, rate), ``horizontal`` is what places count.
+    """
+    axes = new_axes(figure, horizontal, axis.label)
     for line, curve in lines:
-        at = np.arange(1, len(curve.mean) + 1)
+        at = curve.at
         known = np.isfinite(curve.mean)
         mean, low, high = (values[known] / axis.unit for values in (curve.mean, curve.low, curve.high))
         colour = style.colour(line.place)
         axes.plot(at[known], mean, color=colour, linestyle=style.dashes(line.place), **_dot(mean))
         if (high > low).any():
             axes.fill_between(at[known], low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set_xlim(*span(epochs))
+    # Half of the first step beyond both ends: 0.5 of epochs.
+    left = min(float(curve.at[0] / 2) for _, curve in lines)
+    right = max(float(curve.at[-1] + curve.at[0] / 2) for _, curve in lines)
+    axes.set_xlim(left, right)
     if axis.from_zero:
         axes.set_ylim(0, above([float(np.nanmax(curve.high, initial=0)) / axis.unit for _, curve in lines]))
     if axis.whole:
@@ -62,7 +69,8 @@ def draw_curves(
         keep_within(axes, axis, [value for _, curve in lines for value in (*curve.low, *curve.high)])
     axes.grid(axis="y")
     _mark_steps(axes, style, steps, style.ink)
-    whole_numbers(axes.xaxis)
+    if right > _FEWEST_EPOCHS or all((curve.at % 1 == 0).all() for _, curve in lines):
+        whole_numbers(axes.xaxis)
     _legend(figure, axes, style, [line for line, _ in lines])
 
 
@@ -107,7 +115,7 @@ def draw_points(
 
 def draw_density(figure: Figure, style: Style, density: Density, label: str, threshold: float | None) -> None:
     """Draw each epoch's distribution as a column of shades, its mean as a line, the threshold's two sides dashed."""
-    axes = new_axes(figure, "epoch", label)
+    axes = new_axes(figure, density.unit, label)
     places = density.scale.place(density.edges)
     low, high = float(places[0]), float(places[-1])
     top = float(density.shares.max(initial=0.0)) or 1.0
@@ -135,9 +143,9 @@ def draw_density(figure: Figure, style: Style, density: Density, label: str, thr
     _shade_key(figure, axes, style, "share of neurons per bin", [f"{100 * top * at**2:.3g}%" for at in (0, 0.5, 1)])
 
 
-def draw_layers(figure: Figure, style: Style, layers: LayerMap, steps: Sequence[tuple[int, float]]) -> None:
+def draw_layers(figure: Figure, style: Style, layers: LayerMap, steps: Sequence[tuple[float, float]]) -> None:
     """Draw a row for each layer or few of them, from the input at the top down to the output."""
-    axes = new_axes(figure, "epoch", "")
+    axes = new_axes(figure, layers.unit, "")
     rows, columns = layers.percent.shape
     extent = (0.5, columns * layers.epochs_per_column + 0.5, rows - 0.5, -0.5)
     axes.imshow(_shades(layers.percent / 100, style), aspect="auto", extent=extent, interpolation="none")
@@ -154,12 +162,12 @@ def draw_layers(figure: Figure, style: Style, layers: LayerMap, steps: Sequence[
     _shade_key(figure, axes, style, "neurons not updated", ["0%", "50%", "100%"])
 
 
-def _mark_steps(axes: Axes, style: Style, steps: Sequence[tuple[int, float]], colour: str) -> None:
-    for epoch, rate in steps:
-        axes.axvline(epoch - 0.5, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
+def _mark_steps(axes: Axes, style: Style, steps: Sequence[tuple[float, float]], colour: str) -> None:
+    for place, rate in steps:
+        axes.axvline(place, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
         label = axes.annotate(
             f"lr {rate:.3g}",
-            (epoch - 0.5, 1.0),
+            (place, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(0, 2),
             textcoords="offset points",

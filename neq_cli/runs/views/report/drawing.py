@@ -65,21 +65,21 @@ PAGE = Style(
 )
 
 
-def require_matplotlib() -> None:
-    """Raise NeqError where the extra is not installed."""
+def require_matplotlib(what: str = "neq report") -> None:
+    """Raise NeqError where the extra is not installed, which ``what`` needs."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "matplotlib":
-            raise NeqError("neq report needs matplotlib; install it with: pip install 'neq[report]'") from error
-        raise _broken(error) from error
+            raise NeqError(f"{what} needs matplotlib; install it with: pip install 'neq[report]'") from error
+        raise _broken(what, error) from error
     except ImportError as error:
-        raise _broken(error) from error
+        raise _broken(what, error) from error
 
 
-def _broken(error: ImportError) -> NeqError:
+def _broken(what: str, error: ImportError) -> NeqError:
     reason = " ".join(str(error).split())
-    return NeqError(f"neq report needs matplotlib, which is there but fails to import ({reason}); install it anew")
+    return NeqError(f"{what} needs matplotlib, which is there but fails to import ({reason}); install it anew")
 
 
 def drawn(draw: Callable[[Figure, Style], None], style: Style, height: float, name: str, form: Format) -> bytes:

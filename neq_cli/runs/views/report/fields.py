@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.errors import NeqError
-from neq_cli.runs.store.run import Run
+from neq_cli.runs.store.run import Run, unit_of_runs
 from neq_cli.runs.store.tables import LAYER_COLUMNS
 from neq_cli.runs.store.untrusted import damaged, parse_count, read_table
 from neq_cli.text import printable
@@ -50,6 +50,7 @@ class Density:
     shares: NDArray[np.float64]
     mean: NDArray[np.float64]  # [epochs read], of the finite values
     outside: float  # share of all values beyond the edges; they are counted in the outermost bins
+    unit: str  # of what its columns are: epochs, or observations
 
 
 def densities(run: Run, threshold: float | None = None) -> tuple[Density, ...]:
@@ -80,6 +81,7 @@ def densities(run: Run, threshold: float | None = None) -> tuple[Density, ...]:
             run.epochs,
             *(scales[name], edges[name], shares[name], means[name]),
             outside[name] / max(total[name], 1),
+            run.unit,
         )
         for name in FIELDS
     )
@@ -170,6 +172,7 @@ class LayerMap:
     layers_per_row: int
     epochs_per_column: int
     epochs: int
+    unit: str  # of what its columns are: epochs, or observations
 
 
 def layer_map(runs: Sequence[Run]) -> LayerMap:
@@ -189,7 +192,7 @@ def layer_map(runs: Sequence[Run]) -> LayerMap:
             sums[:, place[name], (epoch - 1) // per_column] += (frozen, neurons)
     with np.errstate(invalid="ignore"):
         percent = 100 * sums[0] / sums[1]
-    return LayerMap(names, percent, per_row, per_column, epochs)
+    return LayerMap(names, percent, per_row, per_column, epochs, unit_of_runs(runs))
 
 
 def _names(run: Run) -> tuple[str, ...]:
@@ -219,6 +222,6 @@ def _rows(run: Run, known: dict[str, int]) -> Iterator[tuple[int, str, int, int]
             for column, text in (("neurons", neurons_text), ("frozen", frozen_text))
         )
         if epoch < 1 or layer not in known or frozen > neurons:
-            what = f"epoch {epoch}, layer {printable(layer, 60)!r}, {frozen} of {neurons} neurons frozen"
-            raise damaged(path, f"{what}: not as in epoch 1", line)
+            what = f"{run.unit} {epoch}, layer {printable(layer, 60)!r}, {frozen} of {neurons} neurons frozen"
+            raise damaged(path, f"{what}: not as in {run.unit} 1", line)
         yield epoch, layer, neurons, frozen

@@ -25,7 +25,7 @@ def write_pictures(all_pictures: Iterable[Picture], folder: Path, form: Format) 
         for picture in all_pictures:
             path = folder / f"{picture.name}.{form}"
             check_replaceable(path)
-            atomic_write(path, drawn(picture.draw, PRINT, _printed_height(picture), picture.name, form))
+            atomic_write(path, drawn(picture.draw, PRINT, printed_height(picture), picture.name, form))
             written.append(path)
     except OSError as error:
         where = printable(error.filename or folder)
@@ -46,6 +46,6 @@ def check_replaceable(path: Path) -> None:
     raise NeqError(f"{printable(path)}: already exists and was not written by neq report; choose another place")
 
 
-def _printed_height(picture: Picture) -> float:
+def printed_height(picture: Picture) -> float:
     """The page's proportions, and room for the legend below."""
     return picture.height * 0.7 + 0.14 * len(picture.legend)

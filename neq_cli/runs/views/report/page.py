@@ -10,7 +10,7 @@ from pathlib import Path
 from neq_cli import __version__
 from neq_cli.errors import NeqError
 from neq_cli.runs.compare.configurations import model_and_data
-from neq_cli.runs.compare.curves import Configuration, Study, study
+from neq_cli.runs.compare.curves import Configuration, Study, axis_word, study
 from neq_cli.runs.store.disk import atomic_write
 from neq_cli.runs.store.run import KNOWN_METRICS, Run
 from neq_cli.runs.views.report.drawing import MARK, PAGE, drawn, require_matplotlib
@@ -72,7 +72,7 @@ def render_page(report: Report) -> str:
         ("short", "In short", _short(the_study)),
         ("comparison", "Comparison", comparison_table(the_study)),
         ("flops", f"{_quality(the_study)} against FLOPs", _group(report, "points", dot=True)),
-        ("epochs", "By epoch", _curves(report)),
+        ("epochs", f"By {axis_word(the_study.runs)}", _curves(report)),
         ("layers", "Frozen share by layer", _layers(report)),
         ("neurons", "Distributions over neurons", _neurons(report)),
         ("recipes", "Recipes", recipe_tables(the_study)),
@@ -123,8 +123,11 @@ def _subtitle(the_study: Study) -> str:
     what = ", ".join(subjects[:3]) + (f" and {len(subjects) - 3} more" if len(subjects) > 3 else "")
     runs, configurations = len(the_study.runs), len(the_study.configurations)
     counts = f"{counted(runs, 'run')} of {counted(configurations, 'configuration')}"
-    epochs = max(configuration.epochs for configuration in the_study.configurations)
-    return text(f"{what}; {counts}, {counted(epochs, 'epoch')}")
+    longest: dict[str, int] = {}
+    for configuration in the_study.configurations:
+        longest[configuration.unit] = max(longest.get(configuration.unit, 0), configuration.epochs)
+    rows = " and ".join(counted(number, unit) for unit, number in longest.items())
+    return text(f"{what}; {counts}, {rows}")
 
 
 def _short(the_study: Study) -> str:

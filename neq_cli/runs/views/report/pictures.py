@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from neq_cli.runs.compare.curves import Configuration, Curve, Study, curve, learning_rate
+from neq_cli.events import OBSERVATION
+from neq_cli.runs.compare.curves import Configuration, Curve, Study, axis_word, curve, learning_rate
 from neq_cli.runs.compare.statistics import Summary
 from neq_cli.runs.store.run import KNOWN_METRICS, Run
 from neq_cli.runs.views.report.axes import Axis, unit_of
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 MOST_DENSITIES = 6  # configurations whose neurons are drawn
 MOST_MAPS = 12
 _SYMBOLS = {"phi": "similarity φ", "delta_phi": "change of similarity Δφ", "velocity": "velocity v"}
-_UNITS = {"phi": "cosine", "delta_phi": "per epoch", "velocity": "per epoch"}
+_PER_ROW = ("delta_phi", "velocity")  # phi is a cosine
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
             section="points",
             title=f"Final {printable(metric, 40)} against {accounting} FLOPs",
             caption="One point a configuration, numbered as in the table; bars: one sample standard deviation over "
-            f"seeds, FLOPs: mean of all epochs. {better} and to the left is better.",
+            f"seeds, FLOPs: mean of all {the_study.comparison.units}. {better} and to the left is better.",
             summary="; ".join(
                 f"{key.number} {key.name}: {x / unit:.4g}{prefix.strip(' ()')} and {format_metric(y, metric)}"
                 for key, (x, y), _ in points[:20]
@@ -137,6 +138,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
 def _curves(the_study: Study, configurations: Sequence[Configuration], suffix: str) -> Iterator[Picture]:
     keys = [line(the_study, configuration) for configuration in configurations]
     steps, remark = _steps(configurations)
+    horizontal = axis_word([run for configuration in configurations for run in configuration.runs])
     metrics = {configuration.row.metric for configuration in configurations}
     quantities: list[tuple[str, str, str, Callable[[Run], NDArray[np.float64]]]] = [
         ("flops-paper", "Paper FLOPs", "paper FLOPs per iteration", lambda run: run.column("flops_paper")),
@@ -158,12 +160,18 @@ def _curves(the_study: Study, configurations: Sequence[Configuration], suffix: s
         yield Picture(
             name=f"{name}-by-epoch{suffix}",
             section="curves" + suffix,
-            title=f"{title} by epoch",
+            title=f"{title} by {horizontal}",
             caption=remark,
             summary="; ".join(_in_words(key, each, unit, prefix) for key, each in zip(keys, found, strict=True)),
             legend=tuple(keys),
             height=3.0,
-            draw=partial(draw_curves, lines=list(zip(keys, found, strict=True)), axis=axis, steps=steps),
+            draw=partial(
+                draw_curves,
+                lines=list(zip(keys, found, strict=True)),
+                axis=axis,
+                steps=steps,
+                horizontal=horizontal,
+            ),
         )
 
 
@@ -180,19 +188,23 @@ def _in_words(key: Line, found: Curve, unit: float, prefix: str) -> str:
     return f"{key.name}: {known[0]:.4g}{unit_word} first, {known[-1]:.4g}{unit_word} last"
 
 
-def _steps(configurations: Sequence[Configuration]) -> tuple[tuple[tuple[int, float], ...], str]:
-    """Return the steps of the learning rate to mark, and what to say of it."""
+def _steps(configurations: Sequence[Configuration]) -> tuple[tuple[tuple[float, float], ...], str]:
+    """Return the steps of the learning rate to mark among curves, as (place, rate), and what to say of it."""
     rates = [learning_rate(configuration.runs) for configuration in configurations]
-    told = {rate.steps for rate in rates if rate is not None}
+    known = [rate for rate in rates if rate is not None]
+    told = {tuple(zip(each.begins, (rate for _, rate in each.steps), strict=True)) for each in known}
     if len(told) > 1:
         return (), "The learning rates of these configurations differ, so their steps are not marked."
-    known = [rate for rate in rates if rate is not None]
     if not known:
         return (), ""
-    steps = known[0].steps
-    words = [f"from epoch {epoch} on {rate:.3g}" for epoch, rate in steps]
+    # Between epochs it is known to fall at a row's end; where all rows are epochs, it is drawn between two of them.
+    finest = next((each for each in known if each.unit == OBSERVATION), known[0])
+    offset = 0.0 if finest.unit == OBSERVATION else 0.5
+    steps = tuple((begin + offset, rate) for begin, (_, rate) in zip(finest.begins, finest.steps, strict=True))
+    words = [f"{when} {rate:.3g}" for when, (_, rate) in zip(finest.when, finest.steps, strict=True)]
     if any(rate.gradual for rate in known):
-        words.append(f"changing gradually, {known[0].first:.3g} in the first epoch and {known[0].last:.3g} in the last")
+        first = f"{known[0].first:.3g} in the first {known[0].unit}"
+        words.append(f"changing gradually, {first} and {known[0].last:.3g} in the last")
     return steps, f"Learning rate: {'; '.join([f'{known[0].first:.3g}', *words])}." if words else ""
 
 
@@ -200,14 +212,16 @@ def _layers(configuration: Configuration) -> Iterator[Picture]:
     found = layer_map(configuration.runs)
     if not found.names:
         return
-    steps, _ = _steps([configuration])
-    caption = "Each cell: neurons not updated during the epoch, of those of the layer; input at the top, output below"
+    rates = learning_rate(configuration.runs)
+    steps = [(row - 0.5, rate) for row, rate in rates.steps] if rates else []
+    during = "up to the observation" if found.unit == OBSERVATION else "during the epoch"
+    caption = f"Each cell: neurons not updated {during}, of those of the layer; input at the top, output below"
     caption += "; not every layer is named." if len(found.percent) > MOST_LAYER_LABELS else "."
     if len(configuration.runs) > 1:
         caption += f" Mean of {len(configuration.runs)} runs."
     if found.layers_per_row > 1 or found.epochs_per_column > 1:
         caption += f" A cell takes together {counted(found.layers_per_row, 'layer')} and "
-        caption += f"{counted(found.epochs_per_column, 'epoch')}; a row is named after its first layer."
+        caption += f"{counted(found.epochs_per_column, found.unit)}; a row is named after its first layer."
     yield Picture(
         name=f"frozen-by-layer-{_slug(configuration)}",
         section="layers",
@@ -227,8 +241,8 @@ def _layers_in_words(found: LayerMap) -> str:
     name = [printable(found.names[row * found.layers_per_row], 80) for row in (most, least)]
     share = [format_percent(float(known[row])) for row in (most, least)]
     return (
-        f"Frozen share of {len(found.names)} layers over {found.epochs} epochs: most in {name[0]}, {share[0]} in the "
-        f"mean epoch; least in {name[1]}, {share[1]}"
+        f"Frozen share of {len(found.names)} layers over {found.epochs} {found.unit}s: most in {name[0]}, {share[0]} "
+        f"in the mean {found.unit}; least in {name[1]}, {share[1]}"
     )
 
 
@@ -241,9 +255,9 @@ def _densities(configuration: Configuration) -> Iterator[Picture]:
     for density in densities(run, threshold):
         shown = threshold if density.field == "velocity" else None
         yield Picture(
-            name=f"{density.field.replace('_', '-')}-by-epoch-{_slug(configuration)}",
+            name=f"{density.field.replace('_', '-')}-by-{density.unit}-{_slug(configuration)}",
             section=f"neurons-{configuration.number}",
-            title=_capital(_SYMBOLS[density.field]) + " by epoch",
+            title=_capital(_SYMBOLS[density.field]) + f" by {density.unit}",
             caption=_density_caption(density, shown),
             summary=_density_in_words(density, configuration.name, seed),
             legend=(),
@@ -251,20 +265,25 @@ def _densities(configuration: Configuration) -> Iterator[Picture]:
             draw=partial(
                 draw_density,
                 density=density,
-                label=f"{_SYMBOLS[density.field]} ({_UNITS[density.field]})",
+                label=f"{_SYMBOLS[density.field]} ({_unit_of_values(density)})",
                 threshold=shown,
             ),
         )
 
 
+def _unit_of_values(density: Density) -> str:
+    return f"per {density.unit}" if density.field in _PER_ROW else "cosine"
+
+
 def _density_caption(density: Density, threshold: float | None) -> str:
     words = ["Line: mean of all neurons."]
+    until = "until the next observation" if density.unit == OBSERVATION else "for the next epoch"
     if threshold is not None and threshold > 0:
-        words.append(f"Between the dashed lines, |v| < {threshold:g}, a neuron is frozen for the next epoch.")
+        words.append(f"Between the dashed lines, |v| < {threshold:g}, a neuron is frozen {until}.")
     if density.scale.linear is not None:
         words.append(f"Axis: linear up to about {density.scale.linear:.2g}, logarithmic beyond.")
     if len(density.epochs) < density.epochs_done:
-        words.append(f"{len(density.epochs)} of {density.epochs_done} epochs are drawn, evenly spread.")
+        words.append(f"{len(density.epochs)} of {density.epochs_done} {density.unit}s are drawn, evenly spread.")
     if density.outside:
         words.append(f"{100 * density.outside:.2g}% of the values lie beyond the axis and are counted at its ends.")
     return " ".join(words)
@@ -273,9 +292,12 @@ def _density_caption(density: Density, threshold: float | None) -> str:
 def _density_in_words(density: Density, name: str, seed: object) -> str:
     known = density.mean[np.isfinite(density.mean)]
     means = (
-        f"mean {known[0]:.3g} after the first epoch, {known[-1]:.3g} after the last" if known.size else "never known"
+        f"mean {known[0]:.3g} after the first {density.unit}, {known[-1]:.3g} after the last"
+        if known.size
+        else "never known"
     )
-    return f"Distribution of {density.field} over the neurons of {name}, seed {printable(seed, 20)}, by epoch: {means}"
+    whose = f"{density.field} over the neurons of {name}, seed {printable(seed, 20)}"
+    return f"Distribution of {whose}, by {density.unit}: {means}"
 
 
 def _slug(configuration: Configuration) -> str:

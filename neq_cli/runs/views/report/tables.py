@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings, written
 from neq_cli.runs.compare.curves import Configuration, Study
 from neq_cli.runs.store.run import Run
@@ -23,13 +24,14 @@ from neq_cli.runs.views.tables.comparison import (
     has_goals,
     header,
     legend,
+    unfinished,
 )
 from neq_cli.text import MISSING, format_metric, printable
 
 _MOST_KEYS = 200
 _MOST_RUNS = 500
 _MOST_NOTES = 50
-_SAID_ELSEWHERE = ("notes",)  # of environment.json
+_SAID_ELSEWHERE = ("notes", "unit", "rows_planned")  # of environment.json
 
 
 def comparison_table(the_study: Study) -> str:
@@ -62,11 +64,11 @@ def _goal_table(the_study: Study) -> str:
 def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]:
     row = configuration.row
     name = text(configuration.name)
-    unfinished = "".join(_small(f"unfinished {progress}") for progress in row.unfinished)
+    stopped = "".join(map(_small, unfinished(row)))
     matched = "" if row.matched_p is None else _small(f"p matched: {row.matched_p.mean:.3g}")
     return [
         f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}",
-        (element("strong", name) if row.is_baseline else name) + matched + unfinished,
+        (element("strong", name) if row.is_baseline else name) + matched + stopped,
         *map(_cell, cells(row)[1:]),
     ]
 
@@ -119,7 +121,7 @@ def _of_runs(count: int, all_runs: int) -> str:
 
 def runs_table(the_study: Study) -> str:
     """Return every run with its folder, seed, state and outcome."""
-    rows = []
+    rows, units = [], the_study.comparison.units
     for configuration in the_study.configurations:
         for run in configuration.runs:
             known = run.column(run.metric)
@@ -127,10 +129,12 @@ def runs_table(the_study: Study) -> str:
             final = format_metric(float(known[-1]), run.metric) if len(known) else MISSING
             seed = run.setting("seed")
             told = [str(configuration.number), run.path, "?" if seed is None else seed, run.status.state]
-            told += [f"{run.epochs} of {run.epochs_planned}", final, run.environment.get("device") or MISSING]
+            # Where the heading has both, the rarer word stands with its number.
+            of = f" {run.unit}s" if run.unit == OBSERVATION and units != f"{run.unit}s" else ""
+            told += [f"{run.epochs} of {run.epochs_planned}{of}", final, run.environment.get("device") or MISSING]
             rows.append([text(one) for one in told])
     caption = "Every run" if len(rows) <= _MOST_RUNS else f"The first {_MOST_RUNS} of {len(rows)} runs"
-    names = ["configuration", "folder", "seed", "state", "epochs", "final", "device"]
+    names = ["configuration", "folder", "seed", "state", units, "final", "device"]
     return table(caption, names, rows[:_MOST_RUNS])
 
 

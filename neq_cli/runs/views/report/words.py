@@ -31,21 +31,18 @@ def facts(configuration: Configuration, baseline: Configuration | None) -> tuple
     """Return what a configuration saved and what it came to, beside the baseline where there is one."""
     row = configuration.row
     against = None if baseline is None or baseline is configuration else baseline.row
-    paper = _flops("paper FLOPs", row.flops_paper, row.flops_paper_percent, against.flops_paper if against else None)
-    executed = _flops(
-        "executed FLOPs", row.flops_executed, row.flops_executed_percent, against.flops_executed if against else None
-    )
+    others = (against.flops_paper, against.flops_executed) if against else (None, None)
     return (
-        paper,
-        executed,
+        _flops("paper FLOPs", row.flops_paper, row.flops_paper_percent, others[0], row.unit),
+        _flops("executed FLOPs", row.flops_executed, row.flops_executed_percent, others[1], row.unit),
         _accuracy(configuration, baseline),
         _seconds(row, against),
     )
 
 
-def _flops(name: str, own: Summary, percent: float | None, other: Summary | None) -> Fact:
+def _flops(name: str, own: Summary, percent: float | None, other: Summary | None, unit: str) -> Fact:
     if other is None or percent is None or not math.isfinite(percent):
-        return Fact(name, format_flops(own.mean), "per sample and iteration, mean of all epochs")
+        return Fact(name, format_flops(own.mean), f"per sample and iteration, mean of all {unit}s")
     detail = f"{format_flops(own.mean)} against {format_flops(other.mean)} per sample and iteration"
     return Fact(name, _change(percent), detail)
 
@@ -130,7 +127,8 @@ def caveats(the_study: Study) -> Iterator[str]:
     for configuration in configurations:
         if configuration.row.unfinished:
             stopped = ", ".join(configuration.row.unfinished)
-            yield f"{_numbers([configuration])}: unfinished after {stopped} epochs; its numbers are of those epochs."
+            rows = f"{configuration.unit}s"
+            yield f"{_numbers([configuration])}: unfinished after {stopped} {rows}; its numbers are of those {rows}."
     tested = [
         each for each in configurations if each.row.final_difference and each.row.final_difference.p_value is not None
     ]

@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.comparison import Comparison, Row
 from neq_cli.runs.compare.goal import Goal
 from neq_cli.runs.compare.statistics import Difference, Summary
@@ -75,8 +76,9 @@ def legend(comparison: Comparison) -> str:
     lower = dict.fromkeys(printable(row.metric, 40) for row in comparison.rows if row.lower_is_better)
     unit = "points" if percentages else "the metric's unit"
     return (
-        "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, mean of all epochs, "
-        f"% of the baseline; differences to the baseline in {unit}, p exact and two-sided"
+        "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, "
+        f"mean of all {comparison.units}, % of the baseline; "
+        f"differences to the baseline in {unit}, p exact and two-sided"
         + "".join(f"; lower {metric} is better" for metric in lower)
         + ("; energy of all epochs" if has_energy(comparison) else "")
         + (f", {comparison.energy}" if comparison.energy else "")
@@ -203,9 +205,8 @@ def header(comparison: Comparison) -> list[str]:
 
 def cells(row: Row) -> list[Cell]:
     """Return what a configuration's row says, in words."""
-    unfinished = tuple(f"unfinished {progress}" for progress in row.unfinished)
     return [
-        Cell(printable(row.approach), details=unfinished),
+        Cell(printable(row.approach), details=unfinished(row)),
         Cell(str(len(row.runs))),
         _flops(row.flops_paper, row.flops_paper_percent),
         _flops(row.flops_executed, row.flops_executed_percent),
@@ -214,6 +215,12 @@ def cells(row: Row) -> list[Cell]:
         Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
         *([] if row.joules is None else [_joules(row.joules, row.joules_percent)]),
     ]
+
+
+def unfinished(row: Row) -> tuple[str, ...]:
+    """Return how far each run of a configuration came that stopped early."""
+    of = " observations" if row.unit == OBSERVATION else ""
+    return tuple(f"unfinished {progress}{of}" for progress in row.unfinished)
 
 
 def goal_heading(comparison: Comparison) -> str:

@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.inspection import Inspection, LayerInspection, fold_ranges
 from neq_cli.text import (
     MISSING,
@@ -19,6 +20,7 @@ from neq_cli.text import (
     format_metric,
     format_percent,
     format_seconds,
+    in_training,
     printable,
     ratio_percent,
 )
@@ -72,16 +74,18 @@ def _summary_lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
     yield "status", status
     if inspection.device:
         yield "device", Text(printable(inspection.device))
-    epochs = f"{inspection.epochs_done} of {inspection.epochs_planned}"
-    shown = "" if inspection.epoch == inspection.epochs_done else f"; all below: after epoch {inspection.epoch}"
-    yield "epochs", Text(epochs + shown)
+    unit = inspection.unit
+    done = f"{inspection.epochs_done} of {inspection.epochs_planned}"
+    shown = "" if inspection.epoch == inspection.epochs_done else f"; all below: after {unit} {inspection.epoch}"
+    place = in_training(inspection.step, inspection.passed_epochs) if unit == OBSERVATION else ""
+    yield f"{unit}s", Text(done + shown + place)
     share = format_percent(ratio_percent(inspection.frozen, inspection.neurons))
     mean = format_percent(inspection.frozen_mean_percent)
-    yield "frozen", Text(f"{inspection.frozen} of {inspection.neurons} neurons ({share}); {mean} in the mean epoch")
-    yield "paper FLOPs", Text(_flops(inspection.flops_paper, inspection.flops_paper_percent))
-    yield "executed FLOPs", Text(_flops(inspection.flops_executed, inspection.flops_executed_percent))
+    yield "frozen", Text(f"{inspection.frozen} of {inspection.neurons} neurons ({share}); {mean} in the mean {unit}")
+    yield "paper FLOPs", Text(_flops(inspection.flops_paper, inspection.flops_paper_percent, unit))
+    yield "executed FLOPs", Text(_flops(inspection.flops_executed, inspection.flops_executed_percent, unit))
     final, best = (format_metric(v, inspection.metric) for v in (inspection.metric_final, inspection.metric_best))
-    when = "" if inspection.metric_best_epoch is None else f" in epoch {inspection.metric_best_epoch}"
+    when = "" if inspection.metric_best_epoch is None else f" in {unit} {inspection.metric_best_epoch}"
     yield printable(inspection.metric), Text(f"{final} final, {best} best{when}")
     probe = format_percent(inspection.probe_percent)
     yield "time", Text(f"{format_seconds(inspection.seconds)}, of which probing {probe}")
@@ -98,15 +102,17 @@ def _energy(inspection: Inspection) -> str:
     return f"{format_joules(math.nan if joules is None else joules)}{emitted}{how}"
 
 
-def _flops(value: float, percent: float) -> str:
-    return f"{format_flops(value)} per iteration in the mean epoch ({format_percent(percent)} of dense)"
+def _flops(value: float, percent: float, unit: str) -> str:
+    return f"{format_flops(value)} per iteration in the mean {unit} ({format_percent(percent)} of dense)"
 
 
 def _layers(inspection: Inspection) -> Table:
+    unit = inspection.unit
+    until = "until the observation" if unit == OBSERVATION else "in the epoch"
     table = Table(
-        title=f"Layers after epoch {inspection.epoch}",
-        caption="frozen: not updated in the epoch that follows\n"
-        "since: epoch from which these neurons have stood still, the earliest and the median",
+        title=f"Layers after {unit} {inspection.epoch}",
+        caption=f"frozen: not updated {until} that follows\n"
+        f"since: {unit} from which these neurons have stood still, the earliest and the median",
         **{**_TABLE_STYLE, "padding": (0, 1, 0, 0)},
     )
     table.add_column("layer", overflow="fold")
@@ -139,7 +145,7 @@ def layer_name(layer: LayerInspection) -> str:
 
 
 def _frozen_neurons(inspection: Inspection) -> Iterator[RenderableType]:
-    yield Text(f"Frozen neurons after epoch {inspection.epoch}", style="bold")
+    yield Text(f"Frozen neurons after {inspection.unit} {inspection.epoch}", style="bold")
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(overflow="fold", max_width=36)
     table.add_column(overflow="fold")
@@ -156,7 +162,7 @@ def _changes(inspection: Inspection) -> Table:
     changes = inspection.changes
     where = "" if inspection.layer_glob is None else f" in {printable(inspection.layer_glob)}"
     table = Table(title=Text(f"Changes{where}"), **_TABLE_STYLE)
-    for name in ("after epoch", "froze", "thawed", "frozen then"):
+    for name in (f"after {inspection.unit}", "froze", "thawed", "frozen then"):
         table.add_column(name, justify="right", no_wrap=True)
     earlier = changes[:-_CHANGES_SHOWN]
     if earlier:

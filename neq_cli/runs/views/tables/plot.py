@@ -16,9 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from neq_cli.runs.compare.curves import learning_rate
+from neq_cli.runs.compare.curves import axis_word, learning_rate, places
 from neq_cli.runs.store.run import KNOWN_METRICS, Run
-from neq_cli.text import MISSING, format_metric, printable
+from neq_cli.text import MISSING, format_metric, format_passes, printable
 
 _ROWS = 7
 _TWO_ABREAST = 100  # columns from which charts stand side by side
@@ -66,13 +66,46 @@ def render_plot(run: Run) -> RenderableType:
     RunDirectoryError where the run has no metric.
     """
     rate = learning_rate([run])
-    return _Plot(tuple(_series(run)), rate.steps if rate else ())
+    at = places(run)
+    marks = tuple(float(at[row - 1]) for row, _ in rate.steps) if rate else ()
+    words = tuple(f"{new:.3g} {when}" for (_, new), when in zip(rate.steps, rate.when, strict=True)) if rate else ()
+    return _Plot(tuple(_series(run)), _Across(at, axis_word([run])), marks, words)
+
+
+@dataclass(frozen=True)
+class _Across:
+    """The axis of epochs: where each value stands on it, [epochs], and what that counts."""
+
+    places: NDArray[np.float64]
+    word: str
+
+    def column(self, place: float, columns: int) -> int:
+        """The column that a place is drawn in: the first one at the left end, the last at the right."""
+        first, last = float(self.places[0]), float(self.places[-1])
+        return 0 if first == last else round((place - first) / (last - first) * (columns - 1))
+
+    def numbers(self, columns: int) -> str:
+        """What stands below: the first place, one in the middle where there is room, the last."""
+        first, last = f"{self.word} {format_passes(self.places[0])}", format_passes(self.places[-1])
+        if len(self.places) == 1 or columns < len(first) + 1 + len(last):
+            return first[:columns]
+        middle = math.floor((self.places[0] + self.places[-1]) / 2)
+        number = format_passes(middle)
+        line = list(first.ljust(columns))
+        start = self.column(middle, columns) - len(number) // 2
+        between = self.places[0] < middle < self.places[-1]
+        if between and start > len(first) + 1 and start + len(number) < columns - len(last) - 1:
+            line[start : start + len(number)] = number
+        line[columns - len(last) :] = last
+        return "".join(line)
 
 
 @dataclass(frozen=True)
 class _Plot:
     series: tuple[Series, ...]
-    steps: tuple[tuple[int, float], ...]
+    across: _Across
+    marks: tuple[float, ...]  # places of steps of the learning rate
+    words: tuple[str, ...]  # what they say
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         glyphs = _ASCII if options.ascii_only or not _has_braille(options.encoding) else _BRAILLE
@@ -80,14 +113,12 @@ class _Plot:
         abreast = 2 if width >= _TWO_ABREAST else 1
         each = max(min((width - _GAP * (abreast - 1)) // abreast, _WIDEST), _NARROWEST)
         margin = max(len(number) for series in self.series for number in _numbers(series))
-        marks = [epoch for epoch, _ in self.steps]
-        charts = [_chart(series, marks, each, margin, glyphs) for series in self.series]
+        charts = [_chart(series, self.across, self.marks, each, margin, glyphs) for series in self.series]
         for start in range(0, len(charts), abreast):
             for line in zip_longest(*charts[start : start + abreast], fillvalue=Text()):
                 yield _beside(line, each)
-        if self.steps:
-            words = ", ".join(f"{rate:.3g} from epoch {epoch} on" for epoch, rate in self.steps)
-            yield Text(f"{glyphs.mark} learning rate: {words}", style="dim")
+        if self.words:
+            yield Text(f"{glyphs.mark} learning rate: {', '.join(self.words)}", style="dim")
 
 
 def _has_braille(encoding: str) -> bool:
@@ -148,22 +179,23 @@ def _numbers(series: Series) -> list[str]:
     return [_number(value, series.decimals) for value in (series.high, middle, series.low)]
 
 
-def _chart(series: Series, marks: Sequence[int], width: int, margin: int, glyphs: _Glyphs) -> list[Text]:
-    """Return title, plot, axis with ``marks`` at epochs, and the epochs below it; no line is wider than ``width``."""
+def _chart(
+    series: Series, across: _Across, marks: Sequence[float], width: int, margin: int, glyphs: _Glyphs
+) -> list[Text]:
+    """Return title, plot, axis with ``marks`` at places, and the numbers below it; no line is wider than ``width``."""
     numbers = _numbers(series)
     columns = max(width - margin - 1, 1)
     labels = {0: numbers[0], _ROWS // 2: numbers[1], _ROWS - 1: numbers[2]}
     lines = [Text(_ascii(series.title, glyphs)[:width], style="bold")]
-    for row, drawn in enumerate(_raster(series, columns, glyphs)):
+    for row, drawn in enumerate(_raster(series, across, columns, glyphs)):
         side = glyphs.tick if row in labels else glyphs.side
         line = Text(f"{labels.get(row, ''):>{margin}}{side}", style="dim")
         lines.append(line.append(drawn, style=f"not dim {series.style}"))
-    epochs = len(series.values)
     floor = [glyphs.floor] * columns
-    for epoch in marks:
-        floor[_column(epoch, epochs, columns)] = glyphs.mark
+    for place in marks:
+        floor[across.column(place, columns)] = glyphs.mark
     lines.append(Text(" " * margin + glyphs.corner + "".join(floor), style="dim"))
-    lines.append(Text(" " * (margin + 1) + _epoch_numbers(epochs, columns), style="dim"))
+    lines.append(Text(" " * (margin + 1) + across.numbers(columns), style="dim"))
     return lines
 
 
@@ -175,29 +207,11 @@ def _number(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if abs(value) < 1e6 and (value == 0 or abs(value) >= 1e-5) else f"{value:.1e}"
 
 
-def _column(epoch: int, epochs: int, columns: int) -> int:
-    """The column that an epoch is drawn in: the first epoch at the left end, the last at the right."""
-    return 0 if epochs == 1 else round((epoch - 1) / (epochs - 1) * (columns - 1))
-
-
-def _epoch_numbers(epochs: int, columns: int) -> str:
-    last = str(epochs)
-    if epochs == 1 or columns < len(last) + 8:
-        return "epoch 1"[:columns]
-    middle = (epochs + 1) // 2
-    line = list("epoch 1".ljust(columns))
-    start = _column(middle, epochs, columns) - len(str(middle)) // 2
-    if epochs > 2 and start > 8 and start + len(str(middle)) < columns - len(last) - 1:
-        line[start : start + len(str(middle))] = str(middle)
-    line[columns - len(last) :] = last
-    return "".join(line)
-
-
-def _raster(series: Series, columns: int, glyphs: _Glyphs) -> list[str]:
+def _raster(series: Series, across: _Across, columns: int, glyphs: _Glyphs) -> list[str]:
     """Draw the line through all known values, in rows of ``columns`` characters, top row first."""
-    across, down = columns * glyphs.across, _ROWS * glyphs.down
-    lit = np.zeros((down, across), dtype=bool)
-    points = _points(series, across, down)
+    dots, down = columns * glyphs.across, _ROWS * glyphs.down
+    lit = np.zeros((down, dots), dtype=bool)
+    points = _points(series, across, dots, down)
     for x, y in points[:1]:
         lit[round(y), x] = True
     for (x, y), (next_x, next_y) in pairwise(points):
@@ -209,13 +223,13 @@ def _raster(series: Series, columns: int, glyphs: _Glyphs) -> list[str]:
     return [_characters(lit[row * glyphs.down : (row + 1) * glyphs.down], glyphs) for row in range(_ROWS)]
 
 
-def _points(series: Series, across: int, down: int) -> list[tuple[int, float]]:
+def _points(series: Series, across: _Across, dots: int, down: int) -> list[tuple[int, float]]:
     """Return (x, y) in dots, y down from the top, by epoch; epochs that share a column become their mean."""
     known = np.flatnonzero(np.isfinite(series.values))
-    places = np.array([_column(int(index) + 1, len(series.values), across) for index in known], dtype=int)
+    columns = np.array([across.column(float(across.places[index]), dots) for index in known], dtype=int)
     points = []
-    for place in np.unique(places):
-        mean = float(series.values[known[places == place]].mean())
+    for place in np.unique(columns):
+        mean = float(series.values[known[columns == place]].mean())
         share = min(max((mean - series.low) / (series.high - series.low), 0.0), 1.0)
         points.append((int(place), (1 - share) * (down - 1)))
     return points

@@ -563,3 +563,49 @@ def test_a_frame_costs_next_to_nothing() -> None:
             times.append(time.process_time() - start)
     assert min(first) < 0.010  # once per epoch
     assert min(later) < 0.001  # four times a second
+
+
+# --- observations ---
+
+
+def observations(number: int, of: int) -> list[Record]:
+    """A run that looks at its neurons every 500 steps, 2600 an epoch."""
+    started, *rest = records(SMALL, number, of)
+    assert isinstance(started, RunStarted)
+    told: list[Record] = [replace(started, unit="observation")]
+    for record in rest:
+        if isinstance(record, EpochRecord):
+            place = {"step": 500 * record.epoch, "passed_epochs": 500 * record.epoch / 2600}
+            record = replace(record, metrics={**record.metrics, **place})
+        told.append(record)
+    return told
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("number", [0, 1, 12, 40])
+def test_a_frame_of_observations_fills_the_width(number: int, width: int, height: int) -> None:
+    for of in (40, 123_456) if number < 40 else (40,):
+        lines = Painter().frame(view_of(observations(number, of)), width, height, 5.0)
+        assert 1 <= len(lines) <= height
+        assert {cell_len(text_of(line)) for line in lines} == {width}
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 10), (80, 24), (120, 40)])
+def test_bars_of_observations_are_aligned(width: int, height: int) -> None:
+    frame = render_frame(width, height, observations(12, 40), elapsed=4.0)
+    run, phase = line_with(frame, "observation 13/40 "), line_with(frame, "train 100/500 ")
+    assert re.search("[━╸─]", run).start() == re.search("[━╸─]", phase).start()  # type: ignore[union-attr]
+    assert re.search("─ ", run).start() == re.search("─ ", phase).start()  # type: ignore[union-attr]
+    assert "frozen in observation 13" in frame
+    assert "…" not in frame
+
+
+def test_observations_are_called_so() -> None:
+    frame = render_frame(80, 24, observations(12, 40))
+    assert line_with(frame, "─ observation 12 (epoch 2.31) ─").endswith(" lr 0.1, took 0:20, probe 0.4 s ─")
+    assert line_with(frame, "train loss").endswith("best 0.1667 at observation 12")
+    assert line_with(frame, "test top-1").endswith("best 90.00% at observation 5")
+    assert "frozen after observation 40" in render_frame(80, 24, observations(40, 40))
+    assert "─ no observation finished yet ─" in render_frame(80, 24, observations(0, 40))
+    # Where both have no room, what it took stays and where it stands goes.
+    assert line_with(render_frame(60, 24, observations(12, 40)), "─ observation 12 ─").endswith("probe 0.4 s ─")

@@ -237,3 +237,13 @@ def test_a_reader_that_has_gone_does_not_end_the_training() -> None:
     progress = PlainProgress(Console(file=Gone()))
     progress.message("one")
     progress.message("two")
+
+
+def test_observations_are_called_so() -> None:
+    started = replace(STARTED, epochs=40, steps_per_epoch=500, unit="observation")
+    lines = plain_lines(started, epoch(step=6000, passed_epochs=2.31))
+    assert ", cpu (2 threads), 40 observations, one every 500 steps, 2320 neurons" in lines[0]
+    assert lines[-1].startswith("observation 12/40  loss 0.4321  top1 87.65  ")
+    one = replace(started, epochs=1, steps_per_epoch=1)
+    assert ", 1 observation, one every 1 step, " in plain_lines(one)[0]
+    assert ", 1 observation, 2320 neurons" in plain_lines(replace(one, steps_per_epoch=0))[0]

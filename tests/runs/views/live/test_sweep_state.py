@@ -159,3 +159,33 @@ def test_reasons_are_believed_of_the_very_process_only(tmp_path: Path) -> None:
     assert failure_reason(tmp_path, 6) == ""
     (tmp_path / "status.json").write_text(json.dumps({"state": "finished"}))
     assert is_finished(tmp_path)
+
+
+STEPS = "epoch,step,passed_epochs,test_top1,neurons,frozen,epoch_seconds\n"
+
+
+def test_epochs_of_a_run_by_steps_are_those_passed(tmp_path: Path) -> None:
+    one, other = run(tmp_path, "a"), run(tmp_path, "b")
+    state = SweepState("s", tmp_path, (), 1, [one, other], 0.0)
+    one.start(0)
+    write(one, STEPS + "1,100,0.25,1,2,1,1\n2,200,0.5,1,2,1,1\n")
+    one.look(2)
+    assert (one.epochs_done, one.passed_epochs, one.epochs_left) == (0, 0.5, 9.5)
+    assert one.epoch_seconds == 4  # a second for each fourth of one
+    assert one.seconds_left(2) == 9.5 * 4
+    assert state.share == 0.5 / 20
+    write(one, "".join(f"{row},{row}00,{row / 4},1,2,1,1\n" for row in range(3, 10)))
+    one.look(9)
+    assert (one.epochs_done, one.passed_epochs, one.epochs_before) == (2, 2.25, 0)
+    write(one, "10,1000,2.5,9,2,1,1\n", "a")
+    one.look(10)
+    assert one.score == 9  # rows are counted apart from epochs
+
+
+@pytest.mark.parametrize("passed", ["0.25", "0.1", "-1", "0", "inf", "", "x"])
+def test_epochs_that_do_not_pass_are_damage(tmp_path: Path, passed: str) -> None:
+    one = run(tmp_path)
+    write(one, STEPS + f"1,100,0.25,10,2,1,1\n2,200,{passed},20,2,1,1\n")
+    for now in range(3):
+        one.look(now)
+    assert (one.passed_epochs, one.score) == (0.25, 10)

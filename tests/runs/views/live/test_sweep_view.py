@@ -20,6 +20,7 @@ from neq_cli.runs.views.live.sweep_view import (
     SweepOverview,
     choose_sweep_view,
     plan_lines,
+    run_line,
 )
 
 
@@ -198,3 +199,14 @@ def test_the_overview_is_drawn_a_few_times_a_second_at_most() -> None:
     assert drawn == [100.0, 100.25, 100.5, 100.75, 101.0]
     view.changed(state.runs[0], 101.01)
     assert drawn[-1] == 101.01
+
+
+def test_runs_by_steps_are_told_in_epochs() -> None:
+    halfway = swept(1, PENDING, 2, part_done=0.3125)
+    assert plan_lines([halfway, swept(2, PENDING, 0, part_done=0.5)]) == [
+        "epsilon=0.01,seed=1  to go on with after epoch 2.31 of 30",
+        "epsilon=0.02,seed=2  to go on with after epoch 0.5 of 30",
+    ]
+    state = example(swept(1, RUNNING, 2, part_done=0.3125, epochs_before=2.3125, began=100.0))
+    assert run_line(state.runs[0], state, 100.0) == "started      epsilon=0.01,seed=1 after epoch 2.31"
+    assert "2/30" in text(state)[4]

@@ -89,3 +89,11 @@ def test_runs_of_other_layers_are_refused(make_run: Callable[..., Run]) -> None:
     runs = [make_run("a"), make_run("b", sizes={"other": 2})]
     with pytest.raises(NeqError, match=r"1 layers where .*a has 3"):
         layer_map(runs)
+
+
+def test_observations_are_called_so(make_observed: Callable[..., Run]) -> None:
+    run = make_observed(frozen={"conv1": [[0]] * 8})
+    assert layer_map([run]).unit == "observation"
+    run.files.layers.write_text(LAYERS + "1,conv1,Conv2d,4,0,,,1,1\n2,other,Conv2d,4,0,,,1,1\n")
+    with pytest.raises(RunDirectoryError, match=r"observation 2, layer 'other', .* not as in observation 1"):
+        layer_map([run])

@@ -313,3 +313,55 @@ def test_writing(tmp_path: Path, runs: list[Run]) -> None:
         write_page(tmp_path / "new", page)
     with pytest.raises(NeqError, match=r"cannot be written: .*; choose another with -o"):
         write_page(path / "x.html", page)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_observations_beside_epochs(
+    make_run: Callable[..., Run], make_observed: Callable[..., Run], recipe: Any
+) -> None:
+    rates = {"b": [0.1, 0.01, 0.01], "n": [0.1] * 4 + [0.01] * 8}
+    runs = [
+        make_run("b", recipe(policy=BASELINE), metrics=[{"lr": rate} for rate in rates["b"]]),
+        make_observed("n", metrics=[{"lr": rate} for rate in rates["n"]], frozen={"conv1": [[0]] * 12}),
+    ]
+    outline = check_safe(page_of(runs))
+    told = " ".join(data for tag, data in outline.texts if tag != "style")
+    for words in (
+        "2 runs of 2 configurations, 3 epochs and 12 observations",
+        "mean of all epochs or observations",
+        "By epoch",
+        "test_top1 by epoch",
+        "Velocity v by observation",
+        "a neuron is frozen until the next observation",
+        "Learning rate: 0.1; after epoch 1 0.01.",  # the same of both, one seen by epoch and one by fourths of it
+        "neurons not updated up to the observation",
+    ):
+        assert words in told, words
+    assert "rows_planned" not in told
+    table = next(row for row in outline.rows if "folder" in row)
+    assert table[4] == "epochs or observations"
+    assert [row[4] for row in outline.rows if len(row) == 7 and row[3] == "finished"] == [
+        "3 of 3",
+        "12 of 12 observations",
+    ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_unfinished_observations_are_called_so(make_observed: Callable[..., Run]) -> None:
+    told = page_of([make_observed("n", finish=False)])
+    assert "unfinished after 8/12 observations; its numbers are of those observations." in told
+    assert "1 run of 1 configuration, 8 observations" in told
+    assert "per sample and iteration, mean of all observations" in told
+    assert "<td>8 of 12</td>" in told
+
+
+def test_observations_are_drawn_whatever_they_say(
+    make_observed: Callable[..., Run], make_run: Callable[..., Run]
+) -> None:
+    tiny = [{"passed_epochs": 1e-300 * row} for row in range(1, 4)]
+    large = [{"passed_epochs": value} for value in (1e-9, 1.0, 1e9)]
+    untold = [{"passed_epochs": math.nan}] * 3
+    for name, rows in (("tiny", tiny), ("large", large), ("untold", untold), ("one", [{}])):
+        page = page_of([make_observed(name, metrics=rows)])
+        check_safe(page)
+        assert f"test_top1 by {'observation' if name == 'untold' else 'epoch'}" in page

@@ -233,3 +233,20 @@ def test_real_runs_make_every_table(make_run: Callable[..., Run], recipe: Any) -
     for text in (printed(comparison), to_markdown(comparison), to_latex(comparison)):
         assert "NEq eps=0.001" in text
         assert "1.00K" in text
+
+
+def test_means_and_unfinished_runs_are_of_what_the_rows_are() -> None:
+    observed = replace(NEQ, unit="observation", unfinished=("12/40",))
+    epochs = replace(ROW, unfinished=("12/250",))
+    for rows, mean in (
+        ((epochs,), "mean of all epochs, %"),
+        ((observed,), "mean of all observations, %"),
+        ((epochs, observed), "mean of all epochs or observations, %"),
+    ):
+        assert mean in to_markdown(Comparison(None, rows, ()))
+    told = to_markdown(Comparison("Baseline", (epochs, observed), ()))
+    assert "unfinished 12/250)" in told
+    assert "unfinished 12/40 observations)" in told
+    assert [row["unfinished"] for row in csv.DictReader(io.StringIO(to_csv(Comparison(None, (observed,), ()))))] == [
+        "12/40"
+    ]

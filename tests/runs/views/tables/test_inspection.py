@@ -109,3 +109,25 @@ def test_text_from_files_is_neither_markup_nor_escape_codes(make_run: Callable[.
     text = printed(run)
     assert "\x1b" not in text
     assert text.count("[red]") >= 4
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_observations_are_called_so(make_observed: Callable[..., Run], width: int) -> None:
+    run = make_observed(frozen={"conv1": [[0, 2]] * 8, "fc": [[0, 1]] * 8}, finish=False)
+    lines = printed(run, width, epoch=5)
+    assert max(map(len, lines.splitlines())) <= width
+    text = words(lines)
+    for fact in (
+        "observations 8 of 12; all below: after observation 5 (step 500, epoch 1.25)",
+        "in the mean observation",
+        "per iteration in the mean observation (50.0% of dense)",
+        "55.00 final, 55.00 best in observation 5",
+        "Layers after observation 5",
+        "frozen: not updated until the observation that follows",
+        "since: observation from which these neurons",
+        "Frozen neurons after observation 5",
+        "after observation froze thawed frozen then",
+    ):
+        assert fact in text, fact
+    assert text.replace("epoch 1.25", "").count("epoch") == 0
+    assert "observations 8 of 12 (step 800, epoch 2)" in words(printed(run))

@@ -141,3 +141,30 @@ def test_one_epoch(course: Callable[..., Run]) -> None:
     text = printed(course([0]), 40, "ascii")
     assert stars(text, "frozen") == [(0, 0)]
     assert "epoch 1" in text
+
+
+def test_observations_stand_on_the_axis_of_epochs(make_observed: Callable[..., Run]) -> None:
+    # 0 to 0.5 epochs in two rows, then nothing measured until the last, after 2 epochs.
+    shares = [0.0, 50.0, *[math.nan] * 5, 50.0]
+    rows = [
+        {"neurons": NEURONS, "frozen": value, "lr": 0.1 if place < 4 else 0.01} for place, value in enumerate(shares)
+    ]
+    run = make_observed(metrics=rows)
+    text = printed(run, 44, "ascii")
+    assert text.splitlines()[9].split() == ["epoch", "0.25", "1", "2"]
+    width = max(column for column, _ in stars(text, "frozen"))
+    assert min(column for column, row in stars(text, "frozen") if row == 3) == round((0.5 - 0.25) / 1.75 * width)
+    assert "^ learning rate: 0.01 after epoch 1" in text
+    for room in (40, 80, 120, 200):
+        assert max(map(cell_len, printed(run, room).splitlines())) <= room
+
+
+def test_observations_that_do_not_tell_their_epochs_are_counted(make_observed: Callable[..., Run]) -> None:
+    text = printed(make_observed(metrics=[{"passed_epochs": math.nan}] * 3), 60)
+    assert text.splitlines()[-1].split() == ["observation", "1", "2", "3"]
+
+
+def test_one_observation(make_observed: Callable[..., Run]) -> None:
+    text = printed(make_observed(rows=1), 40, "ascii")
+    assert stars(text, "frozen") == [(0, 0)]
+    assert "epoch 0.25" in text
