@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 EPOCH, OBSERVATION = "epoch", "observation"
 """What a run's records, and the rows of its files, are of: a pass over the data, or some number of optimiser steps."""
+ENERGY_COLUMNS = ("joules", "co2_grams")
+"""Of metrics.csv, where a run measures its energy; the second where it is told what a kilowatt-hour emits."""
+UNUSED = "not used"
+"""What environment.json says, under energy, of a source that does not take part in the run."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,13 @@ def format_flops(value: float, like: float | None = None) -> str:
     return f"{value:.2f}{_PREFIXES[prefix]}" if prefix else f"{value:.0f}"
 
 
+def format_joules(value: float, like: float | None = None) -> str:
+    """``812 J``, ``1.23 kJ``, ``45.60 MJ``; ``like`` as for FLOPs."""
+    written = format_flops(value, like)
+    prefix = written[-1] if written[-1].isalpha() else ""
+    return written if written == MISSING else f"{written.removesuffix(prefix)} {prefix.replace('K', 'k')}J"
+
+
 def format_percent(value: float) -> str:
     """``61.0%``; a dash where the value is not known."""
     return f"{value:.1f}%" if math.isfinite(value) else MISSING

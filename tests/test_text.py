@@ -6,6 +6,7 @@ import pytest
 
 from neq_cli.text import (
     format_flops,
+    format_joules,
     format_metric,
     format_p_value,
     format_passes,
@@ -56,6 +57,21 @@ def test_a_spread_is_written_in_the_unit_of_its_mean() -> None:
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.4, "0 J"),
+        (812.0, "812 J"),
+        (1234.0, "1.23 kJ"),
+        (45.6e6, "45.60 MJ"),
+        (999.996e6, "1.00 GJ"),
+        (math.nan, "–"),
+    ],
+)
+def test_joules(value: float, text: str) -> None:
+    assert format_joules(value) == text
 
 
 def test_metrics_p_values_and_percent() -> None:

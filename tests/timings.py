@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 TIMINGS = ("images_per_second", "epoch_seconds", "probe_seconds", "data_wait_seconds")
-SECONDS = ("train_seconds", "seconds", "bookkeeping_seconds", "data_seconds")
+SECONDS = ("train_seconds", "seconds", "bookkeeping_seconds", "data_seconds", "joules")

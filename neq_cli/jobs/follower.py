@@ -57,7 +57,7 @@ def about(session: Session) -> dict[str, Any]:
     trainer = session.trainer
     matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
     said = environment_of(trainer.freezer, trainer.device, trainer.processes.count)
-    return {**said, "data": dict(session.data_content), **matched}
+    return {**said, "data": dict(session.data_content), **matched, **trainer.energy.environment}
 
 
 def write_beginning(writer: RunWriter, session: Session, directory: Path) -> None:
@@ -114,6 +114,7 @@ class Follower:
                 self._say_what_took(record)
                 for share in self.time_shares:
                     self._say(share.note(record.metrics))
+                self._say(self.trainer.energy.failure_note(f"{self.unit} {record.epoch}"))
             self.progress.show(record)
             self.tracking.show(record)
             if isinstance(record, EpochRecord):

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
-from neq_cli.events import EpochRecord, RunResumed, RunStarted
+from neq_cli.events import ENERGY_COLUMNS, EpochRecord, RunResumed, RunStarted
 from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
 from neq_cli.jobs.tracking.libraries import trackers_problem
 from neq_cli.jobs.tracking.teller import Tracking
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
     from neq_cli.freezing import Freezer
     from neq_cli.freezing.backward.dispatch import Dispatch
+    from neq_cli.training.machine.energy.measured import Energy
 
 _LESS = "call freezer.step() less often, or give the Freezer fewer inputs to probe with"
-_OWN = ("epoch", "neurons", "frozen", "epoch_seconds", "probe_seconds")
+_OWN = ("epoch", "neurons", "frozen", "epoch_seconds", "probe_seconds", *ENERGY_COLUMNS)
 _FIRST, _LAST = ("lr", "train_loss"), ("images_per_second",)
 """Columns that displays and reports look for, before and behind the others; empty where a loop does not tell them."""
 
@@ -49,9 +50,12 @@ class Recorder:
 
     ``resume=True`` goes on in a directory that the loop recorded before, once the Freezer has the state it saved
     (``load_state_dict``): what was recorded after that is removed. ``progress``: "rich", "plain" or "auto" as in
-    `neq train`, which need ``epochs``. ``track``: trackers as in a recipe, ["tensorboard"]. One process at a time
-    writes a directory; of several that train together, the first does. Raises FreezingError for what is wrong in a
-    call, RunDirectoryError for what is wrong on the disk.
+    `neq train`, which need ``epochs``. ``track``: trackers as in a recipe, ["tensorboard"]. ``energy`` and
+    ``grams_per_kwh`` are a recipe's: the joules of every epoch; of several processes all then make a Recorder and call
+    ``epoch``, which adds theirs up. One process at a time writes a directory; of several that train together, the first
+    does.
+
+    Raises FreezingError for what is wrong in a call, RunDirectoryError for what is wrong on the disk.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class Recorder:
         resume: bool = False,
         progress: Mode = "off",
         track: Sequence[str] = (),
+        energy: bool = False,
+        grams_per_kwh: float | None = None,
     ) -> None:
         from neq_cli.freezing.processes.counting import process_number
 
@@ -85,8 +91,11 @@ class Recorder:
         self._recorded = 0  # epochs
         self._probing = TimeShare("probe_seconds", MUCH_PROBING, "probing", _LESS)
         self._stack = ExitStack()
+        self._energy = _energy_of(freezer, grams_per_kwh, asked=energy)
+        self._stack.callback(self._energy.close)
         if process_number() == 0:
-            started = _started(freezer, name, metric, epochs, lower_is_better=lower_is_better)
+            notes = self._energy.notes
+            started = _started(freezer, name, metric, epochs, notes, lower_is_better=lower_is_better)
             recipe = {**RECORDED, "name": name, "seed": seed, "epochs": epochs, **_method(freezer)}
             yaml = write_yaml({**recipe, "settings": _plain(settings or {}, "settings")})
             try:
@@ -94,6 +103,7 @@ class Recorder:
             except BaseException:
                 self._stack.close()
                 raise
+        self._energy.begin()
         self._since = time.perf_counter()
 
     def epoch(self, **columns: float) -> None:
@@ -102,6 +112,7 @@ class Recorder:
         The same ones every time; what is left out, or NaN, is an empty cell.
         """
         passed = self.freezer.passed
+        joules = self._energy.lap()  # of all processes
         if self.writer is None:
             return
         if passed is None or passed.epoch != self._recorded + 1:
@@ -118,15 +129,17 @@ class Recorder:
             **what_trained(layers, passed),
             "epoch_seconds": now - self._since,
             "probe_seconds": passed.probe_seconds,
+            **self._energy.row(joules),
         }
         record = EpochRecord(passed.epoch, {"epoch": passed.epoch, **metrics}, layers)
         self.writer.write_epoch(record)
         self._recorded, self._since = passed.epoch, now
         self.progress.show(record)
         self.tracking.show(record)
-        if (note := self._probing.note(record.metrics)) is not None:
-            self.progress.message(note)
-            self.writer.write_note(note)
+        for note in (self._probing.note(record.metrics), self._energy.failure_note(f"epoch {passed.epoch}")):
+            if note is not None:
+                self.progress.message(note)
+                self.writer.write_note(note)
 
     def note(self, text: str) -> None:
         """Add a line to what the run says of itself."""
@@ -154,6 +167,7 @@ class Recorder:
         from neq_cli.freezing.processes.counting import process_count
 
         environment = environment_of(self.freezer, device_of(self.freezer.model), process_count())
+        environment |= self._energy.environment
         epoch = self.freezer.epoch
         if resume:
             writer = self._stack.enter_context(RunWriter.reopen(self.path))
@@ -162,6 +176,7 @@ class Recorder:
                     f"Recorder: {self.path}: nothing is recorded there, and the Freezer has seen {epoch} epochs; give "
                     "the directory that its earlier epochs are in"
                 )
+            self._check_energy(epoch)
             if not writer.is_new and not epoch:
                 _check_same(self.path, recipe_yaml, started.metric)
             with writing(self.path):
@@ -187,6 +202,16 @@ class Recorder:
                 self._probing.note(record.metrics)
             self.progress.show(RunResumed(tuple(past)))
         self.tracking.show(started)
+
+    def _check_energy(self, epoch: int) -> None:
+        """Raise FreezingError where earlier epochs have no column of what is measured now."""
+        lacking = [column for column in self._energy.columns if epoch and column not in read_run(self.path).rows[0]]
+        if lacking:
+            key = "energy" if lacking[0] == ENERGY_COLUMNS[0] else "grams_per_kwh"
+            raise FreezingError(
+                f"Recorder: {key}: {self.path} was begun without it, and its table keeps its columns; leave it out, or "
+                "record in another directory"
+            )
 
     def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:
         if own := [column for column in columns if is_own(column)]:
@@ -270,7 +295,31 @@ def status_of(writer: RunWriter | None) -> Iterator[None]:
         writer.finish()
 
 
-def _started(freezer: Freezer, name: str, metric: str, epochs: int | None, *, lower_is_better: bool) -> RunStarted:
+def _energy_of(freezer: Freezer, grams_per_kwh: float | None, *, asked: bool) -> Energy:
+    """Return what the processes of a loop of one's own take; FreezingError where nothing here measures it."""
+    from neq_cli.freezing.probe import device_of
+    from neq_cli.freezing.processes.counting import process_count, process_number
+    from neq_cli.training.machine.energy.measured import Energy, measured
+    from neq_cli.training.machine.energy.meter import EnergyError
+    from neq_cli.training.processes.joined import Processes
+
+    if not asked:
+        return Energy()
+    try:
+        return measured(device_of(freezer.model), Processes(process_number(), process_count()), grams_per_kwh)
+    except EnergyError as error:
+        raise FreezingError(f"Recorder: energy: {error}") from error
+
+
+def _started(
+    freezer: Freezer,
+    name: str,
+    metric: str,
+    epochs: int | None,
+    energy_notes: Sequence[str],
+    *,
+    lower_is_better: bool,
+) -> RunStarted:
     from neq_cli.freezing.probe import device_of
     from neq_cli.freezing.processes.counting import process_count
     from neq_cli.training.machine.device import describe_device
@@ -286,7 +335,7 @@ def _started(freezer: Freezer, name: str, metric: str, epochs: int | None, *, lo
         steps_per_epoch=0,
         metric=metric,
         layers={layer.name: layer.neurons for layer in freezer.layers.values()},
-        notes=(*freezer.notes, f"coverage: {freezer.coverage()}"),
+        notes=(*freezer.notes, *energy_notes, f"coverage: {freezer.coverage()}"),
         epsilon=getattr(freezer.policy, "epsilon", None),
         lower_is_better=lower_is_better,
     )

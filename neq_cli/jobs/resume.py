@@ -95,7 +95,7 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     )
     if state is not None:
         if not finished:
-            problems += _epochs_problems(stored, recipe, state)
+            problems += _epochs_problems(stored, recipe, state) + _energy_problems(writer, recipe, state)
         said, wrong = _images_a_step(stored, recipe, len(state["processes"]), processes)
         messages += said
         problems += wrong
@@ -112,6 +112,17 @@ def _epochs_problems(stored: Recipe, recipe: Recipe, state: Mapping[str, Any]) -
     said = f"{recipe.epochs}, but epoch {trained} is trained, on the way to {stored.epochs}"
     or_end = f", or {trained} to end there" if trained < stored.epochs else ""
     return [Problem("epochs", f"{said}; give {stored.epochs} to go on{or_end}")]
+
+
+def _energy_problems(writer: RunWriter, recipe: Recipe, state: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong where energy is asked for, and the table of epochs has no room for it."""
+    if not recipe.energy or not state["epoch"]:
+        return []
+    asked = {"joules": "energy", **({} if recipe.grams_per_kwh is None else {"co2_grams": "grams_per_kwh"})}
+    rows = read_run(writer.path).rows
+    begun = f"{printable(writer.path)} was begun without it, and its table keeps its columns"
+    said = f"{begun}; leave it out, {ANEW}"
+    return [Problem(key, said) for column, key in asked.items() if column not in rows[0]]
 
 
 def _images_a_step(stored: Recipe, recipe: Recipe, begun: int, processes: int) -> tuple[list[str], list[Problem]]:
@@ -188,7 +199,8 @@ def _completed(state: Any) -> Any:
         return state
     so_far = state.get("so_far")
     if isinstance(so_far, dict):
-        so_far = {"pass_steps": so_far.get("steps"), "pass_images": so_far.get("images"), **so_far}
+        passed = {"pass_steps": so_far.get("steps"), "pass_images": so_far.get("images")}
+        so_far = {**passed, "joules": math.nan, **so_far}
     return {"passes": state.get("epoch"), "updates": 0, **state, "so_far": so_far}
 
 

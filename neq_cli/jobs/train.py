@@ -62,6 +62,7 @@ def train(
             if loading:
                 startup.add("loading PyTorch", loading)
             session = _build(replace(loaded, recipe=start.recipe), start, processes, startup)
+            stack.callback(session.trainer.energy.close)
             if writer is not None:
                 _rewind(writer, session, start)
             elif processes.first:

@@ -344,6 +344,12 @@ class Recipe(Section):
         description="trackers that are told of the run beside its directory; each is an extra",
         examples=["[tensorboard]"],
     )
+    energy: Annotated[bool, SURROUNDINGS] = Field(
+        default=False, description="measure the joules of every row: of the GPUs by NVML, of the processors by RAPL"
+    )
+    grams_per_kwh: Annotated[NotNegative | None, SURROUNDINGS] = Field(
+        default=None, description="CO2 of a kilowatt-hour, which energy then tells too; null: not told", examples=[56]
+    )
 
     @property
     def unit(self) -> str:
@@ -396,6 +402,8 @@ def warnings(recipe: Recipe) -> tuple[str, ...]:
             found.append(f"policy.front_mode: inference does nothing with scope {recipe.policy.scope}; use scope front")
         if recipe.policy.thaw_at_lr_drop is not None and recipe.scheduler.name.lower() == "constant":
             found.append("policy.thaw_at_lr_drop: nothing thaws by it, for without a scheduler no learning rate falls")
+    if recipe.grams_per_kwh is not None and not recipe.energy:
+        found.append("grams_per_kwh: does nothing without energy; add energy: true")
     if recipe.scheduler.warmup_epochs > recipe.epochs:
         found.append(
             f"scheduler.warmup_epochs: {recipe.scheduler.warmup_epochs} epochs of warm-up, but the run ends after "

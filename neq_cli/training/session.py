@@ -29,6 +29,7 @@ from neq_cli.training.loop.step import AUTOCAST
 from neq_cli.training.loop.tasks import build_task, lower_is_better
 from neq_cli.training.loop.trainer import Trainer
 from neq_cli.training.machine.device import describe_device, resolve_device, seed_everything
+from neq_cli.training.machine.energy.measured import energy_of
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.machine.memory_format import choose_layout
 from neq_cli.training.models.build import build_model
@@ -74,6 +75,8 @@ def prepare(
     processes = Processes() if processes is None else processes
     startup = Startup() if startup is None else startup
     device = _start_device(recipe, processes, startup)
+    with startup.part("looking for energy meters", told=recipe.energy):
+        energy = energy_of(recipe, device, processes)
     with startup.part("opening the data"):
         data = _load_data(recipe, processes)
     loaders = make_loaders(
@@ -118,9 +121,10 @@ def prepare(
         freezer=freezer,
         processes=processes,
         startup=startup,
+        energy=energy,
     )
     _seed_apart(recipe, processes)
-    told = [loaders.note, *notes, *weights_notes, *sample.notes, *data.notes]
+    told = [loaders.note, *notes, *weights_notes, *sample.notes, *data.notes, *energy.notes]
     told += scheduler_notes(recipe.scheduler, recipe.epochs, course.updates)
     if by_rule and not recipe.deterministic:
         told.append("kernels: by rule, not timed, as the processes' batches may differ in shape")

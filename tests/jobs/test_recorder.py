@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from neq_cli.freezing import Policy
 from neq_cli.jobs.prepare import load
 from neq_cli.runs.compare.comparison import compare_runs
 from neq_cli.runs.compare.configurations import model_and_data
+from neq_cli.training.machine.energy import measured
+from neq_cli.training.machine.energy.meter import Meter
 
 
 class Loop:
@@ -133,6 +137,97 @@ def test_a_run_that_is_gone_on_with_is_the_uninterrupted_one(tmp_path: Path, sav
     again.load(states[saved])
     record(again, tmp_path / "run", 5, epochs=5, resume=True)
     assert_same(files_of(tmp_path / "run"), files_of(tmp_path / "straight"))
+
+
+@pytest.fixture
+def joule_a_reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A processor that takes a joule whenever somebody looks; returns which of its meters were closed."""
+    closed: list[str] = []
+
+    def meter(folder: Path) -> Meter:
+        return Meter("cpu", "RAPL by hand", lambda: 1.0, close=lambda: closed.append("cpu"))
+
+    monkeypatch.setattr(measured, "rapl_meter", meter)
+    return closed
+
+
+def test_energy_of_every_epoch_is_recorded_where_it_is_asked_for(tmp_path: Path, joule_a_reading: list[str]) -> None:
+    record(Loop(), tmp_path / "run", 2, energy=True, grams_per_kwh=7.2e6)
+    run = read_run(tmp_path / "run")
+    assert list(run.metrics)[-2:] == ["joules", "co2_grams"]
+    # A reading ends each epoch, and is the beginning of the next; two grams a joule.
+    assert (run.metrics["joules"].tolist(), run.metrics["co2_grams"].tolist()) == ([1, 1], [2, 2])
+    assert run.environment["energy"] == {"gpu": "not used", "cpu": "RAPL by hand", "grams_per_kwh": 7.2e6}
+    assert any(note.startswith("energy: cpu: RAPL by hand; of whole") for note in run.environment["notes"])
+    assert joule_a_reading == ["cpu"]
+    record(Loop(), tmp_path / "without", 1)
+    assert "joules" not in read_run(tmp_path / "without").metrics
+    loop = Loop()
+    with (
+        Recorder(loop.freezer, tmp_path / "taken", name="mine", metric="test_top1") as recorder,
+        pytest.raises(FreezingError, match=r"joules: is what the Recorder tells itself"),
+    ):
+        recorder.epoch(**loop.train(), joules=1.0)
+
+
+@pytest.mark.usefixtures("joule_a_reading")
+def test_recorded_energy_may_end_on_resume_and_not_begin(tmp_path: Path) -> None:
+    loop = Loop()
+    record(loop, tmp_path / "run", 1, energy=True)
+    record(loop, tmp_path / "run", 2, resume=True)
+    assert [str(value) for value in read_run(tmp_path / "run").metrics["joules"]] == ["1.0", "nan"]
+    with pytest.raises(FreezingError, match=r"^Recorder: grams_per_kwh: .*run was begun without it"):
+        record(loop, tmp_path / "run", 3, energy=True, grams_per_kwh=1, resume=True)
+    other = Loop()
+    record(other, tmp_path / "without", 1)
+    with pytest.raises(FreezingError, match=r"^Recorder: energy: .*without was begun without it"):
+        record(other, tmp_path / "without", 2, energy=True, resume=True)
+
+
+OF_TWO = """
+import os, sys
+import torch
+from torch import distributed, nn
+import neq_cli.training.machine.energy.measured as measured
+from neq_cli import Freezer, NEq, Recorder
+from neq_cli.training.machine.energy.meter import Meter
+
+measured.rapl_meter = lambda folder: Meter("cpu", "RAPL by hand", lambda: 1.0)
+measured.card_of = lambda device: "GPU-" + os.environ["RANK"]
+measured.nvml_meter = lambda card: Meter("gpu", "NVML by hand", lambda: {"GPU-0": 10.0, "GPU-1": 200.0}[card])
+distributed.init_process_group("gloo", init_method="env://")
+torch.manual_seed(1)
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+freezer = Freezer(model, optimizer, [torch.randn(8, 4)], NEq(0.05), process_group=distributed.group.WORLD)
+with Recorder(freezer, "run", name="mine", metric="test_top1", energy=True) as recorder:
+    for _ in range(2):
+        freezer.step()
+        recorder.epoch(test_top1=1.0)
+distributed.destroy_process_group()
+sys.exit(0)
+"""
+
+
+def test_of_two_processes_their_sum_is_recorded(neq: Callable[..., Any], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [neq(before=OF_TWO, environment={**world, "RANK": rank}) for rank in "01"]
+    for process in both:
+        assert process.wait() == 0, process.text
+    run = read_run(tmp_path / "run")
+    assert run.metrics["joules"].tolist() == [1 + 10 + 200] * 2
+    assert run.environment["energy"] == {"gpu": "2 x NVML by hand", "cpu": "RAPL by hand"}
+
+
+def test_where_nothing_measures_energy_a_recorder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "DOMAINS", tmp_path)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(FreezingError, match=r"^Recorder: energy: nothing here measures it: no RAPL .*; pip install"):
+        record(Loop(), tmp_path / "run", 1, energy=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_are_one_configuration_and_settings_tell_others_apart(tmp_path: Path) -> None:

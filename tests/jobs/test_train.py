@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -22,12 +23,16 @@ from neq_cli.events import EpochRecord, Record
 from neq_cli.freezing import Observation
 from neq_cli.jobs import follower, time_shares
 from neq_cli.jobs import train as running
+from neq_cli.jobs.resume import read_checkpoint
 from neq_cli.recipe.load import LoadedRecipe, load_recipe
 from neq_cli.runs.store.run import read_run
+from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Silent
 from neq_cli.signals import Watch
-from neq_cli.training.loop.checkpoint import load_state, read_weights
+from neq_cli.training.loop.checkpoint import load_state, read_weights, save_state
 from neq_cli.training.machine import limits
+from neq_cli.training.machine.energy import measured
+from neq_cli.training.machine.energy.meter import Meter
 
 SMALL = """
 model: {name: resnet8, kwargs: {num_classes: 10, in_channels: 1, width: 4}}
@@ -243,6 +248,63 @@ def test_a_run_with_an_entrypoint_trains_again_from_its_own_folder(
     again = running.train(load_recipe(str(tmp_path / "run" / "recipe.yaml")), tmp_path / "again", Silent())
     first, second = read_weights(tmp_path / "run" / "weights.safetensors"), read_weights(again / "weights.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture
+def joule_a_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that takes a joule whenever somebody looks."""
+    monkeypatch.setattr(measured, "rapl_meter", lambda folder: Meter("cpu", "RAPL by hand", lambda: 1.0))
+
+
+@pytest.mark.usefixtures("joule_a_reading")
+def test_energy_may_be_left_out_on_resume_and_taken_up_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    running.train(load(tmp_path, "energy=true", "grams_per_kwh=3600000", "epochs=1"), run, Silent())
+    running.train(load(tmp_path, "epochs=2"), run, Silent(), resume=True)
+    running.train(load(tmp_path, "energy=true", "epochs=3"), run, Silent(), resume=True)
+    # A reading each at the beginning and at the end of a row; a joule is a gram here.
+    cells = [(row["joules"], row["co2_grams"]) for row in rows(run / "metrics.csv")]
+    assert cells == [("1.0", "1.0"), ("", ""), ("1.0", "")]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["energy"] == {"gpu": "not used", "cpu": "RAPL by hand", "grams_per_kwh": 3.6e6}
+
+
+@pytest.mark.usefixtures("joule_a_reading")
+@pytest.mark.parametrize(
+    ("begun", "wanted", "key"),
+    [([], ["energy=true"], "energy=true"), (["energy=true"], ["energy=true", "grams_per_kwh=56"], "grams_per_kwh=56")],
+)
+def test_energy_that_its_table_has_no_column_for_is_refused(
+    tmp_path: Path, begun: list[str], wanted: list[str], key: str
+) -> None:
+    run = tmp_path / "run"
+    running.train(load(tmp_path, *begun, "epochs=1"), run, Silent())
+    before = (run / "metrics.csv").read_bytes()
+    said = f"{key}: {run} was begun without it, and its table keeps its columns; leave it out, or train anew"
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        running.train(load(tmp_path, *wanted, "epochs=2"), run, Silent(), resume=True)
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_what_an_earlier_neq_saved_within_a_row_has_joules_that_nobody_knows(tmp_path: Path) -> None:
+    with RunWriter.create(tmp_path / "run", "seed: 1\n", {}) as writer:
+        so_far = {"epoch": 1, "steps": 3, "images": 12}
+        save_state({"epoch": 0, "so_far": so_far, "processes": [{}]}, writer.checkpoint_path("last"))
+        state, problems, _ = read_checkpoint(writer)
+    assert problems == []
+    assert state is not None
+    assert math.isnan(state["so_far"]["joules"])
+
+
+def test_a_meter_that_fails_is_a_note_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joules = iter([0.0, 5.0])  # and then it is gone
+    monkeypatch.setattr(measured, "rapl_meter", lambda folder: Meter("cpu", "RAPL by hand", lambda: next(joules)))
+    run = running.train(load(tmp_path, "energy=true", "epochs=3"), tmp_path / "run", Silent())
+    assert [row["joules"] for row in rows(run / "metrics.csv")] == ["5.0", "", ""]
+    assert status(run)["state"] == "finished"
+    notes = json.loads((run / "environment.json").read_text())["notes"]
+    failed = "energy: RAPL by hand failed (StopIteration) in epoch 2"
+    assert len([note for note in notes if note.startswith(failed)]) == 1
 
 
 def test_a_run_in_which_nothing_learns_any_more_ends_and_says_so(tmp_path: Path) -> None:

@@ -186,6 +186,9 @@ def test_warnings() -> None:
     assert warnings(recipe(policy={"kind": "baseline"})) == ()
     (mu,) = warnings(recipe(policy={"mu": 0.9}))
     assert mu.startswith("policy.mu: 0.9 is above 0.5")
+    assert warnings(recipe(energy=True, grams_per_kwh=56.0)) == ()
+    (grams,) = warnings(recipe(grams_per_kwh=56.0))
+    assert grams == "grams_per_kwh: does nothing without energy; add energy: true"
     (epsilon,) = warnings(recipe(policy={"epsilon": 0.0}))
     assert epsilon.startswith("policy.epsilon: 0 freezes nothing")
     assert warnings(recipe(policy={"epsilon": 0.0, "definition": "reference"})) == (), (

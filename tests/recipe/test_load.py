@@ -192,7 +192,7 @@ zzz: 1
         "gradient_accumulation, "
         "clip_grad_norm, label_smoothing, ema, eval_every, checkpoint_minutes, probe_every, probe_snapshot, "
         "stop_when_frozen, sync_batchnorm, seed, "
-        "deterministic, device, track",
+        "deterministic, device, track, energy, grams_per_kwh",
     ]
 
 

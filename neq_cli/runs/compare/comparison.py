@@ -23,6 +23,7 @@ from neq_cli.runs.compare.configurations import (
     settings,
     written,
 )
+from neq_cli.runs.compare.energy import common_way, energy_notes, is_measured, total_joules
 from neq_cli.runs.compare.goal import Goal, goal, training_flops
 from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
 from neq_cli.runs.store.run import Run, unit_of_runs
@@ -59,6 +60,8 @@ class Row:
     matched_p: Summary | None  # of `p: match:RUN_DIR`
     lower_is_better: bool = False  # of the metric
     unit: str = EPOCH  # or OBSERVATION: what the runs have a row of
+    joules: Summary | None = None  # of whole runs; None unless all runs compared measured it
+    joules_percent: float | None = None  # None too where it was not measured in one way
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Comparison:
     baseline: str | None
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    energy: str | None = None  # how it was measured; None where it was not, or in different ways
 
     @property
     def units(self) -> str:
@@ -103,18 +107,23 @@ def compare_runs(runs: Sequence[Run], baseline: Run | None = None, allow_differe
     shortest = min(_seconds(group.runs).mean for group in ordered)
     rows = tuple(_row(group, reference, shortest) for group in ordered)
     notes += dict.fromkeys(_notes(ordered, rows))  # what holds for several rows is said once
-    return Comparison(reference.label if reference else None, rows, tuple(notes))
+    way = None
+    if all(map(is_measured, runs)):
+        way = common_way(runs)
+        rows = tuple(_with_energy(*pair, reference if way else None) for pair in zip(rows, ordered, strict=True))
+    notes += energy_notes(runs)
+    return Comparison(reference.label if reference else None, rows, tuple(notes), way)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """Return plain lists and dicts; what is not known is None.
 
-    ``schema`` (1), ``baseline`` (an approach or None), ``notes``, and ``rows``, each with the fields of ``Row``:
-    ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``, ``metric``, ``lower_is_better``, ``unit``;
-    ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``, ``best``, ``seconds`` and ``matched_p`` as
-    ``{mean, std, n}``; ``flops_paper_percent``, ``flops_executed_percent``, ``flops_training_percent``;
-    ``final_difference`` and ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields
-    of ``Goal``.
+    ``schema`` (1), ``baseline`` (an approach or None), ``notes``, ``energy`` (how it was measured, or None), and
+    ``rows``, each with the fields of ``Row``: ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``,
+    ``metric``, ``lower_is_better``, ``unit``; ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``,
+    ``best``, ``seconds``, ``matched_p`` and ``joules`` as ``{mean, std, n}``; ``flops_paper_percent``,
+    ``flops_executed_percent``, ``flops_training_percent``, ``joules_percent``; ``final_difference`` and
+    ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields of ``Goal``.
     """
     return {"schema": 1, **plain_json(asdict(comparison))}
 
@@ -204,6 +213,12 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
         lower_is_better=runs[0].lower_is_better,
         unit=unit_of_runs(runs),
     )
+
+
+def _with_energy(row: Row, group: _Group, reference: _Group | None) -> Row:
+    joules = total_joules(group.runs)
+    percent = None if reference is None else ratio_percent(joules.mean, total_joules(reference.runs).mean)
+    return replace(row, joules=joules, joules_percent=percent)
 
 
 def _summary(runs: Sequence[Run], column: str) -> Summary:

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neq_cli.errors import NeqError, RunDirectoryError, did_you_mean
+from neq_cli.events import ENERGY_COLUMNS
 from neq_cli.runs.compare.configurations import model_and_data, policy_label
+from neq_cli.runs.compare.energy import is_measured, total, ways
 from neq_cli.runs.compare.statistics import mean_known
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.store.tables import LayerRow
@@ -84,6 +86,9 @@ class Inspection:
     layer_glob: str | None
     layers: tuple[LayerInspection, ...]  # forward order
     changes: tuple[EpochChange, ...]  # one per epoch, in the layers above
+    joules: float | None = None  # of the epochs up to it, NaN where not all are known; None where it was not measured
+    co2_grams: float | None = None
+    energy: tuple[str, ...] = ()  # how it was measured
 
 
 def inspect_run(run: Run, epoch: int | None = None, layer_glob: str | None = None) -> Inspection:
@@ -249,4 +254,6 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
         "seconds": seconds,
         "probe_percent": ratio_percent(float(np.nansum(columns["probe_seconds"])), seconds),
         "notes": _notes(run.environment.get("notes")),
+        **{column: total(run, column, epoch) for column in ENERGY_COLUMNS if column in run.rows[0]},
+        "energy": ways(run) if is_measured(run) else (),
     }

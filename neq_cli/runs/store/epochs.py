@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from neq_cli.errors import RunDirectoryError
-from neq_cli.events import EpochRecord
+from neq_cli.events import ENERGY_COLUMNS, EpochRecord
 from neq_cli.runs.store.csv_files import Beginning, append_rows, beginning, cut
 from neq_cli.runs.store.disk import atomic_write, writing
 from neq_cli.runs.store.neurons import neurons_file
@@ -61,6 +63,8 @@ class EpochFiles:
         """
         metrics = {"epoch": record.epoch, **record.metrics}
         columns = self.columns or tuple(metrics)
+        if self.resumed:  # by a call that no longer measures energy
+            metrics = {**{column: math.nan for column in ENERGY_COLUMNS if column in columns}, **metrics}
         if record.epoch != self.epoch + 1 or metrics["epoch"] != record.epoch:
             raise ValueError(f"epoch {record.epoch} ({metrics['epoch']} in its metrics) after epoch {self.epoch}")
         if self.resumed and set(metrics) > set(columns):  # an earlier neq began it: the table keeps its width

@@ -33,10 +33,12 @@ def epoch_record(
     by_step: bool,
     epoch_seconds: float,
     probe_seconds: float,
+    energy: Mapping[str, float],
 ) -> EpochRecord:
     """Return the record of the epoch that ``freezer.step()`` has just ended.
 
-    ``place`` are columns that say where; ``by_step``: the learning rate changes within it; the last is told too.
+    ``place`` are columns that say where; ``by_step``: the learning rate changes within it; the last is told too;
+    ``energy``: columns of what it took, none where that is not measured.
     """
     passed = passed_of(freezer)
     layers = layer_states(freezer, passed)
@@ -53,6 +55,7 @@ def epoch_record(
         "epoch_seconds": epoch_seconds,
         "probe_seconds": probe_seconds,
         "data_wait_seconds": trained.data_seconds,
+        **energy,
     }
     return EpochRecord(trained.epoch, metrics, layers)
 

@@ -15,7 +15,7 @@ from neq_cli.freezing import Freezer
 from neq_cli.training.loop.step import TrainingStep
 
 _NUMBERS = ("epoch", "steps", "updates", "images", "pass_steps", "pass_images", "bytes_sent")
-_FLOATS = ("train_seconds", "seconds", "bookkeeping_seconds", "data_seconds", "lr", "last_lr")
+_FLOATS = ("train_seconds", "seconds", "bookkeeping_seconds", "data_seconds", "joules", "lr", "last_lr")
 
 
 @dataclass
@@ -34,6 +34,7 @@ class RunningEpoch:
     bookkeeping_seconds: float = 0.0
     data_seconds: float = 0.0  # spent in waiting for batches
     bytes_sent: int = 0
+    joules: float = 0.0  # of all processes; NaN where not all of it was measured
     lr: float = math.nan  # the one it started with
     last_lr: float = math.nan  # that of its last step
 

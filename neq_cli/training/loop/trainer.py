@@ -27,6 +27,7 @@ from neq_cli.training.loop.schedules import Schedule, steps_before_last_drop
 from neq_cli.training.loop.step import TrainingStep, test_batch
 from neq_cli.training.loop.tasks import Task, checked_results
 from neq_cli.training.loop.trainer_state import restore, state_of
+from neq_cli.training.machine.energy.measured import Energy
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.processes.joined import Agreement, Processes
 from neq_cli.training.startup import Startup
@@ -59,6 +60,7 @@ class Trainer:
     freezer: Freezer
     processes: Processes = field(default_factory=Processes)
     startup: Startup = field(default_factory=Startup)
+    energy: Energy = field(default_factory=Energy)
     wish: Callable[[], int] = lambda: GO_ON
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class Trainer:
         so_far, started, before = self.so_far, time.perf_counter(), self.so_far.seconds
         if math.isnan(so_far.lr):
             so_far.lr = so_far.last_lr = self._learning_rate
+        self.energy.begin()
         for record in self._train(so_far):
             so_far.seconds = before + time.perf_counter() - started
             yield record
@@ -152,6 +155,7 @@ class Trainer:
         probe_started = time.perf_counter()
         self.freezer.step()
         probe_seconds = so_far.bookkeeping_seconds + time.perf_counter() - probe_started
+        so_far.joules += self.energy.lap()
         self.epoch = epoch
         self.so_far = None if pass_ends else so_far.next(self.task.new_totals(self.device))
         self.startup.finish()
@@ -163,6 +167,7 @@ class Trainer:
             by_step=self.recipe.scheduler.interval == "step",
             epoch_seconds=before + time.perf_counter() - started,
             probe_seconds=probe_seconds,
+            energy=self.energy.row(so_far.joules),
         )
 
     def _place(self, so_far: RunningEpoch) -> dict[str, float | int]:
@@ -239,7 +244,7 @@ class Trainer:
             if agreed or ends:
                 check_weights(self.recipe, self.model, epoch, so_far.steps)
             if agreed:
-                yield Pause(epoch, so_far.steps, stop=agreed == STOP)
+                yield self._pause(so_far, stop=agreed == STOP)
                 clock.start()
             if now - shown >= PROGRESS_SECONDS:
                 shown = now
@@ -250,6 +255,10 @@ class Trainer:
             batch = self._next_batch(so_far)
         if step == steps:
             next(self.batches, None)  # which lets go of what the pass held
+
+    def _pause(self, so_far: RunningEpoch, *, stop: bool) -> Pause:
+        so_far.joules += self.energy.lap()  # what is saved has all that was spent
+        return Pause(so_far.epoch, so_far.steps, stop=stop)
 
     def _next_batch(self, so_far: RunningEpoch) -> Any:
         assert self.batches is not None, "the pass has begun"
@@ -296,7 +305,7 @@ class Trainer:
                 # Of several processes, which may have more batches than others, all end the epoch first.
                 if self.processes.count == 1 and self.wish() == STOP:
                     model.train()
-                    yield Pause(so_far.epoch, so_far.steps, stop=True)
+                    yield self._pause(so_far, stop=True)
         # What is saved and averaged is what trains: some modules merge their weights in eval mode.
         model.train()
         return checked_results(self.task, self.processes.sum(totals))

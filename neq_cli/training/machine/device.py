@@ -66,7 +66,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: version(name) for name in _RECORDED_PACKAGES},
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": describe_device(device),
-        "processor": _processor(),
+        "processor": processor_name(),
         "git": _git_state(Path.cwd()),
         "argv": sys.argv,
     }
@@ -79,11 +79,11 @@ def machine(device: torch.device, processes: int) -> dict[str, Any]:
         "torch": version("torch"),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device": describe_device(device, processes),
-        "processor": _processor(),
+        "processor": processor_name(),
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the processor's name, or its kind where the system does not tell."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

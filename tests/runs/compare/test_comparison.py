@@ -243,13 +243,13 @@ def test_folders_that_may_hold_different_images_are_said(seeded: Callable[..., R
 def test_json_is_plain_and_has_stable_keys(seeded: Callable[..., Run]) -> None:
     plain = to_json(compare_runs([seeded(NEQ, 1, 91.0), seeded(BASELINE, 1, 90.0)]))
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    assert list(plain) == ["schema", "baseline", "rows", "notes"]
+    assert list(plain) == ["schema", "baseline", "rows", "notes", "energy"]
     row = plain["rows"][1]
     assert list(row) == [
         "approach", "runs", "seeds", "is_baseline", "unfinished", "flops_paper", "flops_paper_percent",
         "flops_executed", "flops_executed_percent", "metric", "final", "final_difference", "best", "best_difference",
         "seconds", "flops_training", "flops_training_percent", "goal", "matched_p",
-        "lower_is_better", "unit",
+        "lower_is_better", "unit", "joules", "joules_percent",
     ]  # fmt: skip
     assert row["unit"] == "epoch"
     assert row["final"] == {"mean": 91.0, "std": None, "n": 1}

@@ -121,7 +121,7 @@ def test_json_is_plain_and_has_stable_keys(run: Run, tmp_path: Path) -> None:
         "unit step passed_epochs "
         "neurons frozen frozen_mean_percent flops_paper flops_paper_percent flops_executed flops_executed_percent "
         "metric lower_is_better metric_final metric_best metric_best_epoch seconds probe_percent notes layer_glob "
-        "layers changes"
+        "layers changes joules co2_grams energy"
     )
     assert plain["path"] == str(tmp_path / "run")
     assert (plain["unit"], plain["step"], plain["passed_epochs"]) == ("epoch", None, None)

@@ -50,6 +50,7 @@ OTHERS = {
     "checkpoint_minutes": 1.0, "probe_snapshot": "cpu", "stop_when_frozen": 3,
     "compile": True, "cuda_graph": True, "channels_last": True, "deterministic": True,
     "data.root": "/elsewhere", "data.download": False, "data.workers": 0, "data.cache": "none",
+    "energy": True, "grams_per_kwh": 56.0, "track": ["tensorboard"],
 }  # fmt: skip
 
 

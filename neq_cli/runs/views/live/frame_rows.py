@@ -26,7 +26,7 @@ from neq_cli.runs.views.drawing import (
 )
 from neq_cli.runs.views.live.layers import format_velocity
 from neq_cli.runs.views.live.run_view import VELOCITY_DECADES, RunView, clock
-from neq_cli.text import MISSING, format_flops, format_metric, format_percent, in_training, printable
+from neq_cli.text import MISSING, format_flops, format_joules, format_metric, format_percent, in_training, printable
 
 METRIC_NAMES = {"test_top1": "test top-1", "test_miou": "test mIoU"}
 LOWEST, HIGHEST = (f"1e{VELOCITY_DECADES[0]}", f"{10.0 ** VELOCITY_DECADES[1]:.0f}")
@@ -128,7 +128,8 @@ def epoch_rule(view: RunView, width: int) -> Line:
     if not view.epochs_done:
         return rule(f"no {unit} finished yet", "", width)
     took = f"took {clock(view.last('epoch_seconds'))}, probe {view.last('probe_seconds'):.1f} s"
-    note = f"lr {format_rate(view.last('lr'))}, {took}"
+    energy = f", {format_joules(view.last('joules'))}" if "joules" in view.columns else ""
+    note = f"lr {format_rate(view.last('lr'))}, {took}{energy}"
     title = f"{unit} {view.epochs_done}"
     place = in_training(None, view.last("passed_epochs")) if unit == OBSERVATION else ""
     whole = rule(title + place, note, width)

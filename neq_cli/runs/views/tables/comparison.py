@@ -22,6 +22,7 @@ from neq_cli.runs.store.run import KNOWN_METRICS
 from neq_cli.text import (
     MISSING,
     format_flops,
+    format_joules,
     format_metric,
     format_p_value,
     format_percent,
@@ -44,6 +45,7 @@ _CSV_COLUMNS = (
     *("flops_training_mean", "flops_training_std", "flops_training_percent"),
     *("goal_target", "goal_reached", "goal_seconds_mean", "goal_seconds_std", "goal_flops_percent"),
     *("equal_seconds", "at_equal_time_mean", "at_equal_time_std", "lower_is_better"),
+    *("joules_mean", "joules_std", "joules_percent"),
 )
 
 
@@ -78,22 +80,34 @@ def legend(comparison: Comparison) -> str:
         f"mean of all {comparison.units}, % of the baseline; "
         f"differences to the baseline in {unit}, p exact and two-sided"
         + "".join(f"; lower {metric} is better" for metric in lower)
+        + ("; energy of all epochs" if has_energy(comparison) else "")
+        + (f", {comparison.energy}" if comparison.energy else "")
     )
+
+
+def has_energy(comparison: Comparison) -> bool:
+    """Whether all runs measured what they took."""
+    return any(row.joules is not None for row in comparison.rows)
 
 
 def render(comparison: Comparison) -> RenderableType:
     """Return the terminal table with its legend and notes; it fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0), leading=1)
     name, *numbers = header(comparison)
+    if has_energy(comparison):  # below seconds, for there is no room beside them
+        numbers[-2:] = [" ".join(numbers[-2:])]
     table.add_column(name, overflow="fold", min_width=_NARROWEST_NAME)
     for number in numbers:
         table.add_column(Text("\n".join(_folded_name(number))), justify="right", no_wrap=True)
     rows = [cells(row) for row in comparison.rows]
     # FLOPs and seconds never leave room for both on one line, a percentage's digits do.
     abreast = all(len(cell.with_spread) <= _WIDEST_SCORE for row in rows for cell in row[4:6])
-    for row, (approach, n, paper, executed, final, best, seconds) in zip(comparison.rows, rows, strict=True):
-        scores = ["\n".join([one.with_spread, *one.details]) if abreast else one.stacked for one in (final, best)]
-        stacked = [approach.stacked, n.stacked, paper.stacked, executed.stacked, *scores, seconds.stacked]
+    for row, told in zip(comparison.rows, rows, strict=True):
+        stacked = [one.stacked for one in told]
+        if abreast:
+            stacked[4:6] = ["\n".join([one.with_spread, *one.details]) for one in told[4:6]]
+        if row.joules is not None:
+            stacked[-2:] = ["\n".join(stacked[-2:])]
         table.add_row(*map(Text, stacked), style="bold" if row.is_baseline else "")
     notes = [Text(f"note: {printable(note)}", style="yellow") for note in comparison.notes]
     return Group(table, Text(legend(comparison), style="dim"), *_goals(comparison), *notes)
@@ -185,7 +199,8 @@ def header(comparison: Comparison) -> list[str]:
     """Return the names of the columns that ``cells`` has."""
     metrics = {row.metric for row in comparison.rows}
     metric = printable(metrics.pop(), 40) if len(metrics) == 1 else "metric"
-    return ["approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds"]
+    energy = ["energy"] if has_energy(comparison) else []
+    return ["approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds", *energy]
 
 
 def cells(row: Row) -> list[Cell]:
@@ -198,6 +213,7 @@ def cells(row: Row) -> list[Cell]:
         _metric(row.final, row.final_difference, row.metric),
         _metric(row.best, row.best_difference, row.metric),
         Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
+        *([] if row.joules is None else [_joules(row.joules, row.joules_percent)]),
     ]
 
 
@@ -254,6 +270,12 @@ def _flops(summary: Summary, percent: float | None) -> Cell:
     return Cell(format_flops(summary.mean), spread, details)
 
 
+def _joules(summary: Summary, percent: float | None) -> Cell:
+    details = () if percent is None else (format_percent(percent),)
+    spread = _spread(summary, lambda std: format_joules(std, summary.mean).partition(" ")[0])
+    return Cell(format_joules(summary.mean), spread, details)
+
+
 def _metric(summary: Summary, found: Difference | None, metric: str) -> Cell:
     def written(value: float) -> str:
         return format_metric(value, metric)
@@ -281,6 +303,7 @@ def _csv_row(row: Row) -> list[str]:
 
     seeds = " ".join("?" if seed is None else str(seed) for seed in row.seeds)
     matched = row.matched_p or Summary(math.nan, math.nan, 0)
+    joules = row.joules or Summary(math.nan, math.nan, 0)
     return [
         *(_csv_text(row.approach), str(row.is_baseline).lower(), str(len(row.runs)), seeds),
         *(" ".join(row.unfinished), _csv_text(row.metric)),
@@ -292,6 +315,7 @@ def _csv_row(row: Row) -> list[str]:
         *_numbers(row.flops_training.mean, row.flops_training.std, row.flops_training_percent),
         *_goal_numbers(row.goal),
         str(row.lower_is_better).lower(),
+        *_numbers(joules.mean, joules.std, row.joules_percent),
     ]
 
 

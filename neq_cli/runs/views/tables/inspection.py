@@ -16,6 +16,7 @@ from neq_cli.runs.compare.inspection import Inspection, LayerInspection, fold_ra
 from neq_cli.text import (
     MISSING,
     format_flops,
+    format_joules,
     format_metric,
     format_percent,
     format_seconds,
@@ -88,8 +89,17 @@ def _summary_lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
     yield printable(inspection.metric), Text(f"{final} final, {best} best{when}")
     probe = format_percent(inspection.probe_percent)
     yield "time", Text(f"{format_seconds(inspection.seconds)}, of which probing {probe}")
+    if inspection.joules is not None:
+        yield "energy", Text(_energy(inspection))
     for note in inspection.notes:
         yield "note", Text(printable(note))
+
+
+def _energy(inspection: Inspection) -> str:
+    joules, grams = inspection.joules, inspection.co2_grams
+    emitted = "" if grams is None or math.isnan(grams) else f", {grams:.3g} g of CO2"
+    how = f" ({' and then '.join(inspection.energy)})" if inspection.energy else ""
+    return f"{format_joules(math.nan if joules is None else joules)}{emitted}{how}"
 
 
 def _flops(value: float, percent: float, unit: str) -> str:

@@ -211,6 +211,17 @@ def test_the_last_epoch_s_numbers_and_the_best() -> None:
     assert re.search(r"83\.00% .*best 90\.00% at epoch 5$", line_with(frame, "test top-1"))  # 90 - 7
 
 
+def test_the_last_epoch_s_energy_where_it_is_measured() -> None:
+    run = [
+        replace(record, metrics={**record.metrics, "joules": 1000.0 * record.epoch})
+        if isinstance(record, EpochRecord)
+        else record
+        for record in records(SMALL, 12)
+    ]
+    assert "lr 0.1, took 0:20, probe 0.4 s, 12.00 kJ" in render_frame(80, 24, run)
+    assert "kJ" not in render_frame(80, 24, records(SMALL, 12))
+
+
 def test_where_lower_is_better_the_least_is_the_best() -> None:
     started, *rest = records(SMALL, 8)
     assert isinstance(started, RunStarted)

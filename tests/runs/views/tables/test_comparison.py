@@ -129,6 +129,27 @@ def test_no_column_is_cut_however_wide_its_numbers_and_names(row: Row, width: in
     assert re.sub(r"\s", "", row.approach[:9]) in re.sub(r"\s", "", text)
 
 
+@pytest.mark.parametrize("row", [NEQ, WIDE, OWN], ids=["usual", "wide numbers", "a metric of the user's own"])
+def test_energy_is_a_column_that_fits_too(row: Row) -> None:
+    joules = Summary(123_456_789.0, 987_654.3, 3)
+    rows = tuple(replace(one, metric=row.metric, joules=joules, joules_percent=61.04) for one in (ROW, row))
+    comparison = Comparison("Baseline", rows, (), "gpu: NVML total energy, NVIDIA H200")
+    text = printed(comparison)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for fact in ("energy", "123.46 MJ", "± 0.99", "61.0%", "energy of all epochs, gpu: NVML total energy,"):
+        assert fact in re.sub(r"\s+", " ", text), fact
+    assert "123.46 MJ ± 0.99 (61.0%) |" in to_markdown(comparison)
+    written = list(csv.DictReader(io.StringIO(to_csv(comparison))))[1]
+    assert [written[f"joules_{name}"] for name in ("mean", "std", "percent")] == ["123456789.0", "987654.3", "61.04"]
+
+
+def test_without_energy_there_is_no_column_of_it() -> None:
+    assert "energy" not in printed(TABLE)
+    assert "energy" not in to_markdown(TABLE)
+    assert next(csv.DictReader(io.StringIO(to_csv(TABLE))))["joules_mean"] == ""
+
+
 def test_terminal_table_takes_no_markup_from_files() -> None:
     text = printed(replace(TABLE, rows=(replace(ROW, approach="[red]x[/nope]\x1b[31m"),)), 120)
     assert "[red]x[/nope]" in text

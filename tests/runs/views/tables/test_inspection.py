@@ -45,6 +45,21 @@ def test_everything_is_told(make_run: Callable[..., Run]) -> None:
         assert fact in text, fact
 
 
+def test_energy_is_told_with_how_it_was_measured(make_run: Callable[..., Run]) -> None:
+    metrics = [{"joules": 1500.0, "co2_grams": 0.25}, {"joules": 345.0, "co2_grams": 0.5}]
+    environment = {"energy": {"gpu": "not used", "cpu": "RAPL package-0, Fake CPU", "grams_per_kwh": 56}}
+    run = make_run(metrics=metrics, environment=environment)
+    # 1500 + 345, 0.25 + 0.5
+    assert "energy 1.84 kJ, 0.75 g of CO2 (cpu: RAPL package-0, Fake CPU)" in words(printed(run))
+    assert "energy 1.50 kJ, 0.25 g of CO2" in words(printed(run, epoch=1))
+
+
+def test_energy_that_is_not_known_whole_is_a_dash(make_run: Callable[..., Run]) -> None:
+    run = make_run("partly", metrics=[{"joules": 1500.0}, {"joules": float("nan")}])
+    assert "energy –" in words(printed(run))
+    assert "energy " not in words(printed(make_run()))
+
+
 def test_nothing_frozen(make_run: Callable[..., Run]) -> None:
     text = words(printed(make_run()))
     assert "Frozen neurons after epoch 3 none" in text
