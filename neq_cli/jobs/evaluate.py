@@ -52,7 +52,14 @@ def _evaluated(trained: Trained, changed: Sequence[str], on_batch: Callable[[int
 
     known = (trained.content.classes, trained.content.class_names)
     with located(trained.loaded):
-        tested = test(trained.loaded.recipe, trained.weights.tensors, trained.place, known, on_batch)
+        tested = test(
+            trained.loaded.recipe,
+            trained.weights.tensors,
+            trained.place,
+            known,
+            on_batch,
+            held_out=trained.content.held_out,
+        )
     pairs = None
     if tested.pairs is not None and tested.classes is not None:
         pairs = Pairs(tested.classes, *tested.pairs)
