@@ -101,5 +101,7 @@ def _root(folder: Path) -> str:
 
 def _check_folder(loaded: LoadedRecipe) -> None:
     name = loaded.recipe.data.name
+    if name is not None and name.startswith("hf/"):
+        raise NeqError(f"--data: {name} does not lie in data.root; give another folder by data.name=hf/FOLDER")
     if name in _WITHOUT_FOLDER:
         raise NeqError(f"--data: {name} does not lie in a folder; it is for data that does, such as image_folder")

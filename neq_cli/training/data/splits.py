@@ -50,8 +50,9 @@ def known_labels(dataset: Any) -> Tensor | None:
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
     for name in ("targets", "labels", "_labels", "samples", "_samples", "tensors"):
         found = getattr(dataset, name, None)
-        if name.endswith("samples") and isinstance(found, list):  # pairs of a path and a label
-            found = [one[1] for one in found if isinstance(one, tuple) and len(one) == 2]
+        if name.endswith("samples"):  # pairs of a path and a label
+            pairs = found if isinstance(found, list) else []
+            found = [one[1] for one in pairs if isinstance(one, tuple) and len(one) == 2]
         if name == "tensors" and isinstance(found, tuple):  # torch.utils.data.TensorDataset
             found = found[-1]
         try:
