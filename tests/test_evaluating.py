@@ -316,12 +316,17 @@ def test_what_a_run_held_out_is_what_is_tested(place: Path, tmp_path: Path, neq_
     last = found(neq, "evaluate", "run", "--weights", "last")
     assert (last["images"], last["metrics"]) == (6, row(tmp_path / "run", 2))
     assert [sum(counts) for counts in last["confusion"]] == [2, 2, 2]
-    assert len(found(neq, "evaluate", "run", "data.validation=null", "--data", place / "images" / "test")) > 0
+    other = found(neq, "evaluate", "run", "data.validation=null", "--data", place / "images" / "test")
+    assert other["images"] == 15
     # With one more file others would be held out, of which the run has trained on most.
     shutil.copy(tmp_path / "images" / "ant" / "0.png", tmp_path / "images" / "ant" / "more.png")
     said = mistake(neq, "evaluate", "run")
     assert said.startswith("run/recipe.yaml"), said
     assert "data.validation: 6 of 25 images would be tested, and the run held 6 of 24 out" in said
+    before = {path: held for path, held in contents(tmp_path / "run").items() if path.name != ".lock"}
+    said = mistake(neq, "train", "folder.yaml", *changes[:2], "epochs=3", "-o", "run", "--resume")
+    assert said.startswith("data.validation: 6 of 25 images would be held out, and so far 6 of 24 were, so that some")
+    assert before.items() <= contents(tmp_path / "run").items()
 
 
 @pytest.mark.parametrize("form", ["png", "svg"])
