@@ -27,6 +27,11 @@ _OWN_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "segmentation_folder": ("num_classes",),
     HUB: ("config", "revision", "train_split", "test_split", "num_classes"),
 }
+# Batches, the probe and what is held out are drawn by number, and a run goes on at any step of an epoch.
+_NO_STREAMS = (
+    "a stream has no numbered images to draw from, so that a run could not be resumed exactly; remove it: the set is "
+    "fetched once, and read from disk, not held in memory"
+)
 _TRANSFORMS = ("transform", "target_transform", "transforms", "loader", "is_valid_file")
 
 
@@ -108,6 +113,12 @@ def find_name(name: str) -> str:
     raise RecipeValueError("data.name", f"no data set '{name}'{hint}")
 
 
+def called(name: str) -> str:
+    """Return what data of this ``name`` is called where it is told: the catalogue's spelling, a hub's as it is."""
+    found = find_name(name)
+    return name if found == HUB else found
+
+
 def kwargs_problems(section: DataSection) -> list[tuple[str, str]]:
     """Return (argument, problem) pairs of ``section.kwargs``; RecipeValueError where the data itself is not known."""
     if section.entrypoint is not None:
@@ -118,15 +129,8 @@ def kwargs_problems(section: DataSection) -> list[tuple[str, str]]:
     if name in _OWN_ARGUMENTS:
         taken = _OWN_ARGUMENTS[name]
         if name == HUB and "streaming" in section.kwargs:
-            # Batches, probe and held-out images are drawn by number, and a run goes on at any step of an epoch.
-            return [
-                (
-                    "streaming",
-                    "a stream has no numbered images to draw from, so that a run could not be resumed "
-                    "exactly; remove it: the set is fetched once, and read from disk, not held in memory",
-                )
-            ]
-        what = f"{name} takes {' and '.join(taken) or 'no arguments'}; remove it"
+            return [("streaming", _NO_STREAMS)]
+        what = f"{name} takes {', '.join(taken) or 'no arguments'}; remove it"
         return [(argument, what) for argument in section.kwargs if argument not in taken]
     kind = getattr(datasets, "ImageFolder" if name == "image_folder" else name)
     supplied = {"root", "download", *_TRANSFORMS, *CATALOGUE[name].train}

@@ -57,7 +57,7 @@ def known_labels(dataset: Any) -> Tensor | None:
             found = found[-1]
         try:
             labels = torch.as_tensor(found)
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:  # a user's own dataset may hold anything under such a name
             continue
         if labels.shape == (len(dataset),) and not labels.is_floating_point():
             return labels

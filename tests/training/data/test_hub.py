@@ -251,6 +251,28 @@ def test_masks_in_a_column_of_images_are_those_of_a_folder(tmp_path: Path) -> No
             assert all(torch.equal(one, two) for one, two in zip(pair, other, strict=True))
 
 
+def test_a_mask_that_is_none_is_named(tmp_path: Path) -> None:
+    def written(mask: Any) -> DataSection:
+        cells = {"image": [Image.new("RGB", (4, 4))] * 4, "mask": [Image.fromarray(mask)] * 4}
+        columns = datasets.Features({column: datasets.Image() for column in cells})
+        datasets.Dataset.from_dict(cells, features=columns).save_to_disk(tmp_path / "set")
+        return DataSection(name="hf/set", label_key="mask", validation=0.25, probe_size=1)
+
+    place = "data.name: hf/set train, row 0, its mask"
+    assert said(written(np.zeros((4, 4, 3), np.uint8))).startswith(
+        f"{place}: cannot be used (ValueError: a colour image"
+    )
+    assert said(written(np.full((4, 4), 300, np.uint16))) == (
+        f"{place}: 300 is no class, a number from 0 to 254; correct the mask"
+    )
+    assert said(written(np.full((4, 4), 255, np.uint8))) == (
+        "data.name: the masks of hf/set hold no class; give data.kwargs.num_classes"
+    )
+    few = written(np.full((4, 4), 2, np.uint8)).model_copy(update={"kwargs": {"num_classes": 2}})
+    with pytest.raises(NeqError, match=r"hf/set train, row \d, its mask: class 2 in row 0, column 0, but there are 2"):
+        load_data(few, 1)
+
+
 def said(data_section: DataSection) -> str:
     with pytest.raises(NeqError) as raised:
         load_data(data_section, 1)
@@ -377,7 +399,10 @@ def test_the_library_says_nothing_and_is_left_as_it_was(
             {"name": "hf/set", "kwargs": {"streaming": True}},
             "data.kwargs.streaming: a stream has no numbered images to draw from",
         ),
-        ({"name": "hf/set", "kwargs": {"split": "train"}}, "data.kwargs.split: hf/NAME takes config and revision and"),
+        (
+            {"name": "hf/set", "kwargs": {"split": "train"}},
+            "data.kwargs.split: hf/NAME takes config, revision, train_split,",
+        ),
         ({"name": "digits", "label_key": "label"}, "data.label_key: is for data.name=hf/NAME, and digits has no"),
         (
             {"entrypoint": "io:StringIO", "image_key": "x"},
