@@ -299,6 +299,36 @@ def test_masks_are_written_once(neq: Start, place: Path, tmp_path: Path) -> None
     assert "makes no masks" in mistake(neq, "predict", "runs/folder", "images/test/cow/0.png", "-o", folder)
 
 
+def test_what_a_run_held_out_is_what_is_tested(place: Path, tmp_path: Path, neq_in: Start) -> None:
+    shutil.copytree(place / "images" / "train", tmp_path / "images")  # the classes lie in the folder itself
+    shutil.copy(place / "folder.yaml", tmp_path)
+
+    def neq(*arguments: object) -> Any:
+        return neq_in(tmp_path, *arguments)
+
+    changes = ("data.validation=0.25", "data.augment=crop", "epochs=1")
+    process = neq("train", "folder.yaml", *changes, "-o", "run")
+    assert process.wait(120) == 0, process.text
+    process = neq("train", "folder.yaml", *changes[:2], "-o", "run", "--resume")
+    assert process.wait(120) == 0, process.text
+    told = json.loads((tmp_path / "run" / "environment.json").read_text())["data"]
+    assert (told["train"], told["test"], told["validation"]) == (18, 6, 6)
+    last = found(neq, "evaluate", "run", "--weights", "last")
+    assert (last["images"], last["metrics"]) == (6, row(tmp_path / "run", 2))
+    assert [sum(counts) for counts in last["confusion"]] == [2, 2, 2]
+    other = found(neq, "evaluate", "run", "data.validation=null", "--data", place / "images" / "test")
+    assert other["images"] == 15
+    # With one more file others would be held out, of which the run has trained on most.
+    shutil.copy(tmp_path / "images" / "ant" / "0.png", tmp_path / "images" / "ant" / "more.png")
+    said = mistake(neq, "evaluate", "run")
+    assert said.startswith("run/recipe.yaml"), said
+    assert "data.validation: 6 of 25 images would be tested, and the run held 6 of 24 out" in said
+    before = {path: held for path, held in contents(tmp_path / "run").items() if path.name != ".lock"}
+    said = mistake(neq, "train", "folder.yaml", *changes[:2], "epochs=3", "-o", "run", "--resume")
+    assert said.startswith("data.validation: 6 of 25 images would be held out, and so far 6 of 24 were, so that some")
+    assert before.items() <= contents(tmp_path / "run").items()
+
+
 @pytest.mark.parametrize("form", ["png", "svg"])
 def test_the_picture_is_written_and_only_its_own_is_replaced(neq: Start, tmp_path: Path, form: str) -> None:
     pytest.importorskip("matplotlib")

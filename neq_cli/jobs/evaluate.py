@@ -52,7 +52,14 @@ def _evaluated(trained: Trained, changed: Sequence[str], on_batch: Callable[[int
 
     known = (trained.content.classes, trained.content.class_names)
     with located(trained.loaded):
-        tested = test(trained.loaded.recipe, trained.weights.tensors, trained.place, known, on_batch)
+        tested = test(
+            trained.loaded.recipe,
+            trained.weights.tensors,
+            trained.place,
+            known,
+            on_batch,
+            held_out=trained.content.held_out,
+        )
     pairs = None
     if tested.pairs is not None and tested.classes is not None:
         pairs = Pairs(tested.classes, *tested.pairs)
@@ -94,5 +101,7 @@ def _root(folder: Path) -> str:
 
 def _check_folder(loaded: LoadedRecipe) -> None:
     name = loaded.recipe.data.name
+    if name is not None and name.startswith("hf/"):
+        raise NeqError(f"--data: {name} does not lie in data.root; give another folder by data.name=hf/FOLDER")
     if name in _WITHOUT_FOLDER:
         raise NeqError(f"--data: {name} does not lie in a folder; it is for data that does, such as image_folder")

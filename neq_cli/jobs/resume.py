@@ -12,6 +12,7 @@ from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.jobs.earlier_kernels import Earlier
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.load import LoadedRecipe
+from neq_cli.runs.store.content import parse_content
 from neq_cli.runs.store.paths import check_resumable
 from neq_cli.runs.store.resumable import ANEW, differences, ended_at_rest, merged, newest_unfinished, stored_recipe
 from neq_cli.runs.store.run import read_run
@@ -175,6 +176,21 @@ def restore(session: Session, start: Start) -> None:
             f"checkpoint: does not fit what recipe and code make now ({type(error).__name__}: {reason}); undo what "
             "changed in the model's code, or train anew without --resume"
         ) from error
+
+
+def check_held_out(writer: RunWriter, data: Mapping[str, Any]) -> None:
+    """Raise RunDirectoryError where ``data``, as it is now, would hold out other images than the run has so far.
+
+    Some of these have been trained on. What is told of data are counts: of files that took the place of others no more
+    is known than of any training data.
+    """
+    path = writer.files.environment
+    before = parse_content(read_json(path).get("data"), path).held_out if path.exists() else None
+    now = parse_content(data, path).held_out
+    if before is not None and now is not None and before != now:
+        what = f"{now[0]} of {now[1]} images would be held out, and so far {before[0]} of {before[1]} were"
+        mend = "restore the data, or train anew without --resume"
+        raise RunDirectoryError(f"data.validation: {what}, so that some would be tested that were trained on; {mend}")
 
 
 def finished_already(writer: RunWriter, start: Start) -> str:

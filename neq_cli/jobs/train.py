@@ -17,7 +17,7 @@ from neq_cli.jobs.earlier_kernels import choices_beside
 from neq_cli.jobs.follower import Follower, about, create_directory, write_beginning
 from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
 from neq_cli.jobs.recorder import status_of
-from neq_cli.jobs.resume import Start, finished_already, restore, resumption
+from neq_cli.jobs.resume import Start, check_held_out, finished_already, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.load import LoadedRecipe, dump_recipe
@@ -119,6 +119,8 @@ def _build(loaded: LoadedRecipe, start: Start, processes: Processes, startup: St
 
 def _rewind(writer: RunWriter, session: Session, start: Start) -> None:
     """Bring a run directory back to where the session goes on from, without the checkpoints that are damaged."""
+    if start.state is not None:
+        check_held_out(writer, session.data_content)
     writer.rewind(session.trainer.epoch, dump_recipe(session.recipe), about(session))
     for path in start.damaged:
         with writing(path, ELSEWHERE):

@@ -102,7 +102,8 @@ class DataSection(Section):
 
     name: Annotated[str | None, RESULT] = Field(
         default=None,
-        description="digits, image_folder, segmentation_folder, COCO, or a torchvision dataset such as CIFAR10",
+        description="digits, image_folder, segmentation_folder, COCO, a torchvision dataset such as CIFAR10, or "
+        "hf/NAME: a folder of parquet or the like, or a data set of the Hugging Face hub",
         examples=["CIFAR10", "CIFAR100", "ImageNet", "digits", "image_folder", "segmentation_folder", "COCO"],
     )
     entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
@@ -110,6 +111,14 @@ class DataSection(Section):
     )
     root: Annotated[str, SURROUNDINGS] = Field(
         default="~/data", description="folder of the data; ~ and $VARIABLES are expanded"
+    )
+    image_key: Annotated[str | None, RESULT] = Field(
+        default=None, description="column of the images of hf/NAME; null: the one that holds images", examples=["img"]
+    )
+    label_key: Annotated[str | None, RESULT] = Field(
+        default=None,
+        description="column of the labels, or of the masks, of hf/NAME; null: the one of a class each",
+        examples=["fine_label"],
     )
     download: Annotated[bool, SURROUNDINGS] = Field(
         default=True, description="let torchvision fetch what is missing, where it can"

@@ -121,11 +121,16 @@ def _model(section: ModelSection) -> Iterator[Problem]:
 def _data(section: DataSection) -> Iterator[Problem]:
     problems = list(_argument_problems("data.kwargs", lambda: catalogue.kwargs_problems(section)))
     yield from problems
-    if problems or section.name is None:
+    if problems:
+        return
+    for key, problem in catalogue.hub_problems(section):
+        yield Problem(f"data.{key}", problem)
+    if section.name is None:
         return
     yield from _value_problem(lambda: catalogue.class_count(section))
-    masks = bool(catalogue.has_masks(section))
-    for key, problem in (*catalogue.masks_problems(section, masks=masks), *catalogue.range_problems(section)):
+    masks = catalogue.has_masks(section)
+    found = [] if masks is None else catalogue.masks_problems(section, masks=masks)
+    for key, problem in (*found, *catalogue.range_problems(section)):
         yield Problem(f"data.{key}", problem)
 
     def normalise() -> None:

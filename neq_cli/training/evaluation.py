@@ -87,14 +87,19 @@ def evaluate(
     place: Path,
     known: tuple[int | None, tuple[str, ...]] = (None, ()),
     on_batch: Pass = lambda done, batches: None,
+    *,
+    held_out: tuple[int, int] | None = None,
 ) -> Tested:
     """Test ``weights``, read from ``place``, on the test data of ``recipe``, in its precision and batches.
 
-    ``known``: the number of classes that they were trained for, and their names; data of others is refused. Raises
-    RecipeError, RunDirectoryError or TrainingError, one line.
+    ``known``: the number of classes that they were trained for, and their names; data of others is refused.
+    ``held_out``: how many images of how many the run kept from training to test them; where the recipe's
+    ``data.validation`` comes to others, it is refused. Raises RecipeError, RunDirectoryError or TrainingError.
     """
     device = start_device(recipe)
     data = load_data(_section(recipe.data, known[0]), recipe.seed, own_task=recipe.task_is_own, tested_only=True)
+    if held_out is not None and data.validation:
+        _check_held_out(data, *held_out)
     names = _class_names(data, *known)
     model = trained_model(recipe, weights, data.num_classes, place)
     task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
@@ -136,6 +141,18 @@ def _section(section: DataSection, classes: int | None) -> DataSection:
     if "num_classes" in section.kwargs or (data_root(section) / "classes.txt").is_file():
         return section
     return section.model_copy(update={"kwargs": {**section.kwargs, "num_classes": classes}})
+
+
+def _check_held_out(data: Data, tested: int, size: int) -> None:
+    """Raise RecipeValueError where other images are held out than the run's: it may have trained on those."""
+    found = len(data.test.indices), len(data.train) + len(data.test)
+    if found != (tested, size):
+        raise RecipeValueError(
+            "data.validation",
+            f"{found[0]} of {found[1]} images would be tested, and the run held {tested} of {size} out: it may have "
+            "trained on some of these; restore the data, or test all of a folder that it never saw by "
+            "data.validation=null",
+        )
 
 
 def _class_names(data: Data, classes: int | None, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ class Content:
     image_shape: tuple[int, int, int] | None = None  # channels, height, width
     statistics: Statistics | None = None  # None: images were not normalised, where that is told
     tells_statistics: bool = False
+    held_out: tuple[int, int] | None = None  # how many were tested of how many that might be trained on; else None
 
     def name(self, number: int) -> str:
         """Return what a class is called: its number where no name is known."""
@@ -49,6 +50,7 @@ def parse_content(recorded: object, path: Path) -> Content:
         None if shape is None else (shape[0], shape[1], shape[2]),
         _statistics(recorded, path),
         tells_statistics="mean" in recorded,
+        held_out=_held_out(recorded, path),
     )
 
 
@@ -79,6 +81,16 @@ def _statistics(recorded: Mapping[str, Any], path: Path) -> Statistics | None:
     if not lists or not all(_is_number(one) for one in mean) or not all(_is_number(one) and one > 0 for one in std):
         raise damaged(path, "data.mean and data.std: not a number each per channel")
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _held_out(recorded: Mapping[str, Any], path: Path) -> tuple[int, int] | None:
+    tested: Any = recorded.get("validation")
+    rest: Any = recorded.get("train")
+    if tested is None:
+        return None
+    if not (_is_count(tested) and _is_count(rest)):
+        raise damaged(path, "data.validation and data.train: not a number of images each")
+    return tested, tested + rest
 
 
 def _is_count(value: object) -> bool:

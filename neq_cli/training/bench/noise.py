@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from neq_cli.recipe import Recipe
-from neq_cli.training.data.catalogue import Shape, class_count, find_name, has_masks
+from neq_cli.training.data.catalogue import Shape, called, class_count, has_masks
 from neq_cli.training.data.images import ImagesInMemory
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.transforms import Preparation
@@ -25,7 +25,7 @@ def find_data(recipe: Recipe) -> tuple[Data, bool]:
     shape = images_shape(recipe.data, model)
     if shape is None:
         return load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own), False
-    name = recipe.data.entrypoint or find_name(recipe.data.name or "")
+    name = recipe.data.entrypoint or called(recipe.data.name or "")
     if classes is None:
         classes = count_outputs(recipe.model, model, name, shape, recipe.task)
     return _noise(recipe, name, shape, classes), True

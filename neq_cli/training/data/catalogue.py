@@ -19,7 +19,19 @@ Shape = tuple[int, int, int]  # channels, height, width
 IMAGENET_STATISTICS: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 GREY_STATISTICS: Statistics = ((0.5,), (0.5,))
 _MNIST_STATISTICS: Statistics = ((0.1307,), (0.3081,))
-_OWN_ARGUMENTS: Mapping[str, tuple[str, ...]] = {"digits": (), "COCO": (), "segmentation_folder": ("num_classes",)}
+HUB = "hf/NAME"
+"""How the catalogue calls all data sets that Hugging Face's library reads."""
+_OWN_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "digits": (),
+    "COCO": (),
+    "segmentation_folder": ("num_classes",),
+    HUB: ("config", "revision", "train_split", "test_split", "num_classes"),
+}
+# Batches, the probe and what is held out are drawn by number, and a run goes on at any step of an epoch.
+_NO_STREAMS = (
+    "a stream has no numbered images to draw from, so that a run could not be resumed exactly; remove it: the set is "
+    "fetched once, and read from disk, not held in memory"
+)
 _TRANSFORMS = ("transform", "target_transform", "transforms", "loader", "is_valid_file")
 
 
@@ -32,7 +44,7 @@ class Entry:
     classes: int | None = None  # None: the data tells
     shape: Shape | None = None  # None: images differ
     statistics: Statistics | None = None
-    masks: bool = False  # images come with a mask each, not with a label
+    masks: bool | None = False  # whether images come with a mask each, not with a label; None: the data tells
 
 
 def _flag(classes: int | None, shape: Shape | None, statistics: Statistics | None = None) -> Entry:
@@ -77,6 +89,7 @@ CATALOGUE: Mapping[str, Entry] = {
     "RenderedSST2": _split("train", "test", 2, (3, 448, 448)),
     "StanfordCars": _split("train", "test", 196),
     "segmentation_folder": Entry({}, {}, masks=True),
+    HUB: Entry({}, {}, masks=None),
     "COCO": Entry({}, {}, 21, statistics=IMAGENET_STATISTICS, masks=True),
     "VOCSegmentation": Entry(
         {"image_set": "train"}, {"image_set": "val"}, 21, statistics=IMAGENET_STATISTICS, masks=True
@@ -87,6 +100,8 @@ _CANONICAL = {name.lower(): name for name in CATALOGUE}
 
 def find_name(name: str) -> str:
     """Return the catalogue's spelling of ``name``, whatever its case; RecipeValueError where it is not there."""
+    if name.startswith("hf/") and name != "hf/":
+        return HUB
     found = _CANONICAL.get(name.lower())
     if found is not None:
         return found
@@ -98,6 +113,12 @@ def find_name(name: str) -> str:
     raise RecipeValueError("data.name", f"no data set '{name}'{hint}")
 
 
+def called(name: str) -> str:
+    """Return what data of this ``name`` is called where it is told: the catalogue's spelling, a hub's as it is."""
+    found = find_name(name)
+    return name if found == HUB else found
+
+
 def kwargs_problems(section: DataSection) -> list[tuple[str, str]]:
     """Return (argument, problem) pairs of ``section.kwargs``; RecipeValueError where the data itself is not known."""
     if section.entrypoint is not None:
@@ -107,7 +128,9 @@ def kwargs_problems(section: DataSection) -> list[tuple[str, str]]:
     name = find_name(section.name or "")
     if name in _OWN_ARGUMENTS:
         taken = _OWN_ARGUMENTS[name]
-        what = f"{name} takes {' and '.join(taken) or 'no arguments'}; remove it"
+        if name == HUB and "streaming" in section.kwargs:
+            return [("streaming", _NO_STREAMS)]
+        what = f"{name} takes {', '.join(taken) or 'no arguments'}; remove it"
         return [(argument, what) for argument in section.kwargs if argument not in taken]
     kind = getattr(datasets, "ImageFolder" if name == "image_folder" else name)
     supplied = {"root", "download", *_TRANSFORMS, *CATALOGUE[name].train}
@@ -141,12 +164,21 @@ def masks_problems(section: DataSection, *, masks: bool) -> list[tuple[str, str]
     return problems
 
 
+def hub_problems(section: DataSection) -> list[tuple[str, str]]:
+    """Return (key, problem) pairs of columns that are named of data that has none."""
+    if section.name is not None and find_name(section.name) == HUB:
+        return []
+    what = section.entrypoint or section.name
+    keys = [key for key in ("image_key", "label_key") if getattr(section, key) is not None]
+    return [(key, f"is for data.name=hf/NAME, and {what} has no columns; remove it") for key in keys]
+
+
 def range_problems(section: DataSection) -> list[tuple[str, str]]:
     """Return (key, problem) pairs of a ``value_range`` for data whose pixels are known to have 8 bits."""
     if section.value_range is None or section.name is None:
         return []
     name = find_name(section.name)
-    if name in ("image_folder", "segmentation_folder", "COCO") or CATALOGUE[name].masks:
+    if name in ("image_folder", "segmentation_folder", "COCO", HUB) or CATALOGUE[name].masks:
         return []
     return [("value_range", f"is for images in files, or data of your own; {name} has 8 bits, remove it")]
 

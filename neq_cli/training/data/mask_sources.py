@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -126,18 +126,28 @@ def open_folder(
 def _classes(root: Path, parts: Sequence[MaskFiles], given: Any, ignore_index: int) -> tuple[tuple[str, ...], str]:
     names = root / "classes.txt"
     if given is not None:
-        if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST_CLASSES:
-            raise RecipeValueError("data.kwargs.num_classes", f"{given!r} is not a number of classes, 1 to 255")
-        return tuple(map(str, range(given))), ""
+        return given_classes(given), ""
     if names.is_file():
         lines = [line.strip() for line in names.read_text(encoding="utf-8", errors="replace").splitlines()]
         found = tuple(line for line in lines if line)
         if not 1 <= len(found) <= MOST_CLASSES:
             raise RecipeValueError("data.root", f"{names}: {len(found)} lines; write one class name in each, 1 to 255")
         return found, ""
+    return classes_in(parts, ignore_index, f"under '{root}'", "data.root")
+
+
+def given_classes(given: Any) -> tuple[str, ...]:
+    """Return what as many classes as a recipe gives are called: their numbers."""
+    if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given <= MOST_CLASSES:
+        raise RecipeValueError("data.kwargs.num_classes", f"{given!r} is not a number of classes, 1 to 255")
+    return tuple(map(str, range(given)))
+
+
+def classes_in(parts: Iterable[Any], ignore_index: int, where: str, key: str) -> tuple[tuple[str, ...], str]:
+    """Return what the classes in all masks of ``parts`` are called, their numbers, and a note that says so."""
     count = 1 + max(part.largest_class(ignore_index) for part in parts)
     if not count:
-        raise RecipeValueError("data.root", f"the masks under '{root}' hold no class; give data.kwargs.num_classes")
+        raise RecipeValueError(key, f"the masks {where} hold no class; give data.kwargs.num_classes")
     return tuple(map(str, range(count))), f"data: {count} classes, as {count - 1} is the largest number in the masks"
 
 

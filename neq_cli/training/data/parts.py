@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.freezing.model.observing import first_input, tensors_in
 from neq_cli.recipe import DataSection
-from neq_cli.training.data.catalogue import Shape, masks_problems, range_problems, statistics
+from neq_cli.training.data.catalogue import Shape, hub_problems, masks_problems, range_problems, statistics
 from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, as_label, place_of
 from neq_cli.training.data.items import Items, image_keys_problems
 from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
@@ -107,6 +107,8 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
     ``tested_only``: the test part is all that is wanted. Of folders no other is opened, unless it is a share of the
     training part; the others then share images, and nothing may be trained.
     """
+    for key, problem in hub_problems(section):
+        raise RecipeValueError(f"data.{key}", problem)
     source = open_source(section, own_task=own_task, tested_only=tested_only)
     for part, dataset in (("training", source.train), ("test", source.test)):
         if len(dataset) == 0 and (part == "training" or section.validation is None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -34,13 +34,19 @@ def read_image(path: Path | str, value_range: Range | None = None) -> Any:
     and loses its transparency, as by torchvision's loader. Raises DataError, naming the file.
     """
     try:
-        with Path(path).open("rb") as file, Image.open(file) as opened:
-            if value_range is None and opened.mode not in _WIDE:
-                return opened.convert("RGB")
-            image = as_tensor(opened, value_range)
-            return image if len(image) == 3 else image.repeat(3, 1, 1)
+        with Path(path).open("rb") as file:
+            return read_opened(file, value_range)
     except Exception as error:
         raise cannot_be_used(path, error) from error
+
+
+def read_opened(file: BinaryIO, value_range: Range | None = None) -> Any:
+    """Return the image in an open file as ``read_image`` does. Raises whatever is wrong with it."""
+    with Image.open(file) as opened:
+        if value_range is None and opened.mode not in _WIDE:
+            return opened.convert("RGB")
+        image = as_tensor(opened, value_range)
+        return image if len(image) == 3 else image.repeat(3, 1, 1)
 
 
 def cannot_be_used(path: Path | str, error: Exception) -> DataError:

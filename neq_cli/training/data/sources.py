@@ -20,9 +20,10 @@ from torchvision.datasets.folder import DatasetFolder
 from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
-from neq_cli.training.data.catalogue import CATALOGUE, classes_above, find_name, kwargs_problems
+from neq_cli.training.data.catalogue import CATALOGUE, HUB, classes_above, find_name, kwargs_problems
 from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
+from neq_cli.training.data.hub import open_hub
 from neq_cli.training.data.images import place_of
 from neq_cli.training.data.items import taken_as_they_are
 from neq_cli.training.data.mask_sources import (
@@ -90,6 +91,9 @@ def open_source(section: DataSection, *, own_task: bool = False, tested_only: bo
             raise RecipeValueError("data.root", f"'{root}' cannot be read ({one_line(error)})") from error
     if name == "FakeData":
         return _fake(section)
+    if name == HUB:
+        found = open_hub(section, range_of(section))
+        return Source(str(section.name), found.train, found.test, found.classes, found.notes, found.untested)
     return _from_torchvision(section, name)
 
 

@@ -50,13 +50,14 @@ def known_labels(dataset: Any) -> Tensor | None:
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
     for name in ("targets", "labels", "_labels", "samples", "_samples", "tensors"):
         found = getattr(dataset, name, None)
-        if name.endswith("samples") and isinstance(found, list):  # pairs of a path and a label
-            found = [one[1] for one in found if isinstance(one, tuple) and len(one) == 2]
+        if name.endswith("samples"):  # pairs of a path and a label
+            pairs = found if isinstance(found, list) else []
+            found = [one[1] for one in pairs if isinstance(one, tuple) and len(one) == 2]
         if name == "tensors" and isinstance(found, tuple):  # torch.utils.data.TensorDataset
             found = found[-1]
         try:
             labels = torch.as_tensor(found)
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:  # a user's own dataset may hold anything under such a name
             continue
         if labels.shape == (len(dataset),) and not labels.is_floating_point():
             return labels

@@ -29,12 +29,18 @@ def test_images_that_were_not_normalised_are_told_apart_from_earlier_versions() 
     assert parse_content(None, PATH) == content_in({}, PATH) == Content()
 
 
+def test_what_was_held_out_is_told_with_what_it_was_held_out_of() -> None:
+    assert parse_content({**WHOLE, "train": 90, "test": 10, "validation": 10}, PATH).held_out == (10, 100)
+    assert parse_content({**WHOLE, "train": 90, "test": 10}, PATH).held_out is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"classes": "ten"}, {"classes": True}, {"classes": -1}, {"classes": 2**40}, {"class_names": "ab"},
         {"class_names": [1]}, {"image_shape": [8, 8]}, {"image_shape": [1, 8, 0.5]}, {"mean": [0.5, 0.5]},
         {"mean": None}, {"mean": ["x"]}, {"std": [0.0]}, {"std": [float("nan")]}, {"mean": [], "std": []},
+        {"validation": 10}, {"validation": "ten", "train": 90}, {"validation": 10, "train": -1},
     ],
     ids=str,
 )  # fmt: skip

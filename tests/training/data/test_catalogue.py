@@ -12,7 +12,7 @@ from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.catalogue import CATALOGUE, class_count, find_name, kwargs_problems, sample_shape, statistics
 
-OWN = ("digits", "image_folder", "segmentation_folder", "COCO", "FakeData")
+OWN = ("digits", "image_folder", "segmentation_folder", "COCO", "FakeData", "hf/NAME")
 
 
 def section(name: str, **values: Any) -> DataSection:

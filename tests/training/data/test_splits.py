@@ -83,7 +83,21 @@ def test_labels_are_known_where_a_dataset_has_them_all(name: str) -> None:
         found = known_labels(_Dataset(**{name: labels}))
         assert found is not None
         assert found.tolist() == [2, 0, 1]
-    for other in ([2, 0], ["a", "b", "c"], [0.5, 1.0, 2.0], [{}, {}, {}], None, torch.zeros(3, 4, 4).long(), 7):
+
+    class Odd(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            raise KeyError(index)
+
+    for other in (
+        Odd([1, 2, 3]),
+        [2, 0],
+        ["a", "b", "c"],
+        [0.5, 1.0, 2.0],
+        [{}, {}, {}],
+        None,
+        torch.zeros(3, 4, 4).long(),
+        7,
+    ):
         assert known_labels(_Dataset(**{name: other})) is None, other
 
 
