@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from neq_cli.commands.shared import RunDirectory
-from neq_cli.errors import NeqError
+from neq_cli.errors import NeqError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from neq_cli.runs.store.run import Run
 
 
 def export(
@@ -31,18 +34,26 @@ def export(
         raise NeqError(f"{output}: already exists; choose another with -o")
     if output.suffix != ".safetensors":
         raise NeqError(f"{output}: must end in .safetensors")
-    from neq_cli.recipe.load import dump_portable
-    from neq_cli.recipe.recorded import is_recorded
     from neq_cli.runs.store.content import weights_metadata
     from neq_cli.runs.store.disk import atomic_write, writing
-    from neq_cli.runs.store.resumable import stored_recipe
     from neq_cli.training.loop.checkpoint import read_weights_whole, save_weights
 
     weights = read_weights_whole(path)
-    recipe_yaml = None if is_recorded(run.recipe) else dump_portable(stored_recipe(run.path))
-    told = weights_metadata(run.recipe_name, recipe_yaml, run.environment.get("data"))
+    told = weights_metadata(run.recipe_name, _recipe_yaml(run), run.environment.get("data"))
     if weights.epoch is not None:
         told["epoch"] = str(weights.epoch)
     with writing(output, "choose another with -o"):
         atomic_write(output, lambda partial: save_weights(weights.tensors, partial, told))
     print(output)
+
+
+def _recipe_yaml(run: Run) -> str | None:
+    """Return the recipe that goes with the weights; None of a loop of somebody's own, or one that neq cannot use."""
+    from neq_cli.recipe.load import dump_portable
+    from neq_cli.recipe.recorded import is_recorded
+    from neq_cli.runs.store.resumable import stored_recipe
+
+    try:
+        return None if is_recorded(run.recipe) else dump_portable(stored_recipe(run.path))
+    except RunDirectoryError:  # the weights are of use without
+        return None
