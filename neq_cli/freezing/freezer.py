@@ -32,6 +32,7 @@ from neq_cli.freezing.probe import copied, device_of, first_probe_input, similar
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
 from neq_cli.freezing.processes.sharding import sharding_of
 from neq_cli.freezing.rows.optimizers import largest_learning_rate, unwrap_optimizer
+from neq_cli.freezing.rows.zeroed import graph_task
 from neq_cli.freezing.state import State, check_state, fixed_tensors, load_policy
 
 if TYPE_CHECKING:
@@ -393,7 +394,10 @@ class Freezer:
 
     def _let_go(self) -> None:
         """Let layers train wholly, before an optimiser's step, whose parameters have been replaced since ``step()``."""
-        self._sharding.reshard()
+        if self._sharding:
+            if graph_task() != -1:  # a step inside of a backward pass: what is gathered for it stands in the places
+                return
+            self._sharding.reshard()
         names = self.hold.replaced()
         if names:
             self._say(f"{', '.join(names)}: replaced in the model; trains wholly until step() takes it in")

@@ -137,6 +137,8 @@ def sharded(model: nn.Module, **options: Any) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         units: list[Any] = [*model.blocks] if isinstance(model, Transformer) else list(model.children())[:-1]
+        if isinstance(model, Outer):
+            units = [model.wide]
         if isinstance(model, ByHand):
             units = [model.recurrent]
         if isinstance(model, Tied):
@@ -169,13 +171,12 @@ class Training:
             backward=mode, dispatch=Dispatch(fixed=True), **options,
         )  # fmt: skip
 
-    def loss(self, number: int) -> Tensor:
-        images = own_part(self.images[number])
+    def loss_of(self, images: Tensor) -> Tensor:
         return (self.model(images)[:, 0] - images.flatten(1).sum(1).sign()).square().mean()
 
     def step(self, number: int) -> None:
         self.optimizer.zero_grad()
-        self.loss(number).backward()
+        self.loss_of(own_part(self.images[number])).backward()
         self.check_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -259,7 +260,8 @@ def test_sharded_training_is_that_of_one_process(
 
 
 def trained_otherwise(how: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Train with all divided over two of four processes, whose likes are copies, or along dimension 1."""
+    """Train with all divided over two of four processes, whose likes are copies; along dimension 1; or with gradients
+    that two passes add up before they are sent."""
     options: dict[str, Any] = {}
     if together():
         from torch.distributed.device_mesh import init_device_mesh
@@ -267,20 +269,24 @@ def trained_otherwise(how: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
         if how == "hybrid":
             options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
-        else:
+        elif how == "columns":
             options["shard_placement_fn"] = lambda one: Shard(1) if one.dim() > 1 and one.shape[1] % 2 == 0 else None
     training = Training("convolutions", "adamw", sharding=options)
     for epoch in range(PASSES):
         for number in range(STEPS):
             training.optimizer.zero_grad()
-            training.loss(epoch * STEPS + number).backward()
+            parts = own_part(training.images[epoch * STEPS + number]).chunk(2 if how == "accumulated" else 1)
+            for place, images in enumerate(parts):
+                if together():
+                    training.model.set_requires_gradient_sync(place == len(parts) - 1)  # type: ignore[operator]
+                (training.loss_of(images) / len(parts)).backward()
             training.optimizer.step()
         training.freezer.step()
     return whole_model(training.model), training.freezer.trainable
 
 
-@pytest.mark.parametrize(("how", "count"), [("hybrid", 4), ("columns", 2)])
-def test_copies_of_shards_and_other_dimensions(workers: Any, how: str, count: int) -> None:
+@pytest.mark.parametrize(("how", "count"), [("hybrid", 4), ("columns", 2), ("accumulated", 2)])
+def test_copies_of_shards_other_dimensions_and_accumulation(workers: Any, how: str, count: int) -> None:
     weights, sets = trained_otherwise(how)
     for found, found_sets in workers(count, trained_otherwise, how):
         for name, expected in weights.items():
@@ -379,7 +385,11 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.again(torch.tanh(self.first(images[:, 0, 0])))))
 
 
-MODELS |= {"own": Own, "by hand": ByHand, "tied": Tied}
+class Outer(Perceptron):
+    """Only the wide layer is gathered by itself."""
+
+
+MODELS |= {"outer": Outer, "own": Own, "by hand": ByHand, "tied": Tied}
 
 
 @pytest.mark.parametrize("model", ["own", "by hand", "tied"])
@@ -596,6 +606,25 @@ def test_a_model_that_fails_in_the_probe_trains_on(workers: Any) -> None:
         assert "shape" in look
         assert "shape" in probe
         assert after == ["1", "DTensor"]
+
+
+def stepping() -> tuple[list[str], bool]:
+    """Step as soon as a block's gradients are there, while the outermost parameters are gathered for the others."""
+    training = Training("outer", "sgd", script=[{"wide": 0.1, "first": 0.5}])
+    training.step(0)
+    training.freezer.step()
+    training.optimizer.zero_grad()
+    head = training.model.head.weight
+    training.model.wide.weight.register_post_accumulate_grad_hook(lambda _: training.optimizer.step())
+    before = training.held()
+    training.loss_of(own_part(training.images[1])).backward()
+    after = training.held()
+    assert head.grad is not None
+    return training.freezer.notes, all(torch.equal(values, after[name]) for name, values in before.items())
+
+
+def test_a_step_inside_of_a_backward_pass_leaves_what_is_gathered(workers: Any) -> None:
+    assert workers(2, stepping) == [([], True)] * 2
 
 
 def mixed(checkpointed: bool) -> tuple[bool, int, dict[str, str], Tensor]:
