@@ -518,6 +518,14 @@ def test_another_number_of_processes_goes_on(workers: Any, tmp_path: Any, how: s
     assert all(type(one) is Tensor for one in whole["previous"].values())
 
 
+# As fully_shard calls them, in torch 2.14 and before.
+REDUCE, GATHER = (
+    ("reduce_scatter_single", "all_gather_single")
+    if hasattr(torch.distributed, "reduce_scatter_single")
+    else ("reduce_scatter_tensor", "all_gather_into_tensor")
+)
+
+
 @contextmanager
 def counted(name: str, what: str) -> Iterator[list[int]]:
     """Yield how many elements the ``input`` or ``output`` of every call of a collective has."""
@@ -542,11 +550,7 @@ def sent(model: str, shares: Mapping[str, float]) -> tuple[list[int], list[int],
     training.step(0)
     training.freezer.step()
     training.step(1)
-    # As fully_shard calls them; under their names before torch 2.14.
-    reduce, gather = "reduce_scatter_single", "all_gather_single"
-    if not hasattr(torch.distributed, reduce):
-        reduce, gather = "reduce_scatter_tensor", "all_gather_into_tensor"
-    with counted(reduce, "input") as reduced, counted(gather, "output") as gathered:
+    with counted(REDUCE, "input") as reduced, counted(GATHER, "output") as gathered:
         training.step(2)
     return reduced, gathered, {name: use.kernel or "" for name, use in training.freezer.kernels().items()}
 
@@ -560,7 +564,8 @@ def test_a_frozen_front_sends_nothing_and_gathers_for_the_forward_pass_alone(wor
         assert kernels == {"wide": "sliced"}
     for reduced, gathered, kernels in workers(2, sent, "perceptron", {"first": 0, "norm": 0, "wide": 0.1}):
         assert sorted(reduced) == sorted([wide, head])
-        assert [gathered.count(one) for one in (first, wide, head)] == [1, 2, 1]
+        # fully_shard fetches beforehand what came before the wide layer.
+        assert [gathered.count(one) for one in (first, norm, wide, head)] == [1, 2, 2, 1]
         assert kernels == {"first": "none", "norm": "none", "wide": "sliced"}
 
 
@@ -571,6 +576,36 @@ def test_a_frozen_layer_takes_no_part_in_what_its_block_sends(workers: Any) -> N
         block = projections + norm + up + down
         assert sorted(reduced) == sorted([block, block - norm - up, root])
         assert kernels == {"blocks.1.up": "none", "blocks.1.norm": "none"}
+
+
+class Fronted(Scripted):
+    """Has what lies outside neurons in a frozen front stand still as well."""
+
+    scope = "front"
+
+
+FRONT = [f"blocks.0.{name}" for name in ("attention.in_proj", "attention.out_proj", "norm", "up", "down")]
+
+
+def fronted() -> tuple[frozenset[str], bool, list[int]]:
+    """Return what stands still in a step, whether it did, and how many elements its reduce-scatters take."""
+    training = Training("transformer", "adamw", policy=Fronted([dict.fromkeys(["embedding", *FRONT], 0.0)]))
+    training.step(0)
+    training.freezer.step()
+    training.step(1)
+    token = training.model.token
+    before = part(token.detach()).clone()
+    with counted(REDUCE, "input") as reduced:
+        training.step(2)
+    return training.freezer.still, torch.equal(before, part(token.detach())) and token.grad is None, reduced
+
+
+def test_parameters_outside_neurons_stand_still_in_a_front(workers: Any) -> None:
+    block = 36 * 12 + 12 * 12 + 12 + 12 + 40 * 12 + 40 + 12 * 40 + 12
+    for still, stood, reduced in workers(2, fronted):
+        assert still == {"token"}
+        assert stood
+        assert sorted(reduced) == sorted([block, 2 * 12 + 2])  # the second block and the head
 
 
 def mishap() -> list[str]:
