@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.only_here import OnlyHere
 from neq_cli.freezing.rows.frozen_rows import bits
+from neq_cli.freezing.rows.shards import local
 
 Snapshot = Literal["device", "cpu"]
 """Named for recipes in recipe/values.py once more, since neither room may import the other; a test compares them."""
@@ -19,7 +20,7 @@ PLACES: tuple[Snapshot, ...] = get_args(Snapshot)
 
 
 class Earlier:
-    """All parameters and buffers of a model as they were at a moment, by qualified name.
+    """All parameters and buffers of a model as they were at a moment, by qualified name; of sharded ones, parts.
 
     ``place``: copies lie where the model's tensors do, or on the CPU. ``tensors``: None for a buffer without a tensor.
     """
@@ -66,8 +67,8 @@ class Earlier:
             own = self.tensors.get(name)
             if own is None:
                 continue
-            if name in names and _same_bits(own, parameter.detach()):
-                self.tensors[name] = parameter.detach()
+            if name in names and _same_bits(own, local(parameter).detach()):
+                self.tensors[name] = local(parameter).detach()
                 self._shared.add(name)
                 owners.setdefault(model.get_submodule(name.rpartition(".")[0]), []).append(name)
             else:
@@ -124,9 +125,12 @@ class Earlier:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor | None]:
-    """Return all parameters and buffers by qualified name, detached; None for a buffer that has no tensor yet."""
+    """Return all parameters and buffers by qualified name, detached; None for a buffer that has no tensor yet.
+
+    Of what is sharded it is the part that this process holds.
+    """
     tensors = {**dict(model.named_parameters()), **buffers_of(model)}
-    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    return {name: None if tensor is None else local(tensor).detach() for name, tensor in tensors.items()}
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor | None]:

@@ -30,7 +30,9 @@ from neq_cli.freezing.passed import Passed
 from neq_cli.freezing.policies import FrontMode, NEq, Observation, Policy, Scope, observe
 from neq_cli.freezing.probe import copied, device_of, first_probe_input, similarity
 from neq_cli.freezing.processes.agreement import Agreement, as_bytes
+from neq_cli.freezing.processes.sharding import sharding_of
 from neq_cli.freezing.rows.optimizers import largest_learning_rate, unwrap_optimizer
+from neq_cli.freezing.rows.zeroed import graph_task
 from neq_cli.freezing.state import State, check_state, fixed_tensors, load_policy
 
 if TYPE_CHECKING:
@@ -66,6 +68,10 @@ class Freezer:
     model that phi describes is process 0's. Every process must make the Freezer and call ``step()``, which compares the
     processes' sets before and after, so that what changed them during the epoch is found. The policies of the other
     processes are never asked, and their state is of no meaning.
+
+    A model that ``fully_shard`` divides may be given: of its parameters each process holds the frozen rows of its part,
+    and keeps its part of the weights before. ``process_group`` is that of all these processes then, and need not be
+    given. When the model is looked at, all of it is in each process for a moment; in the probe a unit of it at a time.
 
     Inside ``with freezer.suspended():`` modules are of their own class and gradients PyTorch's own, for what needs them
     so: ``torch.jit.script``, or ``torch.autograd.grad`` with respect to a parameter that is frozen whole, which else
@@ -117,9 +123,11 @@ class Freezer:
         self.still: frozenset[str] = frozenset()  # parameters outside neurons that stand still with the front
         self.at_rest = 0  # epochs up to now in which all that may freeze was frozen, and it still is
         self.probe_autocast = probe_autocast
-        self.process_group = process_group
+        self._sharding = sharding_of(self.model)
+        self.process_group = process_group or (self._sharding.group() if self._sharding else None)
         self.call, self.sample = call, sample
-        self._agreement = Agreement(process_group)
+        self._idle: Any = None  # what a sharded model runs on in a process whose share of the probe is through
+        self._agreement = Agreement(self.process_group)
         self.epoch = 0
         self.passed: Passed | None = None  # what the last step() ended
         self._bookkept = 0.0  # of `bookkeeping_seconds`, when it did
@@ -148,7 +156,11 @@ class Freezer:
         self._agreement.check(self._held(), "layers or settings")
         self._remember(snapshot(self.model))
         # DistributedDataParallel, made later, gives all processes the weights of process 0.
-        self._agreement.overwrite(self._previous.tensors[name] for name, _ in self.model.named_parameters())
+        self._agreement.overwrite(
+            self._previous.tensors[name]
+            for name, _ in self.model.named_parameters()
+            if name not in self._sharding.parameters
+        )
 
     @outside_inference_mode
     def step(self) -> dict[str, Observation]:
@@ -158,6 +170,7 @@ class Freezer:
         where the policy answers with an unknown layer, a wrong shape or a wrong type; then nothing has changed.
         """
         started = time.perf_counter()
+        self._sharding.reshard()
         self._agreement.check(self._held(), "frozen sets")
         trained, flops = dict(self.trainable), self.flops()  # now that it is known which kernels ran
         self._look_anew()
@@ -170,6 +183,8 @@ class Freezer:
             autocast=self.probe_autocast,
             process_group=self.process_group,
             call=self.call,
+            sharding=self._sharding,
+            idle=self._idle,
         )
         phi = self._agreement.rounded_alike(phi)
         dynamics = {name: self.dynamics[name].next(phi[name], self.mu, self.definition) for name in self.layers}
@@ -229,21 +244,35 @@ class Freezer:
         return self.hold.slicing.kernels(self.trainable)
 
     @outside_inference_mode
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only."""
+    def state_dict(self, *, whole: bool = False) -> dict[str, Any]:
+        """Return all that the next ``step()`` depends on; nested dictionaries of tensors and plain values only.
+
+        Of a sharded model it has DTensors, as the model's own ``state_dict()`` has, for torch.distributed.checkpoint.
+        ``whole``: it has whole tensors on the CPU instead, for ``torch.save``, in process 0 alone; every process must
+        ask, and the others get an empty dictionary.
+        """
+        self._sharding.reshard()
         # As the next step will find it; nothing of this Freezer changes by being saved.
         now = self._standing.now(self.model, self.optimizer)
-        dynamics, trainable, previous = self.dynamics, self.trainable, self._previous
+        dynamics, trainable, previous, sharding = self.dynamics, self.trainable, self._previous, self._sharding
         if self._standing.differs(now):
-            with gradients_switched_on(now.optimized):
-                layers = find_neurons(self.model, now.optimized.values(), self.anatomy.neurons.found).layers
+            sharding = sharding_of(self.model)
+            with gradients_switched_on(now.optimized), sharding.undivided(self.model, values=False) as there:
+                optimized = [there.get(key, one) for key, one in now.optimized.items()]
+                layers = find_neurons(self.model, optimized, self.anatomy.neurons.found).layers
             dynamics, trainable = self._standing.carried(now, self.layers, layers, self.dynamics, self.trainable)
             if self._standing.replaced(now):
                 previous = Earlier(self._previous.place)
                 previous.take(snapshot(self.model))
         computed = {name: rows for name, rows in self._rows_computed().items() if name in dynamics}
+        if sharding and whole:
+            tensors = sharding.gathered(previous.tensors, keep=self._agreement.is_first)
+            if not self._agreement.is_first:
+                return {}
+        else:
+            tensors = sharding.named(previous.tensors)
         policy = self.policy.state_dict()
-        return State(self.epoch, dynamics, trainable, previous.tensors, policy, computed, self.at_rest).to_dict()
+        return State(self.epoch, dynamics, trainable, tensors, policy, computed, self.at_rest).to_dict()
 
     @outside_inference_mode
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,14 +280,16 @@ class Freezer:
 
         Raises FreezingError where the state is damaged or belongs to another model; then nothing has changed.
         """
+        self._sharding.reshard()
         self._look_anew()
-        check_state(state, self.layers, self._previous.tensors, fixed_tensors(self.model))
+        check_state(state, self.layers, self._sharding.named(self._previous.tensors), fixed_tensors(self.model))
         found = State.of(state, self.layers)
         load_policy(self.policy, found.policy)
         self.epoch, self.at_rest, self.dynamics = found.epoch, found.at_rest, dict(found.dynamics)
         # Buffers without a tensor are lost where a state was flattened.
         empty = {name: None for name, tensor in self._previous.tensors.items() if tensor is None}
-        self._remember({**empty, **found.previous}, device_of(self.model))
+        previous = {name: self._sharding.own(name, one) for name, one in found.previous.items()}
+        self._remember({**empty, **previous}, device_of(self.model))
         self._put_in_force(dict(found.trainable))
         self._computed = {name: rows for name, rows in found.computed.items() if name in self.hold.slicing.plans}
 
@@ -294,16 +325,22 @@ class Freezer:
 
     def _study(self, now: Standing) -> Hold:
         """Look at the model, and return what can hold its rows; nothing is frozen by it yet."""
-        anatomy = anatomy_of(
-            self.model,
-            self._looked_at_with(),
-            optimized=now.optimized.values(),
-            exclude=self._exclude,
-            definition=self.definition,
-            attached=self._wrapped,
-            call=self.call,
-            single=self.sample is not None,
-        )
+        self._sharding = sharding_of(self.model)
+        resting = self.scope == "front" and self.front_mode == "inference"
+        self._sharding.check(compiled=self.compiled, resting=resting, processes=self._agreement.processes)
+        inputs = self._looked_at_with()
+        self._idle = inputs if self._sharding else None
+        with self._sharding.undivided(self.model) as there:
+            anatomy = anatomy_of(
+                self.model,
+                inputs,
+                optimized=[there.get(key, one) for key, one in now.optimized.items()],
+                exclude=self._exclude,
+                definition=self.definition,
+                attached=self._wrapped,
+                call=self.call,
+                single=self.sample is not None,
+            )
         if self.front_mode == "inference" and self.compiled:
             raise FreezingError(
                 "policy: front_mode inference is not for a model that torch.compile runs, which would be compiled anew "
@@ -324,6 +361,7 @@ class Freezer:
             wrapped=self._wrapped,
             discard_momentum=self.definition == "reference",
             row_wise=self._row_wise,
+            seen=self._sharding.seen if self._sharding else None,
         )
 
     def _looked_at_with(self) -> Any:
@@ -356,6 +394,10 @@ class Freezer:
 
     def _let_go(self) -> None:
         """Let layers train wholly, before an optimiser's step, whose parameters have been replaced since ``step()``."""
+        if self._sharding:
+            if graph_task() != -1:  # a step inside of a backward pass: what is gathered for it stands in the places
+                return
+            self._sharding.reshard()
         names = self.hold.replaced()
         if names:
             self._say(f"{', '.join(names)}: replaced in the model; trains wholly until step() takes it in")

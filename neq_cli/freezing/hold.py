@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,7 +24,8 @@ class Hold:
     """Holds what is frozen in a model and its optimiser, as they were when the ``anatomy`` was studied.
 
     The Freezer makes one, and another when it finds that model or optimiser have changed. ``wrapped``: the model is
-    inside a DistributedDataParallel, which would give zeros to parameters that no error reaches.
+    inside a DistributedDataParallel, which would give zeros to parameters that no error reaches. ``seen``: of a sharded
+    model, what stands in a parameter's place while its module runs.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Hold:
         wrapped: bool,
         discard_momentum: bool,
         row_wise: bool,
+        seen: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.anatomy = anatomy
@@ -65,6 +67,7 @@ class Hold:
             compiled=compiled,
             attached=anatomy.attached,
             hand=hand,
+            seen=seen,
         )
         self.unreached = Unreached([], [])
         self._places = Places(model, ())

@@ -47,6 +47,9 @@ Inside of ``Freezer(...)``, ``step()`` and, where the model has changed, ``load_
 - Random states, the fast path of attention, the stance of torch.compile (model/observing.py, ``undisturbed``), and
   everything that a forward pass may leave in a module (model/restoring.py); there the probe puts the tensors of the
   network before in the place of the model's.
+- Hooks of ``fully_shard`` on the modules that it divides, and two methods of its states (processes/gathering.py):
+  others take their places, and so do plain parameters those of sharded ones. These calls, ``state_dict()`` and the hook
+  before the optimiser's step have such a model's parameters sharded first.
 - ``CheckpointFunction.apply``, the kernels of attention and a dispatch mode (model/trace.py), where the model is looked
   at: when the Freezer is made, and again when the model or what the optimiser updates has changed. Parameters that the
   optimiser has require gradients meanwhile (changes.py; for ``state_dict()``, too).

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -20,6 +20,23 @@ class Watched:
     plan: GradientPlan
     bias: Tensor | None
     start: int
+
+
+@dataclass(frozen=True)
+class WatchedWeights:
+    """Weights that are passed to functions. ``seen``: of a sharded model, what stands in a parameter's place now."""
+
+    weights: Sequence[tuple[Tensor, Watched]]
+    seen: Callable[[Tensor], Tensor] | None = None
+
+    def by_identity(self) -> Mapping[int, Watched]:
+        """Return them by the identity of what stands in the weights' places."""
+        if self.seen is None:
+            return {id(weight): watched for weight, watched in self.weights}
+        return {
+            id(self.seen(weight)): watched if (bias := watched.bias) is None else replace(watched, bias=self.seen(bias))
+            for weight, watched in self.weights
+        }
 
 
 class _Running(threading.local):

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from neq_cli.freezing.backward.compiled import Slot
 from neq_cli.freezing.backward.dispatch import Dispatch, Kernel, KernelChoice
 from neq_cli.freezing.backward.gradients import GradientPlan, Operand
-from neq_cli.freezing.backward.intercepting import Watched
+from neq_cli.freezing.backward.intercepting import Watched, WatchedWeights
 from neq_cli.freezing.backward.resting import swap_folded, swap_resting, swap_skipped
 from neq_cli.freezing.backward.sliced_layers import SlicedOperands, swap_sliced
-from neq_cli.freezing.backward.swapping import restore, swap_frozen, swap_intercepting, swap_root, swap_still
+from neq_cli.freezing.backward.swapping import (
+    Identities,
+    restore,
+    swap_frozen,
+    swap_intercepting,
+    swap_root,
+    swap_still,
+)
 from neq_cli.freezing.model.front import NO_REST, Rest
 from neq_cli.freezing.model.layers import RECURRENT, Layer
 from neq_cli.freezing.rows.handed_over import Hand
@@ -49,7 +56,7 @@ class SlicedBackward:
     compiled again; it costs the saving of memory, of errors that nobody needs, and of functional weights.
     ``attached``: every layer stays part of autograd's graph, whatever is frozen, for what must find it there. ``hand``:
     who takes the gradient of the trainable rows of a parameter, by its name, in the running backward pass; None where
-    autograd does.
+    autograd does. ``seen``: of a sharded model, what stands in a parameter's place while its module runs.
     """
 
     def __init__(
@@ -64,8 +71,10 @@ class SlicedBackward:
         compiled: bool,
         attached: bool,
         hand: Callable[[str], Hand | None] = lambda name: None,
+        seen: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.hand = hand
+        self.seen = seen
         self.model = model
         self.mode = mode
         self.layers = layers if mode != "dense" else {}
@@ -100,7 +109,7 @@ class SlicedBackward:
             if self.compiled or plan.rows < len(plan.trainable):
                 self.plans[name] = plan
                 layer = self.layers[name]
-                sliced = SlicedOperands(plan, self.parameters[layer.weight], self._bias(layer)[0])
+                sliced = SlicedOperands(plan, self.parameters[layer.weight], self._bias(layer)[0], self.seen)
                 swap = partial(swap_sliced, layer.module, layer.cost, sliced, slot.number)
                 self.swaps.append((layer.module, swap))
         if not self.compiled:
@@ -149,14 +158,16 @@ class SlicedBackward:
         )
 
     def _put_functional_in_force(self, trainable: Mapping[str, Tensor]) -> None:
-        by_owner: dict[nn.Module, dict[int, Watched]] = {}
+        by_owner: dict[nn.Module, list[tuple[Tensor, Watched]]] = {}
         for name, owner in self.functional.items():
             if name in self.layers and not bool(trainable[name].all()):
                 layer = self.layers[name]
                 self.plans[name] = plan = self._plan(name, trainable[name])
-                by_owner.setdefault(owner, {})[id(self.parameters[layer.weight])] = Watched(plan, *self._bias(layer))
+                watched = Watched(plan, *self._bias(layer))
+                by_owner.setdefault(owner, []).append((self.parameters[layer.weight], watched))
         for owner, plans in by_owner.items():
-            self.swaps.append((owner, partial(swap_intercepting, owner, plans)))
+            weights = WatchedWeights(plans, self.seen)
+            self.swaps.append((owner, partial(swap_intercepting, owner, weights)))
 
     def _put_dense_in_force(self, trainable: Mapping[str, Tensor]) -> None:
         taken = {module for module, _ in self.swaps}
@@ -167,7 +178,9 @@ class SlicedBackward:
                 continue
             if not layer.functional or isinstance(layer.module, RECURRENT):
                 owned.setdefault(layer.module, []).extend(self.parameters[rows.parameter] for rows in layer.rows)
-        self.swaps += [(module, partial(swap_frozen, module, own)) for module, own in owned.items()]
+        self.swaps += [
+            (module, partial(swap_frozen, module, Identities(own, self.seen))) for module, own in owned.items()
+        ]
 
     def _used_by_hand(self, trainable: Mapping[str, Tensor]) -> set[str]:
         """Return the parameters of layers without a trainable neuron that are factors in somebody's forward pass."""
@@ -177,7 +190,7 @@ class SlicedBackward:
     def _put_still_in_force(self, still: Collection[str]) -> None:
         if not still or self.mode == "dense":
             return
-        parameters = frozenset(id(self.parameters[name]) for name in still)
+        parameters = Identities([self.parameters[name] for name in still], self.seen)
         owners = {name.rpartition(".")[0] for name in still}
         self.swaps += [(one, partial(swap_still, one, parameters)) for one in map(self.model.get_submodule, owners)]
         self.swaps.append((self.model, partial(swap_root, self.model)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,11 +21,22 @@ class SlicedOperands:
     """The plan of a module's weight, and the weight and bias that it is for.
 
     Another weight that ``functional_call`` puts in its place for a call is no neuron's, nor is another bias.
+    ``seen``: of a sharded model, what stands in a parameter's place while its module runs.
     """
 
     plan: GradientPlan
     weight: Tensor
     bias: Tensor | None
+    seen: Callable[[Tensor], Tensor] | None = None
+
+    def has_weight(self, weight: Tensor) -> bool:
+        """Return whether ``weight`` is the one that the plan is for."""
+        return weight is self.weight or (self.seen is not None and weight is self.seen(self.weight))
+
+    def has_bias(self, bias: Tensor | None) -> bool:
+        """Return whether ``bias`` is the one that the neurons own, or neither is there."""
+        own = self.bias
+        return bias is own or (self.seen is not None and own is not None and bias is self.seen(own))
 
 
 def swap_sliced(module: nn.Module, cost: Cost, sliced: SlicedOperands, number: int) -> None:
@@ -114,7 +125,7 @@ def _convolve(
 def _apply(module: Any, operation: Operation, input: Tensor, call: object) -> Tensor:
     sliced: SlicedOperands = vars(module)[PLAN]
     bias = module.bias
-    owns_bias, own_weight = bias is sliced.bias or _is_replica(module), module.weight is sliced.weight
+    owns_bias, own_weight = sliced.has_bias(bias) or _is_replica(module), module.weight is sliced.weight
     return sliced.plan.apply(
         operation, input, module.weight, bias, owns_bias=owns_bias, own_weight=own_weight, call=call
     )
@@ -136,7 +147,8 @@ def _is_pytorch(module: nn.Module, call: object) -> bool:
 def _has_another_weight(module: nn.Module) -> bool:
     if torch.compiler.is_compiling():  # there the plan is not looked at, so that one graph serves all
         return False
-    return module.weight is not vars(module)[PLAN].weight and not _is_replica(module)
+    sliced, weight = cast(SlicedOperands, vars(module)[PLAN]), cast(Tensor, module.weight)
+    return not (sliced.has_weight(weight) or _is_replica(module))
 
 
 def _is_replica(module: nn.Module) -> bool:

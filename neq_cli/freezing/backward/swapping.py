@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.backward.functions import Scaled, in_transform
-from neq_cli.freezing.backward.intercepting import Watched, intercepted
+from neq_cli.freezing.backward.intercepting import WatchedWeights, intercepted
 from neq_cli.freezing.model.layers import BATCH_NORMS
 
 OURS = "_neq_"
@@ -23,18 +23,30 @@ PLAN, NUMBER = "_neq_plan", "_neq_number"
 _OWN, _STILL = "_neq_own", "_neq_still"
 
 
-def swap_frozen(module: nn.Module, owned: Sequence[Tensor]) -> None:
+class Identities:
+    """Knows ``parameters`` by their identities; ``seen``: of a sharded model, what stands in their places now."""
+
+    def __init__(self, parameters: Iterable[Tensor], seen: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.parameters, self.seen = tuple(parameters), seen
+        self._own = frozenset(map(id, self.parameters))
+
+    def __contains__(self, identity: int) -> bool:
+        seen = self.seen
+        return identity in self._own or (seen is not None and any(identity == id(seen(p)) for p in self.parameters))
+
+
+def swap_frozen(module: nn.Module, owned: Identities) -> None:
     """Have ``module`` compute no gradient of the parameters ``owned``."""
-    swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, frozenset(map(id, owned)))
+    swap(module, _FrozenBatchNorm if _is_batch_norm(module) else _Frozen, owned)
 
 
-def swap_intercepting(module: nn.Module, plans: Mapping[int, Watched]) -> None:
-    """Have ``module`` pass weights to ``torch.nn.functional.linear`` by ``plans``, by the weight's identity."""
-    swap(module, _Intercepting, plans)
+def swap_intercepting(module: nn.Module, weights: WatchedWeights) -> None:
+    """Have ``module`` pass ``weights`` to ``torch.nn.functional.linear`` by their plans."""
+    swap(module, _Intercepting, weights)
 
 
-def swap_still(module: nn.Module, parameters: frozenset[int]) -> None:
-    """Have ``module`` give those of its own ``parameters`` (by identity) to forward passes of the model detached.
+def swap_still(module: nn.Module, parameters: Identities) -> None:
+    """Have ``module`` give those of its own ``parameters`` to forward passes of the model detached.
 
     On top of what else it is. The model must be told to count its forward passes, by ``swap_root``, last of all.
     """
@@ -169,7 +181,7 @@ class _Intercepting(Swapped):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         if stands_aside():
             return super().forward(*arguments, **keywords)
-        with intercepted(vars(self)[PLAN]):
+        with intercepted(vars(self)[PLAN].by_identity()):
             return super().forward(*arguments, **keywords)
 
 

@@ -30,6 +30,16 @@ class Agreement:
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0, or the only one."""
+        return self.group is None or self.group.rank() == 0
+
+    @property
+    def processes(self) -> int:
+        """How many there are."""
+        return 1 if self.group is None else int(self.group.size())
+
     def check(self, contents: Iterable[bytes], what: str) -> None:
         """Raise FreezingError in every process where one's ``contents``, in words ``what``, are not process 0's."""
         if self.group is not None:
@@ -109,6 +119,19 @@ def named_from_first(
             found[name] = own.detach().clone()
     overwrite_from_first((tensor for tensor in found.values() if tensor is not None), group)
     return found
+
+
+def batches_together(batches: Iterable[Any], group: ProcessGroup | None) -> Iterator[Any]:
+    """Yield ``batches``, then None for as long as another process has some left, if there is any."""
+    if group is None:
+        yield from batches
+        return
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        if not int(add_up(torch.tensor([batch is not None], dtype=torch.int64, device="cpu"), group)):
+            return
+        yield batch
 
 
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -14,6 +14,7 @@ from neq_cli.freezing.model.observing import is_wrapped
 from neq_cli.freezing.only_here import OnlyHere
 from neq_cli.freezing.processes.agreement import overwrite_from_first
 from neq_cli.freezing.processes.sending import Sending, average
+from neq_cli.freezing.rows.shards import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +39,7 @@ class Replica:
     for a network adds piece by piece. What is sent is chosen by a rule where ``freezer.dispatch`` is ``fixed``, else
     timed once for each size and share and kept there; choices loaded into it must be loaded before.
 
-    Raises FreezingError where the model is wrapped already.
+    Raises FreezingError where the model is wrapped or sharded already.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Replica:
     ) -> None:
         if is_wrapped(model):
             raise FreezingError("model: DistributedDataParallel wraps it already; give the Replica the model inside")
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise FreezingError("model: fully_shard divides it already; train with it as it is, without a Replica")
         self.model = model
         self.freezer = freezer
         # Views: with `.grad` and bucket apart, all gradients would be in memory twice. Frozen rows are discarded in

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neq_cli.freezing.model.layouts import RowLayout
+from neq_cli.freezing.rows.shards import local
 
 # Numbers are multiplied and added as the integers that their bits spell: exact, whatever they are, NaN included.
 # No integer is as wide as complex128, which stays what it is: exact where finite.
@@ -34,23 +35,28 @@ def bits(tensor: Tensor) -> Tensor:
 class FrozenRows:
     """A parameter with frozen rows, and what they and their state are held at.
 
-    ``frozen``: bool, [rows], on the CPU. ``held``: by key of the optimiser's state, the parameter itself under "".
+    ``frozen``: bool, [rows], on the CPU. ``held``: by key of the optimiser's state, the parameter itself under "". Of a
+    sharded parameter ``layout`` and ``frozen`` are those of the part that is here, and so is what is held. ``whole``:
+    whether all its rows are frozen, those of other processes included.
     """
 
-    def __init__(self, parameter: nn.Parameter, layout: RowLayout, frozen: Tensor) -> None:
+    def __init__(
+        self, parameter: nn.Parameter, layout: RowLayout, frozen: Tensor, *, whole: bool | None = None
+    ) -> None:
         self.parameter = parameter
         self.layout = layout
         self.frozen = frozen
-        self.whole = bool(frozen.all())
+        self.whole = bool(frozen.all()) if whole is None else whole
         self.held: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._state_size = 0
-        row_bytes = parameter.numel() // len(frozen) * parameter.element_size()
-        small = parameter.numel() <= _SMALL.get(parameter.device.type, _SMALL_ELSEWHERE)
+        count = local(parameter).numel()
+        row_bytes = count // max(1, len(frozen)) * parameter.element_size()
+        small = count <= _SMALL.get(parameter.device.type, _SMALL_ELSEWHERE)
         self.by_row = layout.kind == "leading" and row_bytes >= _SHORT_ROW and not small
         columns = layout.kind == "transposed" and layout.groups == 1 and not small
         self.dimension = 0 if self.by_row else 1 if columns else None  # along which rows are selected by their numbers
-        most = next((most for least, most in _FEW if parameter.numel() >= least), 0.0)
+        most = next((most for least, most in _FEW if count >= least), 0.0)
         self.few_train = self.dimension is not None and int((~frozen).sum()) <= most * len(frozen)
 
     @cached_property
@@ -64,13 +70,14 @@ class FrozenRows:
         kind = _INTEGERS[self.parameter.element_size()]
         if self.by_row:
             return (~self.frozen).to(self.parameter.device, kind).view(-1, *[1] * (self.parameter.dim() - 1))
-        factors = torch.ones_like(self.parameter.detach(), dtype=kind)
+        factors = torch.ones_like(local(self.parameter).detach(), dtype=kind)
         self.layout.view(factors)[self.layout.index(factors, self.rows)] = 0
         return factors
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Return a copy of the frozen rows of ``tensor`` (of the parameter's shape): those alone if by row, else
-        all of it with zeros where an element trains."""
+        """Return a copy of the frozen rows of ``tensor`` (of the parameter's shape, or of its part that is here): those
+        alone if by row, else all of it with zeros where an element trains."""
+        tensor = local(tensor)
         if self.by_row:
             return tensor.detach().index_select(0, self.rows.to(tensor.device))
         numbers = bits(tensor)
@@ -78,18 +85,18 @@ class FrozenRows:
 
     def look(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Remember which ``tensors`` are kept: of ``state``, by key, and the parameter under ""."""
-        self._seen = {key: (tensor, tensor.data_ptr()) for key, tensor in tensors.items()}
+        self._seen = {key: (tensor, local(tensor).data_ptr()) for key, tensor in tensors.items()}
         self._state_size = len(state)
 
     def changed(self, state: Mapping[str, Any]) -> bool:
         """Whether, since ``look``, a tensor was born, replaced, or given other memory."""
         parameter, pointer = self._seen[""]
-        if len(state) != self._state_size or parameter.data_ptr() != pointer:
+        if len(state) != self._state_size or local(parameter).data_ptr() != pointer:
             return True
         for key, value in state.items():
             if key in self._seen:
                 tensor, pointer = self._seen[key]
-                if value is not tensor or tensor.data_ptr() != pointer:
+                if value is not tensor or local(tensor).data_ptr() != pointer:
                     return True
             elif isinstance(value, Tensor) and value.shape == parameter.shape:
                 return True
@@ -104,7 +111,8 @@ class Writer:
         self.by_row: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, frozen: FrozenRows, key: str, tensor: Tensor) -> None:
-        """Write ``frozen.held[key]`` into ``tensor`` from now on."""
+        """Write ``frozen.held[key]`` into ``tensor``, or its part that is here, from now on."""
+        tensor = local(tensor)
         held = frozen.held[key] = _laid_out_as(frozen.held[key], tensor)
         if frozen.by_row:
             target, source = _in_wide_elements(tensor.detach(), held)

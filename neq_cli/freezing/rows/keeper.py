@@ -26,6 +26,7 @@ from neq_cli.freezing.rows.optimizers import (
     steps_by_element,
     with_inner,
 )
+from neq_cli.freezing.rows.shards import own_rows
 from neq_cli.freezing.rows.stepping import SteppingRows
 from neq_cli.freezing.rows.writing import WriteBack
 from neq_cli.freezing.rows.zeroed import Discarding
@@ -34,6 +35,7 @@ from neq_cli.freezing.rows.zeroed import Discarding
 class RowKeeper:
     """Keeps the frozen rows of an optimiser's parameters, and their row-shaped state, from one epoch to the next.
 
+    Of a sharded parameter each process keeps the part that it holds.
     Where the optimiser is known to treat each element by itself, a large parameter's few trainable rows step alone,
     from when its state is born. Of what else has frozen rows these are written back after each step.
 
@@ -107,9 +109,10 @@ class RowKeeper:
         """
         frozen = [_whole(self.parameters[name]) for name in still]
         for name, (layout, mask) in self._frozen_rows(trainable).items():
-            parameter = self.parameters[name]
-            if mask.any():
-                frozen.append(FrozenRows(parameter, layout, mask))
+            parameter, whole = self.parameters[name], bool(mask.all())
+            own_layout, own = own_rows(parameter, layout, mask)
+            if whole or own.any():
+                frozen.append(FrozenRows(parameter, own_layout, own, whole=whole))
         self.discarding.remove()
         self.discarding = Discarding(frozen)
         self.discarding.everything()
@@ -163,7 +166,9 @@ class RowKeeper:
         for name, layer in self.layers.items():
             for rows in layer.rows:
                 if rows.parameter not in masks:
-                    count = rows.layout.count(self.parameters[rows.parameter])
+                    # Of the shape alone: a sharded parameter cannot be viewed by its rows.
+                    shape = self.parameters[rows.parameter].shape
+                    count = rows.layout.count(torch.empty(shape, device="meta"))
                     masks[rows.parameter] = (rows.layout, torch.ones(count, dtype=torch.bool, device="cpu"))
                 layout, mask = masks[rows.parameter]
                 if rows.layout == layout:  # else shared along different dimensions, and always trainable
@@ -226,4 +231,5 @@ class RowKeeper:
 
 
 def _whole(parameter: nn.Parameter) -> FrozenRows:
-    return FrozenRows(parameter, RowLayout("flat"), torch.ones(parameter.numel(), dtype=torch.bool, device="cpu"))
+    every = torch.ones(parameter.numel(), dtype=torch.bool, device="cpu")
+    return FrozenRows(parameter, *own_rows(parameter, RowLayout("flat"), every), whole=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq_cli.freezing.model.layouts import RowLayout
+from neq_cli.freezing.rows.shards import whole
 
 # Enough for what begins after some steps: RAdam's rectification (6), Lookahead's slow weights (6), SOAP's bases (10).
 _STEPS = 12
@@ -94,7 +95,7 @@ def _twin(parameter: nn.Parameter) -> nn.Parameter:
 def _cut(tensor: Tensor) -> Tensor:
     """Return a copy of a corner of ``tensor``: the same one of all tensors of its shape, so that they fit together."""
     sides = (_LEADING, _LEADING, *[_OTHER] * tensor.dim())[: tensor.dim()]
-    return tensor.detach()[tuple(slice(side) for side in sides)].clone()
+    return whole(tensor.detach())[tuple(slice(side) for side in sides)].clone()
 
 
 def _which_train(twin: Tensor, layout: RowLayout | None) -> Tensor:

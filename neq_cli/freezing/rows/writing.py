@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from neq_cli.freezing.rows.frozen_rows import FrozenRows, Writer
 from neq_cli.freezing.rows.optimizers import row_state, state_of
+from neq_cli.freezing.rows.shards import local
 
 
 class WriteBack:
@@ -69,7 +70,7 @@ class WriteBack:
     def _forms(self) -> list[tuple[int, int]]:
         """Return for each parameter where its weights lie and how much state it has: quicker than ``_changed``."""
         state = self.optimizers[0].state
-        return [(one.parameter.data_ptr(), len(state.get(one.parameter, ()))) for one in self.rows]
+        return [(local(one.parameter).data_ptr(), len(state.get(one.parameter, ()))) for one in self.rows]
 
     def _changed(self) -> bool:
         return any(one.changed(state_of(self.optimizers, one.parameter)) for one in self.rows)

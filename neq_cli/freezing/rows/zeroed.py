@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neq_cli.freezing.rows.frozen_rows import FrozenRows, bits
 from neq_cli.freezing.rows.handed_over import rows_alone, whole_gradient
+from neq_cli.freezing.rows.shards import local
 
 Hook = Callable[[Tensor], None]
 Zero = Callable[[Tensor], Tensor]
@@ -79,7 +80,7 @@ class Discarding:
         for pairs in self.small.values():
             there = [(gradient, trains) for one, trains in pairs if (gradient := one.grad) is not None]
             if there:
-                torch._foreach_mul_([bits(gradient) for gradient, _ in there], [trains for _, trains in there])
+                torch._foreach_mul_([bits(local(gradient)) for gradient, _ in there], [trains for _, trains in there])
 
     def when_backward_ends(self) -> None:
         """Have ``late`` called before the running backward pass returns; at once where none runs."""
@@ -155,7 +156,7 @@ def _zeroing(frozen: FrozenRows) -> Zero:
 def _apply(zero: Zero, parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient is not None and rows_alone(gradient) is None:
-        zero(whole_gradient(gradient))
+        zero(local(whole_gradient(gradient)))
 
 
 def _zero_now(zero: Zero) -> Hook:
