@@ -28,7 +28,21 @@ def sweep(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="sweep directory; default sweeps/RECIPE/KEYS")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs trained at once, each by a process of its own")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="runs trained at once, each by a process of its own; 1, with slurm all", show_default=False
+        ),
+    ] = None,
+    launcher: Annotated[
+        Literal["local", "slurm"], typer.Option(help="processes of this machine, or jobs of a SLURM cluster")
+    ] = "local",
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="an option of sbatch, such as partition=gpu or time=04:00:00; repeatable"
+        ),
+    ] = None,
     device: DeviceOption = None,
     progress: Annotated[
         Literal["auto", "rich", "plain", "off"], typer.Option(help="live overview, a line per run, or nothing")
@@ -41,6 +55,8 @@ def sweep(
     scheduler.milestones=[10,20],[20,30] or policy='{kind: baseline},{kind: stochastic, p: 0.5}'.
     """
     from neq_cli.jobs.prepare import matched_flops
+    from neq_cli.jobs.sweep.cluster.options import parse_slurm
+    from neq_cli.jobs.sweep.cluster.run import refuse_jobs, submit_sweep
     from neq_cli.jobs.sweep.plan import plan_sweep
     from neq_cli.jobs.sweep.run import run_sweep
     from neq_cli.recipe.entrypoints import add_import_folder
@@ -51,6 +67,9 @@ def sweep(
 
     if one_of_several():
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
+    if slurm and launcher != "slurm":
+        raise NeqError("--slurm: only of use with --launcher slurm; give that too, or leave it out")
+    options = parse_slurm(slurm or [])
     add_import_folder(find_recipe(recipe).parent)
     plan = plan_sweep(
         recipe, with_device(axes, device), output, [check_section], matched_flops, complete=with_image_defaults
@@ -61,7 +80,12 @@ def sweep(
         print("\n".join(plan_lines([run.run for run in plan.runs])))
         print(f"would write {plan.files.root}")
         return
-    run_directories = run_sweep(plan, jobs, choose_sweep_view(progress))
+    view = choose_sweep_view(progress)
+    if launcher == "slurm":
+        run_directories = submit_sweep(plan, jobs, view, options)
+    else:
+        refuse_jobs(plan)
+        run_directories = run_sweep(plan, jobs or 1, view)
     if progress != "off":
         complain(f"compare them: neq compare {shlex.quote(str(run_directories))}/*")
     if not sys.stdout.isatty():
