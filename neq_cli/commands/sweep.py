@@ -14,6 +14,8 @@ from neq_cli.commands.shared import DeviceOption, RecipeArgument, one_of_several
 from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 
+Mode = Literal["auto", "rich", "plain", "off"]
+
 
 def sweep(
     recipe: RecipeArgument,
@@ -44,9 +46,15 @@ def sweep(
         ),
     ] = None,
     device: DeviceOption = None,
-    progress: Annotated[
-        Literal["auto", "rich", "plain", "off"], typer.Option(help="live overview, a line per run, or nothing")
-    ] = "auto",
+    sampler: Annotated[
+        Literal["grid", "optuna"],
+        typer.Option(help="every combination, or a search: --trials runs among KEY=LOW..HIGH and choices"),
+    ] = "grid",
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="runs of a search, with those of earlier calls", show_default=False),
+    ] = None,
+    progress: Annotated[Mode, typer.Option(help="live overview, a line per run, or nothing")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check every run and list them, train nothing")] = False,
 ) -> None:
     """Train a recipe once for every combination of values, skipping what is finished and resuming what is not.
@@ -69,11 +77,17 @@ def sweep(
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
     if slurm and launcher != "slurm":
         raise NeqError("--slurm: only of use with --launcher slurm; give that too, or leave it out")
+    if (trials is not None) != (sampler == "optuna"):
+        raise NeqError("neq sweep: --sampler optuna and --trials N go together; give both, or neither for a grid")
+    if sampler == "optuna" and launcher == "slurm":
+        raise NeqError("--launcher slurm: not for a search, whose runs wait for what came of others; leave it out")
     options = parse_slurm(slurm or [])
     add_import_folder(find_recipe(recipe).parent)
-    plan = plan_sweep(
-        recipe, with_device(axes, device), output, [check_section], matched_flops, complete=with_image_defaults
-    )
+    changes = with_device(axes, device)
+    if trials is not None:
+        _search(recipe, changes, output, trials, jobs or 1, progress, dry_run)
+        return
+    plan = plan_sweep(recipe, changes, output, [check_section], matched_flops, complete=with_image_defaults)
     for warning in plan.warnings:
         complain(f"warning: {warning}")
     if dry_run:
@@ -86,6 +100,42 @@ def sweep(
     else:
         refuse_jobs(plan)
         run_directories = run_sweep(plan, jobs or 1, view)
+    _say_where(run_directories, progress)
+
+
+def _search(
+    recipe: str, changes: list[str], output: Path | None, trials: int, jobs: int, progress: Mode, dry_run: bool
+) -> None:
+    """Search, and print the front."""
+    from neq_cli.jobs.sweep.search.run import plan_search, run_search
+    from neq_cli.runs.views.live.sweep_view import choose_sweep_view
+    from neq_cli.runs.views.tables.front import front_lines
+    from neq_cli.training.checks import check_section
+    from neq_cli.training.models.image_defaults import with_image_defaults
+
+    plan = plan_search(recipe, changes, output, [check_section], complete=with_image_defaults)
+    for warning in plan.warnings:
+        complain(f"warning: {warning}")
+    if dry_run:
+        print("\n".join([*plan.lines(trials), f"would write {plan.files.root}"]))
+        return
+    keys = [one.key for one in plan.space.dimensions]
+    run_search(
+        plan,
+        trials,
+        jobs,
+        choose_sweep_view(progress),
+        lambda rows, count: _print(front_lines(rows, keys, count)),
+    )
+    _say_where(plan.files.runs, progress)
+
+
+def _print(lines: list[str]) -> None:
+    if lines:
+        print("\n".join(lines))
+
+
+def _say_where(run_directories: Path, progress: Mode) -> None:
     if progress != "off":
         complain(f"compare them: neq compare {shlex.quote(str(run_directories))}/*")
     if not sys.stdout.isatty():

@@ -47,6 +47,11 @@ class SweepFiles:
         return self.root / "jobs"
 
     @property
+    def study(self) -> Path:
+        """What a search has chosen and what came of it, line by line; optuna's."""
+        return self.root / "search.journal"
+
+    @property
     def jobs_record(self) -> Path:
         return self.root / "jobs.json"
 
