@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 BOOKS = Path(__file__).parent
-KILL_WAIT = 3.0  # seconds; SLURM's own is 30
+KILL_WAIT = 30.0  # seconds; as long as SLURM's own
 
 
 def sbatch(script: str) -> None:
