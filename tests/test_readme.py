@@ -127,7 +127,10 @@ def check(arguments: list[str]) -> None:
     if recipe is None or recipe in PLACEHOLDERS:
         return
     if context.info_name == "sweep":
-        assert ended("sweep", recipe, *(given["axes"] or []), "--dry-run") == 0
+        search = ["--sampler", "optuna", "--trials", str(given["trials"])] if given["trials"] else []
+        if search:
+            pytest.importorskip("optuna")
+        assert ended("sweep", recipe, *(given["axes"] or []), *search, "--dry-run") == 0
     elif context.info_name in WITH_RECIPE:
         assert ended("validate", recipe, *(given["overrides"] or [])) == 0
     else:

@@ -14,6 +14,8 @@ from neq_cli.commands.shared import DeviceOption, RecipeArgument, one_of_several
 from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 
+Mode = Literal["auto", "rich", "plain", "off"]
+
 
 def sweep(
     recipe: RecipeArgument,
@@ -28,11 +30,31 @@ def sweep(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="sweep directory; default sweeps/RECIPE/KEYS")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="runs trained at once, each by a process of its own")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="runs trained at once, each by a process of its own; 1, with slurm all", show_default=False
+        ),
+    ] = None,
+    launcher: Annotated[
+        Literal["local", "slurm"], typer.Option(help="processes of this machine, or jobs of a SLURM cluster")
+    ] = "local",
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="an option of sbatch, such as partition=gpu or time=04:00:00; repeatable"
+        ),
+    ] = None,
     device: DeviceOption = None,
-    progress: Annotated[
-        Literal["auto", "rich", "plain", "off"], typer.Option(help="live overview, a line per run, or nothing")
-    ] = "auto",
+    sampler: Annotated[
+        Literal["grid", "optuna"],
+        typer.Option(help="every combination, or a search: --trials runs among KEY=LOW..HIGH and choices"),
+    ] = "grid",
+    trials: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="runs of a search, with those of earlier calls", show_default=False),
+    ] = None,
+    progress: Annotated[Mode, typer.Option(help="live overview, a line per run, or nothing")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check every run and list them, train nothing")] = False,
 ) -> None:
     """Train a recipe once for every combination of values, skipping what is finished and resuming what is not.
@@ -41,6 +63,8 @@ def sweep(
     scheduler.milestones=[10,20],[20,30] or policy='{kind: baseline},{kind: stochastic, p: 0.5}'.
     """
     from neq_cli.jobs.prepare import matched_flops
+    from neq_cli.jobs.sweep.cluster.options import parse_slurm
+    from neq_cli.jobs.sweep.cluster.run import refuse_jobs, submit_sweep
     from neq_cli.jobs.sweep.plan import plan_sweep
     from neq_cli.jobs.sweep.run import run_sweep
     from neq_cli.recipe.entrypoints import add_import_folder
@@ -51,17 +75,67 @@ def sweep(
 
     if one_of_several():
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
+    if slurm and launcher != "slurm":
+        raise NeqError("--slurm: only of use with --launcher slurm; give that too, or leave it out")
+    if (trials is not None) != (sampler == "optuna"):
+        raise NeqError("neq sweep: --sampler optuna and --trials N go together; give both, or neither for a grid")
+    if sampler == "optuna" and launcher == "slurm":
+        raise NeqError("--launcher slurm: not for a search, whose runs wait for what came of others; leave it out")
+    options = parse_slurm(slurm or [])
     add_import_folder(find_recipe(recipe).parent)
-    plan = plan_sweep(
-        recipe, with_device(axes, device), output, [check_section], matched_flops, complete=with_image_defaults
-    )
+    changes = with_device(axes, device)
+    if trials is not None:
+        _search(recipe, changes, output, trials, jobs or 1, progress, dry_run)
+        return
+    plan = plan_sweep(recipe, changes, output, [check_section], matched_flops, complete=with_image_defaults)
     for warning in plan.warnings:
         complain(f"warning: {warning}")
     if dry_run:
         print("\n".join(plan_lines([run.run for run in plan.runs])))
         print(f"would write {plan.files.root}")
         return
-    run_directories = run_sweep(plan, jobs, choose_sweep_view(progress))
+    view = choose_sweep_view(progress)
+    if launcher == "slurm":
+        run_directories = submit_sweep(plan, jobs, view, options)
+    else:
+        refuse_jobs(plan)
+        run_directories = run_sweep(plan, jobs or 1, view)
+    _say_where(run_directories, progress)
+
+
+def _search(
+    recipe: str, changes: list[str], output: Path | None, trials: int, jobs: int, progress: Mode, dry_run: bool
+) -> None:
+    """Search, and print the front."""
+    from neq_cli.jobs.sweep.search.run import plan_search, run_search
+    from neq_cli.runs.views.live.sweep_view import choose_sweep_view
+    from neq_cli.runs.views.tables.front import front_lines
+    from neq_cli.training.checks import check_section
+    from neq_cli.training.models.image_defaults import with_image_defaults
+
+    plan = plan_search(recipe, changes, output, [check_section], complete=with_image_defaults)
+    for warning in plan.warnings:
+        complain(f"warning: {warning}")
+    if dry_run:
+        print("\n".join([*plan.lines(trials), f"would write {plan.files.root}"]))
+        return
+    keys = [one.key for one in plan.space.dimensions]
+    run_search(
+        plan,
+        trials,
+        jobs,
+        choose_sweep_view(progress),
+        lambda rows, count: _print(front_lines(rows, keys, count)),
+    )
+    _say_where(plan.files.runs, progress)
+
+
+def _print(lines: list[str]) -> None:
+    if lines:
+        print("\n".join(lines))
+
+
+def _say_where(run_directories: Path, progress: Mode) -> None:
     if progress != "off":
         complain(f"compare them: neq compare {shlex.quote(str(run_directories))}/*")
     if not sys.stdout.isatty():

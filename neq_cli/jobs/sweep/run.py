@@ -11,8 +11,9 @@ from neq_cli.errors import RunDirectoryError, Terminated, TrainingError
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.sweep.plan import PlannedRun, SweepPlan, folded
 from neq_cli.jobs.sweep.process import Job, cores, cuda_devices, shared_environment, train_command
+from neq_cli.runs.store.lock import Lock
 from neq_cli.runs.store.sweep_folder import SweepRecord, open_sweep
-from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, STOPPED, SweepState
+from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, STOPPED, SweepState, SweptRun
 from neq_cli.runs.views.live.sweep_view import SweepView
 
 _POLL_SECONDS = 0.1
@@ -27,9 +28,7 @@ def run_sweep(plan: SweepPlan, jobs: int, view: SweepView, command: Command = tr
     with one line for every run that failed, once the others have ended; Terminated where a signal asked to stop, once
     all runs have saved and ended, or with a second one at once.
     """
-    axes = {axis.key: axis.texts for axis in plan.grid.axes}
-    record = SweepRecord(plan.name, axes, {run.point.name: run.point.overrides for run in plan.runs})
-    lock = open_sweep(plan.files.root, record)
+    lock = begin(plan)
     try:
         state = SweepState(
             plan.name, plan.files.root, plan.grid.keys, jobs, [one.run for one in plan.runs], time.monotonic()
@@ -38,19 +37,32 @@ def run_sweep(plan: SweepPlan, jobs: int, view: SweepView, command: Command = tr
             view.begin(state)
             if lock.note:
                 view.message(lock.note)
-            _Sweep(plan, state, view, requests, command).follow()
+            Sweep(plan, state, view, requests, command).follow()
     finally:
         lock.release()
+    raise_failures(plan, state)
+    return plan.files.runs
+
+
+def begin(plan: SweepPlan) -> Lock:
+    """Take the folder for this process alone, until the lock is released; RunDirectoryError where it is taken."""
+    axes = {axis.key: axis.texts for axis in plan.grid.axes}
+    return open_sweep(
+        plan.files.root, SweepRecord(plan.name, axes, {one.point.name: one.point.overrides for one in plan.runs})
+    )
+
+
+def raise_failures(plan: SweepPlan, state: SweepState) -> None:
+    """Raise TrainingError with a line for every run that failed, where one did."""
     failed = [(run.name, [run.reason]) for run in state.runs if run.state == FAILED]
     if failed:
         lines = folded(failed, len(state.runs))
         raise TrainingError(
             "\n".join([*lines, f"{len(failed)} of {len(state.runs)} runs failed; logs in {plan.files.logs}"])
         )
-    return plan.files.runs
 
 
-class _Sweep:
+class Sweep:
     """Starts processes while there are runs to train, and follows them to their end."""
 
     def __init__(
@@ -113,13 +125,14 @@ class _Sweep:
             before = planned.after
             if before is None or before.state == FINISHED:
                 self.queue.remove(planned)
-                self._start(planned)
+                self.start(planned)
             elif before.state == FAILED:
                 self.queue.remove(planned)
                 planned.run.end(FAILED, f"not trained: {before.name}, which it matches, failed", time.monotonic())
                 self.view.changed(planned.run, time.monotonic())
 
-    def _start(self, planned: PlannedRun) -> None:
+    def start(self, planned: PlannedRun) -> None:
+        """Start the process of a run."""
         run, jobs = planned.run, self.state.jobs
         slot = min(set(range(jobs)) - {job.slot for job in self.running})
         command = self.command(self.plan.reference, planned.point.overrides, run.path)
@@ -130,6 +143,9 @@ class _Sweep:
         except (TrainingError, RunDirectoryError) as error:
             run.end(FAILED, str(error), time.monotonic())
         self.view.changed(run, time.monotonic())
+
+    def ended(self, run: SweptRun) -> None:
+        """Take note of a run that has ended, which is of interest to a search."""
 
     def _environment(self, slot: int, planned: PlannedRun) -> Mapping[str, str]:
         device = planned.loaded.recipe.device
@@ -148,4 +164,5 @@ class _Sweep:
                 state, reason = FAILED, job.failure()
             job.close()
             job.run.end(state, reason, time.monotonic())
+            self.ended(job.run)
             self.view.changed(job.run, time.monotonic())

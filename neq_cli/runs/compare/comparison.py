@@ -186,7 +186,7 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
     paper, executed = _summary(runs, "flops_paper"), _summary(runs, "flops_executed")
     compared = same_metric and reference is not group
     against = reference.runs if reference is not None and compared else ()
-    target = math.nan if reference is None else summarise([_final(run) for run in reference.runs]).mean
+    target = math.nan if reference is None else summarise([final_metric(run) for run in reference.runs]).mean
     matched = matched_values(runs)
     return Row(
         approach=group.label,
@@ -199,8 +199,8 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
         flops_executed=executed,
         flops_executed_percent=_percent(executed, reference, "flops_executed"),
         metric=runs[0].metric,
-        final=summarise([_final(run) for run in runs]),
-        final_difference=_difference(runs, against, _final),
+        final=summarise([final_metric(run) for run in runs]),
+        final_difference=_difference(runs, against, final_metric),
         best=summarise([_best(run) for run in runs]),
         best_difference=_difference(runs, against, _best),
         seconds=_seconds(runs),
@@ -237,7 +237,8 @@ def _percent(summary: Summary, reference: _Group | None, column: str) -> float |
     return None if reference is None else ratio_percent(summary.mean, _summary(reference.runs, column).mean)
 
 
-def _final(run: Run) -> float:
+def final_metric(run: Run) -> float:
+    """Return the last value of the run's metric that was measured, NaN where none was."""
     values = run.column(run.metric)
     known = values[~np.isnan(values)]
     return float(known[-1]) if known.size else math.nan

@@ -41,12 +41,30 @@ class SweepFiles:
     def logs(self) -> Path:
         return self.root / "logs"
 
+    @property
+    def jobs(self) -> Path:
+        """What a cluster's jobs are started from, and what became of them."""
+        return self.root / "jobs"
+
+    @property
+    def study(self) -> Path:
+        """What a search has chosen and what came of it, line by line; optuna's."""
+        return self.root / "search.journal"
+
+    @property
+    def jobs_record(self) -> Path:
+        return self.root / "jobs.json"
+
     def run(self, name: str) -> Path:
         return self.runs / name
 
     def log(self, name: str) -> Path:
         """What the processes of a run said, one attempt after the other."""
         return self.logs / f"{name}.log"
+
+    def outcome(self, name: str) -> Path:
+        """Why the last job of a run failed, where it did and could say so."""
+        return self.jobs / f"{name}.json"
 
 
 @dataclass(frozen=True)

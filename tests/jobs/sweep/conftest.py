@@ -85,6 +85,12 @@ def small() -> str:
     return SMALL
 
 
+@pytest.fixture(scope="session")
+def forked() -> str:
+    """What a process that sweeps runs first, so that its runs are forked from it."""
+    return FORKED.format(first="")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the recipe small.yaml."""

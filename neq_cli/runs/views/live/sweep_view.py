@@ -16,7 +16,7 @@ from neq_cli.runs.views.live.dashboard import SteadyLive
 from neq_cli.runs.views.live.progress import Mode, can_show_frames
 from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_frame import sweep_frame
-from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, RUNNING, SweepState, SweptRun
+from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, PENDING, RUNNING, SweepState, SweptRun
 from neq_cli.text import format_metric, format_passes, format_percent, printable
 
 SECONDS_PER_FRAME = 0.25
@@ -172,6 +172,8 @@ def run_line(run: SweptRun, state: SweepState, now: float) -> str:
     if run.state == RUNNING:
         before = f" after epoch {format_passes(run.epochs_before)}" if run.epochs_before else ""
         return f"started      {run.name}{before}"
+    if run.state == PENDING:
+        return f"queued again {run.name}"
     counted = f"{state.count(FINISHED)}/{len(state.runs)} finished"
     if run.state == FAILED:
         return f"failed       {run.name}: {run.reason}"

@@ -85,9 +85,16 @@ def draw_points(
     points: Sequence[tuple[Line, tuple[float, float], tuple[float, float]]],
     horizontal: Axis,
     vertical: Axis,
+    front: Sequence[bool],
 ) -> None:
-    """Draw one point a configuration, (x, y) with the standard deviations of both; the baseline's is hollow."""
+    """Draw one point a configuration, (x, y) with the standard deviations of both; the baseline's is hollow.
+
+    A line joins those of which ``front`` says so, from left to right.
+    """
     axes = new_axes(figure, horizontal.label, vertical.label)
+    joined = sorted((x / horizontal.unit, y) for there, (_, (x, y), _) in zip(front, points, strict=True) if there)
+    if len(joined) > 1:
+        axes.plot(*zip(*joined, strict=True), color=style.mean, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
     for line, (x, y), (spread_x, spread_y) in points:
         if not (math.isfinite(x) and math.isfinite(y)):
             continue

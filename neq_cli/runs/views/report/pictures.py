@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.curves import Configuration, Curve, Study, axis_word, curve, learning_rate
+from neq_cli.runs.compare.front import on_front
 from neq_cli.runs.compare.statistics import Summary
 from neq_cli.runs.store.run import KNOWN_METRICS, Run
 from neq_cli.runs.views.report.axes import Axis, unit_of
@@ -107,11 +108,15 @@ def _points(the_study: Study) -> Iterator[Picture]:
     metric = metrics.pop()
     for accounting in ("paper", "executed"):
         points = []
-        better = "Down" if the_study.configurations[0].row.lower_is_better else "Up"
         for configuration in the_study.configurations:
             row = configuration.row
             x: Summary = getattr(row, f"flops_{accounting}")
             points.append((line(the_study, configuration), (x.mean, row.final.mean), (x.std, row.final.std)))
+        lower = the_study.configurations[0].row.lower_is_better
+        better = "Down" if lower else "Up"
+        front = on_front([where for _, where, _ in points], lower)
+        numbers = [str(key.number) for (key, _, _), there in zip(points, front, strict=True) if there]
+        beaten = f"on the front, joined by a dashed line, where no other is as good in both: {', '.join(numbers)}"
         unit, prefix = unit_of([x for _, (x, _), _ in points])
         label = f"{accounting} FLOPs per iteration{prefix}"
         yield Picture(
@@ -119,11 +124,13 @@ def _points(the_study: Study) -> Iterator[Picture]:
             section="points",
             title=f"Final {printable(metric, 40)} against {accounting} FLOPs",
             caption="One point a configuration, numbered as in the table; bars: one sample standard deviation over "
-            f"seeds, FLOPs: mean of all {the_study.comparison.units}. {better} and to the left is better.",
+            f"seeds, FLOPs: mean of all {the_study.comparison.units}. {better} and to the left is better; "
+            f"{beaten}.",
             summary="; ".join(
                 f"{key.number} {key.name}: {x / unit:.4g}{prefix.strip(' ()')} and {format_metric(y, metric)}"
                 for key, (x, y), _ in points[:20]
-            ),
+            )
+            + f"; {beaten}",
             legend=tuple(key for key, _, _ in points),
             height=3.2,
             draw=partial(
@@ -131,6 +138,7 @@ def _points(the_study: Study) -> Iterator[Picture]:
                 points=points,
                 horizontal=Axis(label, unit, True),
                 vertical=Axis(f"final {metric_label(metric)}", limits=_limits(metric, [y for _, (_, y), _ in points])),
+                front=front,
             ),
         )
 

@@ -160,6 +160,34 @@ def test_figures_show_the_runs_numbers(runs: list[Run]) -> None:
     assert points == [(1, 22), (1, 22)]  # thousands
 
 
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_line_joins_the_front(make_run: Callable[..., Run], recipe: Any, lower: bool) -> None:
+    """2 is beaten by 1, which costs as much; 4 costs more than 3 for less; a run alone is joined to nothing."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    came_to = [(1e6, 80.0), (1e6, 70.0), (2e6, 90.0), (3e6, 85.0), (4e6, 95.0)]
+    runs = []
+    for number, (flops, top1) in enumerate(came_to):
+        metrics = [{"flops_paper": flops, "flops_executed": flops, "test_top1": 100 - top1 if lower else top1}]
+        policy = {"kind": "neq", "epsilon": 0.001 * (number + 1), "mu": 0.5, "definition": "paper"}
+        one = make_run(
+            f"run{number}", recipe(epochs=1, policy=policy), metrics=metrics, metric="test_top1", lower=lower
+        )
+        runs.append(one)
+    picture = {picture.name: picture for picture in pictures(study(runs))}["accuracy-against-executed-flops"]
+    figure = figure_module.Figure()
+    picture.draw(figure, PRINT)
+    (front,) = [one for one in figure.axes[0].lines if len(one.get_xdata()) > 1]
+    expected = [80.0, 90.0, 95.0]
+    assert list(front.get_xdata()) == [1, 2, 4]  # millions
+    assert list(front.get_ydata()) == [100 - top1 if lower else top1 for top1 in expected]
+    assert "where no other is as good in both: 1, 3, 5." in picture.caption
+
+    alone = {picture.name: picture for picture in pictures(study(runs[:1]))}["accuracy-against-executed-flops"]
+    figure = figure_module.Figure()
+    alone.draw(figure, PRINT)
+    assert all(len(one.get_xdata()) == 1 for one in figure.axes[0].lines)
+
+
 @dataclass(frozen=True)
 class Written:
     """What stands beside the axes of a figure as it is saved."""
