@@ -356,7 +356,7 @@ def test_every_command_copes(name: str, runs: Callable[..., Path], neq: Callable
         result("report", run, plain, "-o", tmp_path / "report.html")
         page = (tmp_path / "report.html").read_text()
         assert f"{metric} against FLOPs" in page
-        assert f"{'Down' if name in LOWER else 'Up'} and to the left is better." in page
+        assert f"{'Down' if name in LOWER else 'Up'} and to the left is better;" in page
         assert f"{metric} (%)" not in page
 
 

@@ -13,7 +13,7 @@ from rounding import apart, unit
 from torch import Tensor, nn
 
 from neq_cli.errors import RecipeError
-from neq_cli.freezing.backward.swapping import restore, swap_frozen
+from neq_cli.freezing.backward.swapping import Identities, restore, swap_frozen
 from neq_cli.freezing.model.neurons import find_neurons
 from neq_cli.training.processes.sync_batchnorm import synchronised
 
@@ -86,7 +86,7 @@ def one_of_several(rank: int, processes: int, folder: Path) -> None:
     for name in CASES:
         layer = synchronised(layer_of(name), CPU)
         if name == "frozen":
-            swap_frozen(layer, [layer.weight, layer.bias])
+            swap_frozen(layer, Identities([layer.weight, layer.bias]))
         results[name] = trained(name, layer, lambda batch, name=name: parts_of(name, batch, processes)[rank])
     layer = synchronised(nn.BatchNorm1d(3), CPU)
     try:
@@ -196,7 +196,7 @@ def test_its_neurons_are_those_of_batch_norm(device: str, kind: str) -> None:
 def test_a_swapped_layer_gets_its_class_back() -> None:
     layer = synchronised(nn.BatchNorm2d(3), CPU)
     own = type(layer)
-    swap_frozen(layer, [layer.weight])
+    swap_frozen(layer, Identities([layer.weight]))
     assert type(layer) is not own
     restore(layer)
     assert type(layer) is own
