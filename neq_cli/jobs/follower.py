@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EPOCH, EpochRecord, Pause, Preparing, StepProgress
-from neq_cli.jobs.recorder import environment_of, keep_kernel_choices
+from neq_cli.jobs.recording import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
 from neq_cli.jobs.tracking.teller import Tracking

@@ -1,18 +1,19 @@
-"""A run directory written from any training loop; and what of it `neq train` and other loops have in common."""
+"""A run directory written from any training loop, for `neq inspect`, `compare` and `report` to read like any other."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import FreezingError, Terminated, TrainingError, described, did_you_mean
+from neq_cli.errors import FreezingError, did_you_mean
 from neq_cli.events import ENERGY_COLUMNS, EpochRecord, RunResumed, RunStarted
+from neq_cli.jobs.recording import environment_of, keep_kernel_choices, status_of
 from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
 from neq_cli.jobs.tracking.libraries import trackers_problem
 from neq_cli.jobs.tracking.teller import Tracking
@@ -28,10 +29,7 @@ from neq_cli.runs.views.live.progress import Mode, Progress, Silent, choose_prog
 from neq_cli.text import printable
 
 if TYPE_CHECKING:
-    import torch
-
     from neq_cli.freezing import Freezer
-    from neq_cli.freezing.backward.dispatch import Dispatch
     from neq_cli.training.machine.energy.measured import Energy
 
 _LESS = "call freezer.step() less often, or give the Freezer fewer inputs to probe with"
@@ -252,47 +250,6 @@ def _check_same(path: Path, recipe_yaml: str, metric: str) -> None:
 def is_own(column: str) -> bool:
     """Return whether a column is one that the Recorder tells itself."""
     return column in _OWN or column.startswith("flops_")
-
-
-def environment_of(freezer: Freezer, device: torch.device, processes: int) -> dict[str, Any]:
-    """Return what environment.json says of the machine, the versions, and what of the model are neurons."""
-    from neq_cli.training.machine.device import environment
-
-    return {**environment(device), "processes": processes, "coverage": freezer.coverage().to_dict()}
-
-
-def keep_kernel_choices(freezer: Freezer, writer: RunWriter) -> None:
-    """Have every choice of a kernel written before it is first used, and what is dense whatever the choice."""
-
-    def write(dispatch: Dispatch) -> None:
-        dense = {} if freezer.backward == "dense" else freezer.anatomy.dense_because
-        writer.write_dispatch({"backward": freezer.backward, "dense": dense, "choices": dispatch.state_dict()})
-
-    write(freezer.dispatch)
-    freezer.dispatch.on_choice = write
-
-
-@contextmanager
-def status_of(writer: RunWriter | None) -> Iterator[None]:
-    """Say in status.json how what happens inside ended."""
-    if writer is None:
-        yield
-        return
-    try:
-        yield
-    except KeyboardInterrupt:
-        writer.interrupted("SIGINT")
-        raise
-    except Terminated as error:
-        writer.interrupted(error.signal)
-        raise
-    except BaseException as error:
-        # A full disk fails this too; the first error is the one to show.
-        with suppress(TrainingError):
-            writer.failed(described(error))
-        raise
-    else:
-        writer.finish()
 
 
 def _energy_of(freezer: Freezer, grams_per_kwh: float | None, *, asked: bool) -> Energy:

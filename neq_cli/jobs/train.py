@@ -16,7 +16,7 @@ from neq_cli.events import EpochRecord, RunResumed
 from neq_cli.jobs.earlier_kernels import choices_beside
 from neq_cli.jobs.follower import Follower, about, create_directory, write_beginning
 from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
-from neq_cli.jobs.recorder import status_of
+from neq_cli.jobs.recording import status_of
 from neq_cli.jobs.resume import Start, check_held_out, finished_already, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.tracking.teller import Tracking

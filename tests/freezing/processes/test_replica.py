@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from rounding import apart_after_steps, apart_behind_layers, phi_apart
+from scripted import Scripted
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from neq_cli import Freezer, Observation
+from neq_cli import Freezer
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.processes.replica import Replica
@@ -56,28 +57,6 @@ class Rooted(nn.MultiheadAttention):
 
     def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(tokens, tokens, tokens)[0].mean(1)
-
-
-class Scripted:
-    """The share of each layer's neurons that trains in each epoch; 0 freezes it whole."""
-
-    def __init__(self, shares: list[Mapping[str, float]]) -> None:
-        self.shares = shares
-
-    def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
-        shares = self.shares[(epoch - 1) % len(self.shares)]
-        generator = torch.Generator().manual_seed(epoch)
-        return {
-            name: torch.rand(len(seen.trainable), generator=generator).argsort() < share * len(seen.trainable)
-            for name, seen in observations.items()
-            if (share := shares.get(name, shares.get("", 1.0))) < 1
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 SCRIPT: list[Mapping[str, float]] = [

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from rounding import apart_after_steps, phi_apart
+from scripted import Scripted
 from torch import Tensor, nn
 
-from neq_cli import Freezer, NEq, Observation
+from neq_cli import Freezer, NEq
 from neq_cli.errors import FreezingError
 from neq_cli.freezing.backward.dispatch import Dispatch
 from neq_cli.freezing.processes.replica import Replica
@@ -89,28 +90,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
     "of mine": lambda parameters: OfMine(parameters, lr=0.1, momentum=0.9),
 }
-
-
-class Scripted:
-    """The share of each layer's neurons that trains in each epoch; 0 freezes it whole."""
-
-    def __init__(self, shares: list[Mapping[str, float]]) -> None:
-        self.shares = shares
-
-    def choose(self, observations: Mapping[str, Observation], epoch: int) -> Mapping[str, Tensor]:
-        shares = self.shares[(epoch - 1) % len(self.shares)]
-        generator = torch.Generator().manual_seed(epoch)
-        return {
-            name: torch.rand(len(seen.trainable), generator=generator).argsort() < share * len(seen.trainable)
-            for name, seen in observations.items()
-            if (share := shares.get(name, shares.get("", 1.0))) < 1
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 SCRIPT: list[Mapping[str, float]] = [

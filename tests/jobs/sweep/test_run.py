@@ -10,47 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweeps import at_step_3, done, status
 
 from neq_cli.jobs.sweep.grid import parse_grid
 
 Start = Callable[..., Any]
-
-# In a run, once its third step is done; `parent` is the sweep.
-AT_STEP_3 = """
-import os, signal, sys, time
-from neq_cli.training.loop.step import TrainingStep
-
-train, done, parent = TrainingStep.train, 0, os.getppid()
-
-
-def and_then(self, *arguments, **options):
-    global done
-    loss = train(self, *arguments, **options)
-    done += 1
-    if done == 3 and {condition}:
-        {action}
-    return loss
-
-
-TrainingStep.train = and_then
-"""
-
-
-def at_step_3(action: str, condition: str = "True") -> str:
-    return AT_STEP_3.format(action=action, condition=condition)
-
-
-def status(run: Path) -> tuple[str, str | None]:
-    content = json.loads((run / "status.json").read_text())
-    return content["state"], content["reason"]
-
-
-def done(process: Any, code: int = 0) -> list[str]:
-    assert process.wait(120) == code, process.text
-    process.until_alone()
-    assert "Traceback" not in process.text
-    lines: list[str] = process.lines
-    return lines
 
 
 def interrupt_twice(process: Any, number: int = signal.SIGINT, code: int = 130) -> None:

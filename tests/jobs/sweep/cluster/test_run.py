@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sweeps import at_step_3, status
 
 pytest.importorskip("submitit")
 
@@ -20,36 +21,6 @@ from neq_cli.jobs.sweep.cluster.run import refuse_jobs
 from neq_cli.jobs.sweep.plan import plan_sweep
 
 Start = Callable[..., Any]
-
-# In a run, once its third step is done, the first time that it comes there; `task` is the process submitit started.
-ONCE_AT_STEP_3 = """
-import os, signal, sys, time
-from neq_cli.training.loop.step import TrainingStep
-
-train, done, task = TrainingStep.train, 0, os.getppid()
-
-
-def and_then(self, *arguments, **options):
-    global done
-    loss = train(self, *arguments, **options)
-    done += 1
-    if done == 3 and {condition} and not os.path.exists('was-here'):
-        open('was-here', 'w').close()
-        {action}
-    return loss
-
-
-TrainingStep.train = and_then
-"""
-
-
-def once_at_step_3(action: str, condition: str = "True") -> str:
-    return ONCE_AT_STEP_3.format(action=action, condition=condition)
-
-
-def status(run: Path) -> tuple[str, str | None]:
-    content = json.loads((run / "status.json").read_text())
-    return content["state"], content["reason"]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +38,8 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(
     submitted: Start, folder: Path, straight: Path, same_run: Start
 ) -> None:
     """The warning reaches the run's own process too, as it does where SLURM sends it to all of a job's."""
-    warn = "[os.kill(process, signal.SIGUSR2) for process in (os.getpid(), task)]; time.sleep(0.5)"
-    told = submitted("seed=1,2", first=once_at_step_3(warn, "'seed=1' in sys.argv"))
+    warn = "[os.kill(process, signal.SIGUSR2) for process in (os.getpid(), parent)]; time.sleep(0.5)"
+    told = submitted("seed=1,2", first=at_step_3(warn, "'seed=1' in sys.argv", once=True))
     assert told.lines[0].startswith("2 jobs submitted: ")
     assert [line.split()[-1] for line in told.with_word("queued again")] == ["seed=1"]
     assert [line.split()[1] for line in told.with_word("started")].count("seed=1") == 2
@@ -86,7 +57,7 @@ def test_a_job_that_is_killed_is_failed_and_the_next_call_goes_on(
     """Killed with its process, whose run then saves and ends; or the run alone, as where memory is full."""
     run = folder / "here" / "runs" / "seed=1"
     with pytest.raises(TrainingError) as caught:
-        submitted("seed=1", first=once_at_step_3("os.kill(task, signal.SIGKILL); time.sleep(0.5)"))
+        submitted("seed=1", first=at_step_3("os.kill(parent, signal.SIGKILL); time.sleep(0.5)", once=True))
     assert str(caught.value).startswith("seed=1: job ")
     assert "has ended without it, " in str(caught.value)
     end = time.monotonic() + 20
@@ -96,7 +67,7 @@ def test_a_job_that_is_killed_is_failed_and_the_next_call_goes_on(
 
     (folder / "was-here").unlink()
     with pytest.raises(TrainingError, match=r"^seed=1: killed by SIGKILL; the next call goes on with it\n"):
-        submitted("seed=1", first=once_at_step_3("os.kill(os.getpid(), signal.SIGKILL)"))
+        submitted("seed=1", first=at_step_3("os.kill(os.getpid(), signal.SIGKILL)", once=True))
     told = submitted("seed=1")
     assert len(told.with_word("finished")) == 1
     same_run(straight / "seed=1", run)
@@ -124,7 +95,7 @@ def test_one_may_leave_and_come_back_and_no_run_is_started_twice(
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Terminated) as caught:
-        submitted("seed=1", first=once_at_step_3(wait), then=leave)
+        submitted("seed=1", first=at_step_3(wait, once=True), then=leave)
     jobs = json.loads((folder / "here" / "jobs.json").read_text())["jobs"]
     job = jobs["seed=1"]
     assert caught.value.signal == "SIGINT"
@@ -165,7 +136,7 @@ def test_two_calls_may_look_on_at_once(submitted: Start, folder: Path) -> None:
             time.sleep(1.5)
             (folder / "go-on").touch()
 
-    first = submitted("seed=1", first=once_at_step_3(wait), then=look_on_too)
+    first = submitted("seed=1", first=at_step_3(wait, once=True), then=look_on_too)
     thread.join(60)
     assert len(first.with_word("finished")) == len(second[0].with_word("finished")) == 1
     assert second[0].lines[0].startswith("1 job submitted before: ")

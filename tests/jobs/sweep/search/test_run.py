@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from sweeps import at_step_3, status
+from sweeps import done as ended_as_it_should
 
 pytest.importorskip("optuna")
 
@@ -20,40 +22,12 @@ Start = Callable[..., Any]
 SPACE = ("policy.epsilon=1e-3..10", "policy.mu=0..0.5", "optimizer.momentum=0,0.9")
 SEARCH = (*SPACE, "--sampler", "optuna", "--trials")
 
-# In a run, once its third step is done, the first time that one of trial 1 comes there; `parent` is the sweep.
-ONCE_IN_TRIAL_1 = """
-import os, signal, sys, time
-from neq_cli.training.loop.step import TrainingStep
-
-train, done, parent = TrainingStep.train, 0, os.getppid()
+done = partial(ended_as_it_should, seconds=200)
 
 
-def and_then(self, *arguments, **options):
-    global done
-    loss = train(self, *arguments, **options)
-    done += 1
-    if done == 3 and 'trial-0001' in ' '.join(sys.argv) and not os.path.exists('was-here'):
-        open('was-here', 'w').close()
-        {action}
-        time.sleep(0.5)
-    return loss
-
-
-TrainingStep.train = and_then
-"""
-
-
-def done(process: Any, code: int = 0) -> list[str]:
-    assert process.wait(200) == code, process.text
-    process.until_alone()
-    assert "Traceback" not in process.text
-    lines: list[str] = process.lines
-    return lines
-
-
-def status(run: Path) -> str:
-    state: str = json.loads((run / "status.json").read_text())["state"]
-    return state
+def once_in_trial_1(action: str) -> str:
+    """Return the code that does ``action`` within trial 1, the first time that it is trained."""
+    return at_step_3(f"{action}; time.sleep(0.5)", "'trial-0001' in ' '.join(sys.argv)", once=True)
 
 
 def came_to(run: Path) -> tuple[float, float]:
@@ -111,13 +85,13 @@ def test_stopped_and_extended_it_trains_what_it_would_have_at_once(
     sweep: Start, folder: Path, straight: tuple[Path, Any], same_run: Start, number: int
 ) -> None:
     """The search is killed, or asked to stop, in its second trial; then asked for two more."""
-    process = sweep(*SEARCH, 2, "-o", "here", first=ONCE_IN_TRIAL_1.format(action=f"os.kill(parent, {int(number)})"))
+    process = sweep(*SEARCH, 2, "-o", "here", first=once_in_trial_1(f"os.kill(parent, {int(number)})"))
     assert process.wait(120) == (-number if number == signal.SIGKILL else 143)
     runs = folder / "here" / "runs"
     end = time.monotonic() + 20
-    while status(runs / "trial-0001") == "running" and time.monotonic() < end:
+    while status(runs / "trial-0001")[0] == "running" and time.monotonic() < end:
         time.sleep(0.05)
-    assert status(runs / "trial-0001") == "interrupted"
+    assert status(runs / "trial-0001")[0] == "interrupted"
     lines = done(sweep(*SEARCH, 4, "-o", "here"))
     assert lines[0] == "sweep of small: 4 runs, 1 finished already, 1 at once, in here"
     for name in sorted(path.name for path in straight[0].iterdir()):
@@ -130,7 +104,7 @@ def test_stopped_and_extended_it_trains_what_it_would_have_at_once(
 
 
 def test_a_killed_run_is_retried_and_one_that_failed_by_itself_is_not(sweep: Start, folder: Path) -> None:
-    kill = ONCE_IN_TRIAL_1.format(action="os.kill(os.getpid(), signal.SIGKILL)")
+    kill = once_in_trial_1("os.kill(os.getpid(), signal.SIGKILL)")
     axes = ("policy.epsilon=1e-3..10", "epochs=1", "--sampler", "optuna", "--trials", 2, "-o", "here", "--jobs", 2)
     process = sweep(*axes, first=kill)
     assert done(process, code=1)[-2] == "trial-0001: killed by SIGKILL; the next call goes on with it"
@@ -140,7 +114,7 @@ def test_a_killed_run_is_retried_and_one_that_failed_by_itself_is_not(sweep: Sta
     lines = done(sweep(*axes))
     assert "1 finished already" in lines[0]
     assert (runs / "trial-0001" / "recipe.yaml").read_text() == before
-    assert status(runs / "trial-0001") == "finished"
+    assert status(runs / "trial-0001")[0] == "finished"
 
     axes = ("optimizer.lr=1e29..1e30", "epochs=1", "--sampler", "optuna", "--trials", 1, "-o", "fails")
     process = sweep(*axes)
