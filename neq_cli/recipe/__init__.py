@@ -1,15 +1,8 @@
 """What a recipe may say (keys.py), and how one is read, checked, resolved and shipped; no module here imports torch."""
 
-from neq_cli.recipe.keys import (
-    Check,
-    DataSection,
-    ModelSection,
-    OptimizerSection,
-    ParameterGroup,
-    Problem,
-    Recipe,
-    SchedulerSection,
-)
+from neq_cli.recipe.data_keys import DataSection
+from neq_cli.recipe.keys import Check, ModelSection, Problem, Recipe
+from neq_cli.recipe.optimizer_keys import OptimizerSection, ParameterGroup, SchedulerSection
 from neq_cli.recipe.policy_keys import (
     BaselinePolicy,
     BudgetPolicy,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from neq_cli.recipe.keys import SchedulerSection
+from neq_cli.recipe.optimizer_keys import SchedulerSection
 from neq_cli.recipe.policy_keys import POLICIES
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 

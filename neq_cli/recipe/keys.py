@@ -6,34 +6,31 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from neq_cli.events import EPOCH, OBSERVATION
+from neq_cli.recipe.data_keys import DataSection
+from neq_cli.recipe.optimizer_keys import OptimizerSection, SchedulerSection
 from neq_cli.recipe.policy_keys import POLICIES, NEqPolicy, PolicySection
 from neq_cli.recipe.values import (
     COURSE,
     DRAW,
     RESULT,
     SURROUNDINGS,
-    Augment,
     BackwardMode,
     BelowOne,
-    Cache,
     Change,
     Count,
     Device,
     Entrypoint,
     NotNegative,
-    PerChannel,
-    PixelRange,
     Positive,
-    PositivePerChannel,
     ProbeEvery,
     Section,
-    Share,
     Snapshot,
     Task,
     Trackers,
+    exactly_one_source,
 )
 
 
@@ -47,13 +44,6 @@ class Problem:
 
 # Called with a section's name and the section, with "device" and its text, or with "" and the whole recipe.
 Check = Callable[[str, Any], Iterable[Problem]]
-
-
-def _exactly_one_source(name: str | None, entrypoint: str | None) -> None:
-    if name is None and entrypoint is None:
-        raise ValueError("neither name nor entrypoint is given; write one of them")
-    if name is not None and entrypoint is not None:
-        raise ValueError("both name and entrypoint are given; remove one of them")
 
 
 class ModelSection(Section):
@@ -93,179 +83,8 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
-        _exactly_one_source(self.name, self.entrypoint)
+        exactly_one_source(self.name, self.entrypoint)
         return self
-
-
-class DataSection(Section):
-    """What it is trained on, images or anything else: by name or from a Python callable."""
-
-    name: Annotated[str | None, RESULT] = Field(
-        default=None,
-        description="digits, image_folder, segmentation_folder, COCO, a torchvision dataset such as CIFAR10, or "
-        "hf/NAME: a folder of parquet or the like, or a data set of the Hugging Face hub",
-        examples=["CIFAR10", "CIFAR100", "ImageNet", "digits", "image_folder", "segmentation_folder", "COCO"],
-    )
-    entrypoint: Annotated[Entrypoint | None, RESULT] = Field(
-        default=None, description="callable that returns (train, test) datasets, in place of name"
-    )
-    root: Annotated[str, SURROUNDINGS] = Field(
-        default="~/data", description="folder of the data; ~ and $VARIABLES are expanded"
-    )
-    image_key: Annotated[str | None, RESULT] = Field(
-        default=None, description="column of the images of hf/NAME; null: the one that holds images", examples=["img"]
-    )
-    label_key: Annotated[str | None, RESULT] = Field(
-        default=None,
-        description="column of the labels, or of the masks, of hf/NAME; null: the one of a class each",
-        examples=["fine_label"],
-    )
-    download: Annotated[bool, SURROUNDINGS] = Field(
-        default=True, description="let torchvision fetch what is missing, where it can"
-    )
-    image_size: Annotated[Count | None, RESULT] = Field(
-        default=None,
-        description="pixels of a side; null: what a model of timm or transformers is made for, else the data's own",
-        examples=[224],
-    )
-    base_size: Annotated[Count | None, RESULT] = Field(
-        default=None,
-        description="shorter side of images with masks before they are cut; null: image_size",
-        examples=[520],
-    )
-    augment: Annotated[Augment, RESULT] = Field(
-        default="none",
-        description="crop: pad and crop; cifar: crop and mirror; imagenet: resized crop and mirror; randaugment: "
-        "imagenet and two of RandAugment's operations; segmentation: scale by 0.5 to 2, mirror and crop, masks too",
-    )
-    interpolation: Annotated[Literal["bilinear", "bicubic"], RESULT] = Field(
-        default="bilinear", description="how images are scaled"
-    )
-    erasing: Annotated[Share, RESULT] = Field(
-        default=0.0, description="share of training images of which a random part is noise"
-    )
-    mixup: Annotated[NotNegative, RESULT] = Field(
-        default=0.0, description="alpha of MixUp; where cutmix is above 0 too, each takes every other batch at random"
-    )
-    cutmix: Annotated[NotNegative, RESULT] = Field(default=0.0, description="alpha of CutMix; 0: none")
-    ignore_index: Annotated[int, RESULT] = Field(
-        default=255, description="value of masks that is neither learnt nor measured"
-    )
-    value_range: Annotated[PixelRange | None, RESULT] = Field(
-        default=None,
-        description="pixel values that become black and white; null: those of their type, such as 0 and 65535",
-        examples=["[0, 4095]"],
-    )
-    mean: Annotated[PerChannel | None, RESULT] = Field(
-        default=None,
-        description="per channel, of pixels in [0, 1]; null: the model's as image_size, else the data's own",
-        examples=["[0.49, 0.48, 0.45]"],
-    )
-    std: Annotated[PositivePerChannel | None, RESULT] = Field(
-        default=None,
-        description="per channel, of pixels in [0, 1]; null: the model's as image_size, else the data's own",
-        examples=["[0.25, 0.24, 0.26]"],
-    )
-    validation: Annotated[BelowOne | None, RESULT] = Field(
-        default=None,
-        description="share of the training images that is held out, by seed, and tested; null: the data's test part",
-        examples=[0.1],
-    )
-    probe_size: Annotated[Count, RESULT] = Field(
-        default=50, description="held-out training inputs that neurons are observed on"
-    )
-    workers: Annotated[int, Field(ge=0), SURROUNDINGS] = Field(
-        default=2, description="processes that load images; 0: none; those that are kept are read once, by all cores"
-    )
-    cache: Annotated[Cache, SURROUNDINGS] = Field(
-        default="auto", description="where decoded images are kept: in memory, on the device; auto: where they fit"
-    )
-    kwargs: Annotated[dict[str, Any], RESULT] = Field(
-        default_factory=dict, description="further arguments of the dataset or callable", examples=["{split: digits}"]
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataSection:
-        _exactly_one_source(self.name, self.entrypoint)
-        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel"
-            )
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
-            raise ValueError(f"value_range {self.value_range} is not from a lower to a higher value; turn it round")
-        if self.base_size is not None and self.image_size is not None and self.base_size < self.image_size:
-            raise ValueError(
-                f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it"
-            )
-        return self
-
-
-class ParameterGroup(Section):
-    """Parameters with optimiser settings of their own, such as no weight decay, or a head's learning rate."""
-
-    parameters: Annotated[list[str], Field(min_length=1)] = Field(
-        description="globs of parameter names", examples=["['*.bias', 'fc.*']"]
-    )
-    lr: NotNegative | None = Field(default=None, description="null: the optimiser's", examples=[0.01])
-    weight_decay: NotNegative | None = Field(default=None, description="null: the optimiser's", examples=[0.0])
-
-
-class _ArgumentsSection(Section):
-    """A section whose further keys are the arguments of the class it names."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _arguments_beside_name(self) -> _ArgumentsSection:
-        if "kwargs" in (self.model_extra or {}):
-            raise ValueError("arguments stand beside name here; move those under kwargs one level up")
-        return self
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """The class's arguments as written; one that is null is left out, so that the class's own default holds."""
-        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
-
-
-class OptimizerSection(_ArgumentsSection):
-    """A torch.optim optimiser. Further keys are its arguments, such as `momentum`; null stands for its default."""
-
-    name: Annotated[str, RESULT] = Field(
-        default="sgd",
-        description="torch.optim class, in any case: sgd, adam, adamw, rmsprop",
-        examples=["sgd", "adam", "adamw", "rmsprop"],
-    )
-    lr: Annotated[NotNegative | None, RESULT] = Field(
-        default=None, description="null: the optimiser's default", examples=[0.1]
-    )
-    groups: Annotated[list[ParameterGroup], RESULT] = Field(
-        default_factory=list,
-        description="parameters with settings of their own",
-        examples=["[{parameters: ['*.bias'], weight_decay: 0.0}]"],
-    )
-
-
-class SchedulerSection(_ArgumentsSection):
-    """A torch.optim.lr_scheduler. Further keys are its arguments, such as `milestones`, counted in its interval."""
-
-    name: Annotated[str, RESULT] = Field(
-        default="constant",
-        description="constant, multistep, cosine, onecycle, plateau, ... or the class's name",
-        examples=["constant", "multistep", "cosine", "step", "polynomial", "onecycle", "plateau"],
-    )
-    warmup_epochs: Annotated[int, Field(ge=0), RESULT] = Field(
-        default=0, description="epochs of linear warm-up before it"
-    )
-    interval: Annotated[Literal["epoch", "step"], RESULT] = Field(
-        default="epoch", description="the rate changes after every epoch, or every optimiser step; plateau: after tests"
-    )
-
-    @property
-    def length_argument(self) -> str | None:
-        """The argument that says how long the schedule is: where it is not given, it follows from the epochs."""
-        lengths = {"cosine": "T_max", "cosineannealing": "T_max", "polynomial": "total_iters", "linear": "total_iters"}
-        lengths["onecycle"] = "total_steps"
-        return lengths.get(self.name.lower().removesuffix("lr"))
 
 
 class Recipe(Section):

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from neq_cli.recipe.describe import POLICY_MEANING, expected, meaning, shown
-from neq_cli.recipe.keys import ParameterGroup, Recipe
+from neq_cli.recipe.keys import Recipe
+from neq_cli.recipe.optimizer_keys import ParameterGroup
 from neq_cli.recipe.policy_keys import DEFAULT_POLICY_KIND, POLICIES
 from neq_cli.recipe.values import Section
 

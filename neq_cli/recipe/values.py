@@ -72,3 +72,11 @@ Device = Annotated[
     Field(pattern=r"^[a-z]+(:[0-9]+)?$"),
     Words("auto, cpu, cuda, cuda:N, mps or another torch device", ("auto", "cpu", "cuda", "mps")),
 ]
+
+
+def exactly_one_source(name: str | None, entrypoint: str | None) -> None:
+    """Raise ValueError where not one of both is given; sections that name something in either way ask it."""
+    if name is None and entrypoint is None:
+        raise ValueError("neither name nor entrypoint is given; write one of them")
+    if name is not None and entrypoint is not None:
+        raise ValueError("both name and entrypoint are given; remove one of them")

@@ -19,7 +19,6 @@ from neq_cli.recipe import DataSection, Recipe
 from neq_cli.training.batches.loaders import tested_once
 from neq_cli.training.data.catalogue import find_name
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sources import data_root
 from neq_cli.training.loop.calling import forward_of, parts_of
 from neq_cli.training.loop.step import autocast_of, moved_to, test_batch
 from neq_cli.training.loop.tasks import Classification, Segmentation, build_task, checked_results
@@ -138,7 +137,7 @@ def _section(section: DataSection, classes: int | None) -> DataSection:
     """Return the section with the number of classes of masks, which test masks alone may not show."""
     if section.name is None or find_name(section.name) != "segmentation_folder" or classes is None:
         return section
-    if "num_classes" in section.kwargs or (data_root(section) / "classes.txt").is_file():
+    if "num_classes" in section.kwargs or (section.folder / "classes.txt").is_file():
         return section
     return section.model_copy(update={"kwargs": {**section.kwargs, "num_classes": classes}})
 

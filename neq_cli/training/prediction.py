@@ -20,7 +20,6 @@ from neq_cli.training.data.catalogue import statistics as statistics_of
 from neq_cli.training.data.mask_sources import SUFFIXES
 from neq_cli.training.data.masks import MaskPreparation
 from neq_cli.training.data.pixels import as_tensor, read_image
-from neq_cli.training.data.sources import range_of
 from neq_cli.training.data.transforms import Preparation
 from neq_cli.training.errors import DataError
 from neq_cli.training.evaluation import on_device, start_device, trained_model
@@ -86,7 +85,7 @@ def check_files(paths: Sequence[Path], section: DataSection) -> None:
     problems = []
     for path in paths:
         try:
-            read_image(path, range_of(section))
+            read_image(path, section.pixel_range)
         except DataError as error:
             problems.append(str(error))
     _refuse(problems)
@@ -147,7 +146,7 @@ class Predictor:
         return replace(self.preparation, image_size=side)
 
     def _read(self, path: Path) -> Tensor:
-        read = read_image(path, range_of(self.recipe.data))
+        read = read_image(path, self.recipe.data.pixel_range)
         if self.channels == 1 and isinstance(read, Image.Image):
             return as_tensor(read.convert("L"))
         image = as_tensor(read)

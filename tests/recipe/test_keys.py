@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from neq_cli.recipe.keys import (
-    CHANGES,
-    DataSection,
-    OptimizerSection,
-    ParameterGroup,
-    Recipe,
-    SchedulerSection,
-    warnings,
-)
+from neq_cli.recipe import DataSection, OptimizerSection, ParameterGroup, SchedulerSection
+from neq_cli.recipe.keys import CHANGES, Recipe, warnings
 from neq_cli.recipe.policy_keys import POLICIES, BaselinePolicy, NEqPolicy, StochasticPolicy, match_with, matched_run
 from neq_cli.recipe.validate import validate
 from neq_cli.recipe.values import Change

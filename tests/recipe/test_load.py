@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 
 from neq_cli.errors import RecipeError
-from neq_cli.recipe import Check
-from neq_cli.recipe.keys import (
-    DataSection,
-    ModelSection,
-    OptimizerSection,
-    ParameterGroup,
-    Problem,
-    Recipe,
-    SchedulerSection,
-)
+from neq_cli.recipe import Check, DataSection, ModelSection, OptimizerSection, ParameterGroup, SchedulerSection
+from neq_cli.recipe.keys import Problem, Recipe
 from neq_cli.recipe.load import dump_recipe, load_recipe
 from neq_cli.recipe.policy_keys import CustomPolicy, NEqPolicy, StochasticPolicy
 from neq_cli.recipe.values import Section

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from neq_cli.recipe.keys import CHANGES, ModelSection, OptimizerSection, SchedulerSection
+from neq_cli.recipe.keys import CHANGES, ModelSection
 from neq_cli.recipe.load import load_recipe, read_document
 from neq_cli.recipe.offers import offers
+from neq_cli.recipe.optimizer_keys import OptimizerSection, SchedulerSection
 from neq_cli.recipe.policy_keys import POLICIES
 from neq_cli.recipe.values import Section
 

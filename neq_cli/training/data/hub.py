@@ -15,6 +15,7 @@ from torch import Tensor
 from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.mask_sources import OR_VALIDATION, classes_in, given_classes
+from neq_cli.training.data.opened import Source
 from neq_cli.training.data.pixels import Range
 from neq_cli.training.data.rows import Rows
 from neq_cli.training.errors import of_the_disk
@@ -31,18 +32,7 @@ _TEXTS = ("string", "large_string", "string_view")
 _TALKING = ("datasets", "huggingface_hub", "filelock", "fsspec")
 
 
-@dataclass(frozen=True)
-class HubData:
-    """Both parts; ``untested`` is the split that data.validation takes the place of, "" where there is none."""
-
-    train: Rows
-    test: Rows
-    classes: tuple[str, ...]
-    notes: tuple[str, ...]
-    untested: str
-
-
-def open_hub(section: DataSection, value_range: Range | None) -> HubData:
+def open_hub(section: DataSection) -> Source:
     """Open ``hf/NAME``: a folder, absolute or below ~ or the current one, else a data set of the Hugging Face hub.
 
     RecipeValueError, one line, where it cannot be had, or does not tell which splits and columns are meant.
@@ -60,7 +50,7 @@ def open_hub(section: DataSection, value_range: Range | None) -> HubData:
     notes: tuple[str, ...] = ()
     labels, classes = ({}, ()) if columns.masks else _labels(name, tables, columns.label)
     opened = {
-        split: _rows(library, f"{name} {split}", table, columns, value_range, labels.get(split))
+        split: _rows(library, f"{name} {split}", table, columns, section.pixel_range, labels.get(split))
         for split, table in tables.items()
     }
     if columns.masks:
@@ -68,7 +58,7 @@ def open_hub(section: DataSection, value_range: Range | None) -> HubData:
     elif "num_classes" in section.kwargs:
         what = f"is for masks, and '{columns.label}' of {name} holds labels; remove it"
         raise RecipeValueError("data.kwargs.num_classes", what)
-    return HubData(opened[train], opened[test], classes, notes, untested)
+    return Source(name, opened[train], opened[test], classes, notes, untested)
 
 
 def _splits(library: Any, section: DataSection, name: str) -> dict[str, Any]:

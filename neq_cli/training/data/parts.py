@@ -19,8 +19,9 @@ from neq_cli.training.data.catalogue import Shape, hub_problems, masks_problems,
 from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, as_label, place_of
 from neq_cli.training.data.items import Items, image_keys_problems
 from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
+from neq_cli.training.data.opened import Source, Stored
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
-from neq_cli.training.data.sources import Source, Stored, open_source, range_of
+from neq_cli.training.data.sources import open_source
 from neq_cli.training.data.splits import hold_out, known_labels, split
 from neq_cli.training.data.transforms import Mixing, Preparation
 from neq_cli.training.errors import DataError
@@ -120,7 +121,7 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
     if source.as_it_is:
         return _as_it_is(section, source, kept, probed, tested)
     own = section.entrypoint is not None
-    value_range = range_of(section) if own else None  # all others scale images as they read them
+    value_range = section.pixel_range if own else None  # all others scale images as they read them
     image, target = _first(source)
     masked = is_mask(target)
     for key, problem in (*masks_problems(section, masks=masked), *range_problems(section)):

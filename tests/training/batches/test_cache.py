@@ -21,8 +21,8 @@ from neq_cli.training.batches.loaders import Loaders, make_loaders
 from neq_cli.training.batches.sampling import ALONE, Share, ShuffledSampler
 from neq_cli.training.data import parts as data_module
 from neq_cli.training.data.images import ImagesInMemory
+from neq_cli.training.data.opened import Source, Stored
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sources import Source, Stored
 from neq_cli.training.data.transforms import Preparation
 from neq_cli.training.startup import Startup
 

@@ -15,8 +15,8 @@ from neq_cli.recipe import DataSection
 from neq_cli.training.batches import cache_place as module
 from neq_cli.training.batches.cache_place import Choice, choose_cache, readable
 from neq_cli.training.data import parts as data_module
+from neq_cli.training.data.opened import Source, Stored
 from neq_cli.training.data.parts import Data, load_data
-from neq_cli.training.data.sources import Source, Stored
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIGA = 10**9

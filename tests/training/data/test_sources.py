@@ -18,8 +18,9 @@ from torchvision import datasets
 
 from neq_cli.errors import NeqError
 from neq_cli.recipe import DataSection
+from neq_cli.training.data.opened import Stored
 from neq_cli.training.data.pixels import as_tensor
-from neq_cli.training.data.sources import Stored, open_source
+from neq_cli.training.data.sources import open_source
 
 RANDOM = np.random.default_rng(0)
 
