@@ -52,11 +52,13 @@ class NEqCallback(Callback):
     that a run gone on with by ``trainer.fit(ckpt_path=...)`` is the uninterrupted one, bit for bit, where it is saved
     at the end of an epoch, or the data goes on in its middle. A ``fit`` without a checkpoint starts anew, in a run
     directory of its own; with ``begin_anew`` also in that of a run which is not finished, whose rows it removes: what
-    was killed before its first checkpoint.
+    was killed before its first checkpoint. A checkpoint that was saved without this callback is refused, unless
+    ``begin_anew``: then everything trains from there, in a run directory of its own.
 
     Raises FreezingError, before training starts, for what cannot work.
     """
 
+    state_key: str  # Lightning's name for it in checkpoints
     _loaded: dict[str, Any] | None
     _kept: dict[str, Any] | None
 
@@ -124,6 +126,8 @@ class NEqCallback(Callback):
                 watch.freezer.dispatch.load_state_dict(state["dispatch"][number])
                 watch.freezer.load_state_dict(state["freezers"][number])
                 watch.learning_rate = state["learning_rates"][number]
+            if self._foreign:
+                freezer.notes.append(f"step {trainer.global_step}: the checkpoint has no state of neq; all trains anew")
             if self.run_directory is not None:
                 path = self.run_directory / f"optimizer_{number}" if len(optimizers) > 1 else self.run_directory
                 watch.recorder = self._recorder(watch.freezer, path, type(pl_module).__name__)
@@ -183,6 +187,15 @@ class NEqCallback(Callback):
             "logged": self._logged.state_dict(),
         }
 
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint without a state of this callback, unless everything may begin anew there."""
+        self._foreign = trainer.state.fn == "fit" and self.state_key not in checkpoint["callbacks"]
+        if self._foreign and not self.begin_anew:
+            raise FreezingError(
+                "NEqCallback: the checkpoint was saved without it, and does not say what was frozen; fit from one that "
+                "was saved with it, or give begin_anew=True, with which everything trains from there"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for ``on_train_start``: Lightning loads callbacks before it loads optimisers."""
         self._loaded = state_dict
@@ -193,10 +206,12 @@ class NEqCallback(Callback):
         self._reached = 0  # multiples of `every`
         self._training = False
         self._loaded = None
+        self._foreign = False  # what is gone on with was saved without this callback
         self._kept = None  # the state at the end of training, for what is saved later
 
     def _recorder(self, freezer: Freezer, path: Path, module: str) -> Recorder:
         metric, lower = self._logged.judged_by(), self.lower_is_better
+        begin_anew = self.begin_anew and not self._foreign  # rows of the steps before would be missing
         return Recorder(
             freezer,
             path,
@@ -205,7 +220,7 @@ class NEqCallback(Callback):
             seed=seed_everywhere() if self.seed is None else self.seed,
             settings=self.settings,
             lower_is_better=lower_is_better(metric) if lower is None else lower,
-            resume=goes_on(path, loaded=self._loaded is not None, begin_anew=self.begin_anew, how=_HOW),
+            resume=goes_on(path, loaded=self._loaded is not None, begin_anew=begin_anew, how=_HOW),
         )
 
     def _due(self, trainer: Any) -> int:

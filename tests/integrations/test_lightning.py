@@ -494,6 +494,29 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_anew_where_that_i
     assert files_of(tmp_path / "run") == files_of(tmp_path / "straight")
 
 
+def test_a_checkpoint_that_was_saved_without_it_is_refused_or_trained_from(tmp_path: Path) -> None:
+    plain, checkpoint = trainer_of(tmp_path, epochs=1), tmp_path / "plain.ckpt"
+    fit(plain, Net())
+    plain.save_checkpoint(checkpoint)
+    own = NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run")
+    with pytest.raises(FreezingError, match=r"was saved without it, .*begin_anew=True"):
+        fit(trainer_of(tmp_path, own), Net(), checkpoint=checkpoint)
+    assert not (tmp_path / "run").exists()
+
+    own = NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "run", begin_anew=True)
+    fit(trainer_of(tmp_path, own, epochs=3), Net(), checkpoint=checkpoint)
+    run = read_run(tmp_path / "run")
+    assert run.metrics["passed_epochs"].tolist() == [2, 3]
+    assert [note for note in run.environment["notes"] if "no state of neq" in note]
+
+    failed = NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "failed")
+    with pytest.raises(ValueError, match="no luck"):
+        fit(trainer_of(tmp_path, failed, NoLuck()), Net())
+    own = NEqCallback(PROBE, NEq(0.2), run_directory=tmp_path / "failed", begin_anew=True)
+    with pytest.raises(RunDirectoryError, match=r"there already \(failed\)"):  # whose rows the checkpoint does not have
+        fit(trainer_of(tmp_path, own), Net(), checkpoint=checkpoint)
+
+
 def test_how_training_ended_is_told_and_everything_is_put_back(tmp_path: Path) -> None:
     class Fails(Net):
         error: BaseException = ValueError("no luck")
