@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from neq_cli.jobs.recorder import is_own
+from neq_cli.jobs.told_columns import is_own
 
 _TAKEN = ("lr", "step", "passed_epochs")
 """Columns of another meaning: metrics of these names, and of the Recorder's own columns', are not taken over."""

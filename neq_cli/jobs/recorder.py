@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from neq_cli.errors import FreezingError, did_you_mean
+from neq_cli.errors import FreezingError
 from neq_cli.events import ENERGY_COLUMNS, EpochRecord, RunResumed, RunStarted
+from neq_cli.jobs.recorded_recipe import check_same_run, recorded_recipe
 from neq_cli.jobs.recording import environment_of, keep_kernel_choices, status_of
 from neq_cli.jobs.time_shares import MUCH_PROBING, TimeShare
+from neq_cli.jobs.told_columns import ToldColumns
 from neq_cli.jobs.tracking.libraries import trackers_problem
 from neq_cli.jobs.tracking.teller import Tracking
-from neq_cli.recipe.recorded import RECORDED
-from neq_cli.recipe.yaml import read_yaml as parse_yaml
-from neq_cli.recipe.yaml import write_yaml
 from neq_cli.runs.store.disk import writing
-from neq_cli.runs.store.paths import RunFiles
 from neq_cli.runs.store.run import past_epochs, read_run
-from neq_cli.runs.store.untrusted import read_json, read_yaml
 from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Mode, Progress, Silent, choose_progress
-from neq_cli.text import printable
 
 if TYPE_CHECKING:
     from neq_cli.freezing import Freezer
     from neq_cli.training.machine.energy.measured import Energy
 
 _LESS = "call freezer.step() less often, or give the Freezer fewer inputs to probe with"
-_OWN = ("epoch", "neurons", "frozen", "epoch_seconds", "probe_seconds", *ENERGY_COLUMNS)
-_FIRST, _LAST = ("lr", "train_loss"), ("images_per_second",)
-"""Columns that displays and reports look for, before and behind the others; empty where a loop does not tell them."""
 
 
 class Recorder:
@@ -85,7 +76,7 @@ class Recorder:
         self.writer: RunWriter | None = None
         self.progress: Progress = Silent()
         self.tracking = Tracking((), None)
-        self._columns: tuple[str, ...] = ()  # those that the loop tells
+        self._columns = ToldColumns(metric)
         self._recorded = 0  # epochs
         self._probing = TimeShare("probe_seconds", MUCH_PROBING, "probing", _LESS)
         self._stack = ExitStack()
@@ -94,8 +85,7 @@ class Recorder:
         if process_number() == 0:
             notes = self._energy.notes
             started = _started(freezer, name, metric, epochs, notes, lower_is_better=lower_is_better)
-            recipe = {**RECORDED, "name": name, "seed": seed, "epochs": epochs, **_method(freezer)}
-            yaml = write_yaml({**recipe, "settings": _plain(settings or {}, "settings")})
+            yaml = recorded_recipe(freezer, name, seed, epochs, settings or {})
             try:
                 self._open(yaml, started, resume=resume, progress=progress, track=track)
             except BaseException:
@@ -123,7 +113,7 @@ class Recorder:
         now = time.perf_counter()
         layers = layer_states(self.freezer, passed)
         metrics = {
-            **self._checked(columns),
+            **self._columns.row(columns, passed.epoch),
             **what_trained(layers, passed),
             "epoch_seconds": now - self._since,
             "probe_seconds": passed.probe_seconds,
@@ -176,7 +166,7 @@ class Recorder:
                 )
             self._check_energy(epoch)
             if not writer.is_new and not epoch:
-                _check_same(self.path, recipe_yaml, started.metric)
+                check_same_run(self.path, recipe_yaml, started.metric)
             with writing(self.path):
                 writer.rewind(epoch, recipe_yaml if writer.is_new else None, environment)
         elif epoch:
@@ -195,7 +185,7 @@ class Recorder:
         self.progress.show(started)
         if epoch:
             past = past_epochs(read_run(self.path))
-            self._columns = tuple(column for column in past[-1].metrics if not is_own(column))
+            self._columns = ToldColumns(self.metric, tuple(past[-1].metrics))
             for record in past:
                 self._probing.note(record.metrics)
             self.progress.show(RunResumed(tuple(past)))
@@ -210,46 +200,6 @@ class Recorder:
                 f"Recorder: {key}: {self.path} was begun without it, and its table keeps its columns; leave it out, or "
                 "record in another directory"
             )
-
-    def _checked(self, columns: Mapping[str, Any]) -> dict[str, float]:
-        if own := [column for column in columns if is_own(column)]:
-            raise FreezingError(f"Recorder.epoch: {own[0]}: is what the Recorder tells itself; give it another name")
-        for column, value in columns.items():
-            if not isinstance(value, Real) and not (hasattr(value, "item") and getattr(value, "ndim", 1) == 0):
-                raise FreezingError(f"Recorder.epoch: {column}: is a {type(value).__name__}; give a number")
-        given = {column: float(value.item() if hasattr(value, "item") else value) for column, value in columns.items()}
-        if not self._columns:
-            if self.metric not in given:
-                hint = did_you_mean(self.metric, given) or f"; it has {', '.join(given) or 'none'}"
-                raise FreezingError(f"Recorder.epoch: no column {self.metric!r}, which the run is judged by{hint}")
-            others = [column for column in given if column not in (*_FIRST, *_LAST)]
-            self._columns = (*_FIRST, *others, *_LAST)
-        new = [column for column in given if column not in self._columns]
-        if new:
-            raise FreezingError(
-                f"Recorder.epoch: {new[0]}: is new in epoch {self._recorded + 1}; give it from the first epoch on"
-            )
-        return {column: given.get(column, math.nan) for column in self._columns}
-
-
-def _check_same(path: Path, recipe_yaml: str, metric: str) -> None:
-    """Raise FreezingError where a run that is begun anew in place was of other settings, which its files keep."""
-    files = RunFiles(path)
-    old, new = read_yaml(files.recipe), parse_yaml(recipe_yaml).value
-    differing = [key for key in {**old, **new} if key != "epochs" and old.get(key) != new.get(key)]
-    environment = read_json(files.environment) if files.environment.exists() else {}
-    if environment.get("metric", metric) != metric:
-        differing.append("metric")
-    if differing:
-        raise FreezingError(
-            f"Recorder: {printable(path)}: its run, of which no epoch is kept, had another {printable(differing[0])}; "
-            "record in another directory, or remove it"
-        )
-
-
-def is_own(column: str) -> bool:
-    """Return whether a column is one that the Recorder tells itself."""
-    return column in _OWN or column.startswith("flops_")
 
 
 def _energy_of(freezer: Freezer, grams_per_kwh: float | None, *, asked: bool) -> Energy:
@@ -295,28 +245,4 @@ def _started(
         notes=(*freezer.notes, *energy_notes, f"coverage: {freezer.coverage()}"),
         epsilon=getattr(freezer.policy, "epsilon", None),
         lower_is_better=lower_is_better,
-    )
-
-
-def _method(freezer: Freezer) -> dict[str, Any]:
-    """Return the policy and the backward mode as a recipe has them."""
-    from neq_cli.training.policies import section_of
-
-    section, kind = section_of(freezer.policy), type(freezer.policy)
-    policy = {"entrypoint": f"{kind.__module__}:{kind.__qualname__}"} if section is None else section.model_dump()
-    return {"policy": policy, "backward": freezer.backward}
-
-
-def _plain(value: Any, place: str) -> Any:
-    """Return ``value`` in what YAML can hold; FreezingError that names the place of what it cannot."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each, f"{place}.{key}") for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each, f"{place}[{number}]") for number, each in enumerate(value)]
-    if isinstance(value, Path):
-        return str(value)
-    raise FreezingError(
-        f"Recorder: {place}: is a {type(value).__name__}; give numbers, text, lists and mappings of them"
     )
