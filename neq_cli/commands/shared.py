@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from neq_cli.recipe.load import LoadedRecipe
     from neq_cli.runs.store.run import Run
+    from neq_cli.runs.views.live.progress import Mode
 
 
 RecipeArgument = Annotated[
@@ -56,11 +57,19 @@ def with_device(overrides: Sequence[str] | None, device: str | None) -> list[str
     return [*(overrides or ()), *([f"device={device}"] if device else ())]
 
 
-def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
-    """Return the checked recipe; its warnings go to stderr, unless another process says them."""
-    from neq_cli.jobs.prepare import load as load_checked
+def load(
+    reference: str, overrides: Sequence[str] | None, *, warn: bool = True, progress: Mode = "auto"
+) -> LoadedRecipe:
+    """Return the checked recipe; its warnings go to stderr, unless another process says them.
 
-    return load_checked(reference, overrides or (), warn=warn)
+    Checking imports torch, and a terminal is told so meanwhile where ``progress`` lets it.
+    """
+    from neq_cli.runs.views.live.starting import starting
+
+    with starting(progress if warn else "off"):
+        from neq_cli.jobs.prepare import load as load_checked
+
+        return load_checked(reference, overrides or (), warn=warn)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:

@@ -25,6 +25,7 @@ from neq_cli.runs.compare.configurations import (
 )
 from neq_cli.runs.compare.energy import common_way, energy_notes, is_measured, total_joules
 from neq_cli.runs.compare.goal import Goal, goal, training_flops
+from neq_cli.runs.compare.saving import nothing_saved
 from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
 from neq_cli.runs.store.run import Run, unit_of_runs
 from neq_cli.text import plain_json, printable, ratio_percent
@@ -266,6 +267,7 @@ def _is_unfinished(run: Run) -> bool:
 
 
 def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:
+    yield from _why_nothing_saved(groups)
     for group, row in zip(groups, rows, strict=True):
         twice = [seed for seed, count in Counter(row.seeds).items() if count > 1 and seed is not None]
         if twice:
@@ -287,6 +289,18 @@ def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:
         yield f"seconds are of different devices: {', '.join(printable(device, 60) for device in devices)}"
     if unknown := roots_of_unknown_content(runs):
         yield f"not every run records what its data hold: make sure that {' and '.join(unknown)} hold the same"
+
+
+def _why_nothing_saved(groups: Sequence[_Group]) -> Iterator[str]:
+    """Yield each reason once, with the configurations whose runs all have it."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        reasons = dict.fromkeys(map(nothing_saved, group.runs))
+        if None not in reasons:
+            for reason in reasons:
+                found.setdefault(str(reason), []).append(group.label)
+    for reason, names in found.items():
+        yield f"{', '.join(names)}: nothing saved: {reason}"
 
 
 def _test_notes(row: Row, found: Difference) -> Iterator[str]:

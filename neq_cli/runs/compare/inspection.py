@@ -15,6 +15,7 @@ from neq_cli.errors import NeqError, RunDirectoryError, did_you_mean
 from neq_cli.events import ENERGY_COLUMNS
 from neq_cli.runs.compare.configurations import model_and_data, policy_label
 from neq_cli.runs.compare.energy import is_measured, total, ways
+from neq_cli.runs.compare.saving import nothing_saved
 from neq_cli.runs.compare.statistics import mean_known
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.store.tables import LayerRow
@@ -98,13 +99,14 @@ class Inspection:
     joules: float | None = None  # of the epochs up to it, NaN where not all are known; None where it was not measured
     co2_grams: float | None = None
     energy: tuple[str, ...] = ()  # how it was measured
+    nothing_saved: str | None = None  # why all was executed up to it, though neurons were frozen; None where not
 
 
 def inspect_run(run: Run, epoch: int | None = None, layer_glob: str | None = None) -> Inspection:
     """Look at a run after ``epoch`` (its last finished one if None), in the layers whose names match ``layer_glob``.
 
-    Two sets: the one in force during that epoch, and the one that the policy chose after it, for the next. Raises NeqError for an epoch the
-    run does not have and for a glob that no layer matches, RunDirectoryError for damaged files.
+    Two sets: the one in force during that epoch, and the one that the policy chose after it, for the next. Raises
+    NeqError for an epoch the run does not have and a glob that no layer matches, RunDirectoryError for damaged files.
     """
     epoch = run.epochs if epoch is None else epoch
     if not 1 <= epoch <= run.epochs:
@@ -274,4 +276,5 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
         "notes": _notes(run.environment.get("notes")),
         **{column: total(run, column, epoch) for column in ENERGY_COLUMNS if column in run.rows[0]},
         "energy": ways(run) if is_measured(run) else (),
+        "nothing_saved": nothing_saved(run, epoch),
     }

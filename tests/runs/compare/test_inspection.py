@@ -143,9 +143,10 @@ def test_json_is_plain_and_has_stable_keys(run: Run, tmp_path: Path) -> None:
     assert " ".join(plain) == (
         "schema path recipe description policy device status status_reason epoch epochs_done epochs_planned "
         "unit step passed_epochs "
-        "neurons frozen frozen_during is_last frozen_mean_percent flops_paper flops_paper_percent flops_executed flops_executed_percent "
+        "neurons frozen frozen_during is_last frozen_mean_percent "
+        "flops_paper flops_paper_percent flops_executed flops_executed_percent "
         "metric lower_is_better metric_final metric_best metric_best_epoch seconds probe_percent notes layer_glob "
-        "layers changes joules co2_grams energy"
+        "layers changes joules co2_grams energy nothing_saved"
     )
     assert plain["path"] == str(tmp_path / "run")
     assert (plain["unit"], plain["step"], plain["passed_epochs"]) == ("epoch", None, None)

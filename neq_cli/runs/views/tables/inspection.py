@@ -89,6 +89,8 @@ def _summary_lines(inspection: Inspection) -> Iterator[tuple[str, Text]]:
     yield "next", Text(f"{_of_all(inspection, inspection.frozen)} {following}")
     yield "paper FLOPs", Text(_flops(inspection.flops_paper, inspection.flops_paper_percent, unit))
     yield "executed FLOPs", Text(_flops(inspection.flops_executed, inspection.flops_executed_percent, unit))
+    if inspection.nothing_saved is not None:
+        yield "nothing saved", Text(inspection.nothing_saved)
     final, best = (format_metric(v, inspection.metric) for v in (inspection.metric_final, inspection.metric_best))
     when = "" if inspection.metric_best_epoch is None else f" in {unit} {inspection.metric_best_epoch}"
     yield printable(inspection.metric), Text(f"{final} final, {best} best{when}")
