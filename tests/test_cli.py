@@ -95,6 +95,33 @@ def test_help_ends_with_an_example_that_parses(
     assert command.make_context(verb, words[2:])
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_help_cuts_no_command_s_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    import typer.main
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not [line for line in lines if line != line.rstrip()]
+    text = " ".join(" ".join(lines).split())
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        sentence = " ".join(command.help.split(".")[0].split())
+        assert f" {name} {sentence}." in text
+
+
+def test_usage_has_the_brackets_that_we_give_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, usage in (
+        ("train", "neq train [OPTIONS] RECIPE [KEY=VALUE]..."),
+        ("compare", "neq compare [OPTIONS] RUN_DIR..."),
+        ("init", "neq init [OPTIONS] NAME [DIR]"),
+    ):
+        assert call(verb, "--help") == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"Usage: {usage}"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out == f"neq {__version__}\n"
