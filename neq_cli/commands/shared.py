@@ -82,16 +82,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def show(content: RenderableType, narrowest: int = 80) -> None:
     """Print what rich lays out, ``narrowest`` columns wide at least: in fewer a table would lose columns and digits."""
     from rich.console import Console
+    from rich.segment import SegmentLines
+
+    from neq_cli.runs.views.drawing import text_of, without_blanks
 
     console = Console()
     console.width = max(console.width, narrowest)
+    # Columns are filled up with blanks, which other programs, and who copies from a terminal, are better off without.
+    lines = [without_blanks(line) for line in console.render_lines(content, pad=False)]
     if console.is_terminal:
-        console.print(content)
-        return
-    with console.capture() as captured:
-        console.print(content)
-    # Columns are filled up with blanks, which other programs and files are better off without.
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        console.print(SegmentLines(lines, new_lines=True), soft_wrap=True, end="")
+    else:
+        print("\n".join(map(text_of, lines)))
 
 
 def show_json(content: Any) -> None:

@@ -48,7 +48,7 @@ def train(
         first = join().first
     elif output is not None and not resume:
         check_available(output)  # before torch is imported, which takes seconds
-    loaded = load(recipe, with_device(overrides, device), warn=first, progress="off" if dry_run else progress)
+    loaded = load(recipe, with_device(overrides, device), warn=first, progress=progress)
     if dry_run:
         _show_plan(loaded, output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now()))
         return

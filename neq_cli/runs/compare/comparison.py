@@ -300,7 +300,7 @@ def _why_nothing_saved(groups: Sequence[_Group]) -> Iterator[str]:
             for reason in reasons:
                 found.setdefault(str(reason), []).append(group.label)
     for reason, names in found.items():
-        yield f"{', '.join(names)}: nothing saved: {reason}"
+        yield f"{'; '.join(names)}: nothing saved: {reason}"
 
 
 def _test_notes(row: Row, found: Difference) -> Iterator[str]:

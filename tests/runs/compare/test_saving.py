@@ -96,7 +96,7 @@ def test_a_comparison_says_it_once_for_all_it_holds_for(saving: Callable[..., Ru
         saving(None, paper=2000.0, policy={"kind": "baseline"}),
     ]
     notes = [note for note in compare_runs(runs).notes if "nothing saved" in note]
-    assert notes == [f"NEq eps=0.001 mu=0.5, Stochastic p=0.5: nothing saved: {SMALL}"]
+    assert notes == [f"NEq eps=0.001 mu=0.5; Stochastic p=0.5: nothing saved: {SMALL}"]
 
 
 def test_a_configuration_of_which_one_run_saved_something_is_not_among_them(saving: Callable[..., Run]) -> None:
