@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         watch.start()
         code = _run(arguments, watch)
     except Terminated as error:
-        complain(signals.last_words(error.signal, str(error), error.command, columns()))
+        from neq_cli.text import to_go_on
+
+        complain(to_go_on(signals.last_words(error.signal, str(error)), error.command, columns()))
         code = signals.exit_code(error.signal)
         linger()
         if for_good:

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -41,19 +40,10 @@ def exit_code(name: str) -> int:
     return 130 if name == "SIGINT" else 143
 
 
-def last_words(name: str, message: str = "", command: Sequence[str] = (), width: int | None = None) -> str:
-    """Return what a command that the signal of this name ends says last.
-
-    ``command`` goes on with what it did. For a terminal of ``width`` columns that has lines of its own, which can be
-    copied whole; None is for a file.
-    """
+def last_words(name: str, message: str = "") -> str:
+    """Return what a command that the signal of this name ends says last."""
     how = "interrupted" if name == "SIGINT" else f"ended by {name}"
-    said = f"{how}; {message}" if message else how
-    if not command:
-        return said
-    from neq_cli.text import shell_lines
-
-    return f"{said}; to go on:" + ("\n" if width else " ") + "\n".join(shell_lines(command, width))
+    return f"{how}; {message}" if message else how
 
 
 def repeats(number: int, seconds: float) -> bool:

@@ -126,6 +126,16 @@ def shell_lines(words: Sequence[str], width: int | None = None) -> list[str]:
     return lines
 
 
+def to_go_on(said: str, command: Sequence[str], width: int | None) -> str:
+    """Return what is said of a command that was ended, with the ``command`` that goes on, if there is one.
+
+    On a terminal of ``width`` columns that has lines of its own, which can be copied whole; None is for a file.
+    """
+    if not command:
+        return said
+    return f"{said}; to go on:" + (" " if width is None else "\n") + "\n".join(shell_lines(command, width))
+
+
 def folded(text: str, width: int | None) -> list[str]:
     """Return text in lines of at most ``width`` columns, broken at blanks alone: paths stay whole, to be copied."""
     if width is None or len(text) <= width:

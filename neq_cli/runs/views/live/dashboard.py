@@ -23,7 +23,7 @@ from neq_cli.runs.views.drawing import Line, text_of, without_blanks
 from neq_cli.runs.views.live.frame import Painter
 from neq_cli.runs.views.live.run_view import RunView
 from neq_cli.runs.views.live.run_view import clock as time_text
-from neq_cli.text import folded, printable
+from neq_cli.text import folded, printable, to_go_on
 
 FRAMES_PER_SECOND = 4
 STARTING = "starting"
@@ -138,7 +138,7 @@ def rows_of(texts: Iterable[str], width: int) -> int:
 def said_last(error: BaseException | None, width: int) -> list[str]:
     """Return what the command line says when ``error`` has ended the command."""
     if isinstance(error, Terminated):
-        return [signals.last_words(error.signal, str(error), error.command, width)]
+        return [to_go_on(signals.last_words(error.signal, str(error)), error.command, width)]
     return [] if error is None else [str(error) or type(error).__name__]
 
 

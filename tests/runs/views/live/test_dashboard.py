@@ -36,6 +36,7 @@ from neq_cli.runs.views.live.dashboard import Dashboard, render_frame
 from neq_cli.runs.views.live.frame import Painter
 from neq_cli.runs.views.live.run_view import RunView
 from neq_cli.signals import last_words
+from neq_cli.text import to_go_on
 
 DENSE = 138_940_000.0
 SMALL = [
@@ -480,7 +481,7 @@ def test_after_ctrl_c_the_title_stays_and_the_line_to_go_on_with_is_whole(
         raise ends
     screen.feed(terminal.written())
     # What the command line prints then, and a prompt.
-    said = last_words(ends.signal, str(ends), ends.command, width)
+    said = to_go_on(last_words(ends.signal, str(ends)), ends.command, width)
     screen.feed(f"{said}\n$ ")
     lines = screen.text()
     assert lines[0].startswith(" tiny")
