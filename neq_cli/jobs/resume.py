@@ -45,7 +45,7 @@ def resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tup
     writer, start = open_run(loaded, path, processes)
     if start.state is not None:
         so_far = start.state["so_far"]
-        within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
+        within = f", {counted(so_far['steps'], 'step')} into the next" if so_far is not None else ""
         said += f" after {start.recipe.unit} {start.state['epoch']}{within}"
     return writer, replace(start, messages=(said, *start.messages))
 
