@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 
-from neq_cli.runs.views.live.dashboard import FRAMES_PER_SECOND, STARTING, SteadyLive
+from neq_cli.runs.views.live.dashboard import STARTING, SteadyLive
 from neq_cli.runs.views.live.progress import Mode, can_show_frames
 from neq_cli.runs.views.live.run_view import clock
 
@@ -23,7 +23,8 @@ def starting(mode: Mode = "auto", console: Console | None = None) -> Iterator[No
     if mode in ("plain", "off") or not (mode == "rich" or can_show_frames(console)):
         yield
         return
-    line = SteadyLive(_Line(), console=console, refresh_per_second=FRAMES_PER_SECOND, transient=True)
+    # Once a second: what draws takes its turn with what imports.
+    line = SteadyLive(_Line(), console=console, refresh_per_second=1, transient=True)
     with line:
         line.refresh()
         yield
