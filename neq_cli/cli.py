@@ -13,7 +13,7 @@ from typing import Any
 
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
 from neq_cli import signals
-from neq_cli.complaints import complain, linger, warning_line
+from neq_cli.complaints import columns, complain, linger, warning_line
 from neq_cli.errors import NeqError, Terminated, place_in_code
 
 
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         watch.start()
         code = _run(arguments, watch)
     except Terminated as error:
-        complain(signals.last_words(error.signal, str(error)))
+        from neq_cli.text import to_go_on
+
+        complain(to_go_on(signals.last_words(error.signal, str(error)), error.command, columns()))
         code = signals.exit_code(error.signal)
         linger()
         if for_good:

@@ -35,6 +35,13 @@ def complain(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def columns() -> int | None:
+    """Return how wide the terminal is that these lines go to, None where they go to none."""
+    import shutil  # here, since `neq` imports this module before it has taken over the signals
+
+    return max(shutil.get_terminal_size().columns, 1) if sys.stderr is not None and sys.stderr.isatty() else None
+
+
 def linger() -> None:
     """Stay until other processes have found out why this one ends, where it has joined any."""
     for company in _company:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class NeqError(Exception):
@@ -48,11 +48,12 @@ class TrainingError(NeqError):
 class Terminated(BaseException):
     """A signal ends the program, with what the user should know. No Exception, so that nothing catches it on the way.
 
-    KeyboardInterrupt ends it too, but tells no more than that.
+    ``command`` has the words of a command line that goes on. KeyboardInterrupt ends it too, but tells nothing more.
     """
 
-    def __init__(self, signal: str = "SIGTERM", message: str = "") -> None:
+    def __init__(self, signal: str = "SIGTERM", message: str = "", command: Sequence[str] = ()) -> None:
         self.signal = signal
+        self.command = tuple(command)
         super().__init__(message)
 
 

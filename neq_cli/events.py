@@ -53,7 +53,7 @@ class Preparing:
 
 @dataclass(frozen=True)
 class StepProgress:
-    """Where the current epoch (or observation) stands; sent a few times a second at most, never once per step."""
+    """Where the current epoch (or observation) stands; sent a few times a second or an epoch, never once per step."""
 
     epoch: int  # from 1
     step: int  # steps done in this epoch

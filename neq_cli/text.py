@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
+import textwrap
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 MISSING = "–"
@@ -100,6 +103,44 @@ def _printable_character(character: str) -> str:
 def escaped(text: str) -> str:
     """Return ``text`` with line breaks, escape codes and other unprintable characters spelt out, in one line."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def shell_lines(words: Sequence[str], width: int | None = None) -> list[str]:
+    """Return a command line, in lines of at most ``width`` columns that a shell takes for one; None is one line.
+
+    Broken between words alone, and not behind an option: what is longer, such as a path, is left to the terminal.
+    """
+    parts: list[str] = []
+    for word, before in zip(map(shlex.quote, words), ("", *words), strict=False):
+        if before.startswith("-") and not word.startswith("-"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    lines = parts[:1]
+    for part in parts[1:]:
+        if width is None or len(f"{lines[-1]} {part} \\") <= width:
+            lines[-1] += f" {part}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"  {part}")
+    return lines
+
+
+def to_go_on(said: str, command: Sequence[str], width: int | None) -> str:
+    """Return what is said of a command that was ended, with the ``command`` that goes on, if there is one.
+
+    On a terminal of ``width`` columns that has lines of its own, which can be copied whole; None is for a file.
+    """
+    if not command:
+        return said
+    return f"{said}; to go on:" + (" " if width is None else "\n") + "\n".join(shell_lines(command, width))
+
+
+def folded(text: str, width: int | None) -> list[str]:
+    """Return text in lines of at most ``width`` columns, broken at blanks alone: paths stay whole, to be copied."""
+    if width is None or len(text) <= width:
+        return [text]
+    return textwrap.wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 
 def ratio_percent(part: float, whole: float) -> float:

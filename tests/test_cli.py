@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from neq_cli import __version__
 from neq_cli.cli import main
 from neq_cli.commands.app import app
+from neq_cli.runs.store.run import read_run
 
 VERBS = (
     *("train", "inspect", "compare", "evaluate", "predict", "flops", "bench", "validate", "recipes", "init", "schema"),
@@ -92,6 +93,33 @@ def test_help_ends_with_an_example_that_parses(
 
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     assert command.make_context(verb, words[2:])
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_help_cuts_no_command_s_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    import typer.main
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not [line for line in lines if line != line.rstrip()]
+    text = " ".join(" ".join(lines).split())
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        sentence = " ".join(command.help.split(".")[0].split())
+        assert f" {name} {sentence}." in text
+
+
+def test_usage_has_the_brackets_that_we_give_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, usage in (
+        ("train", "neq train [OPTIONS] RECIPE [KEY=VALUE]..."),
+        ("compare", "neq compare [OPTIONS] RUN_DIR..."),
+        ("init", "neq init [OPTIONS] NAME [DIR]"),
+    ):
+        assert call(verb, "--help") == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"Usage: {usage}"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +384,12 @@ def test_training_off_a_terminal_prints_a_line_per_epoch(trained: tuple[Path, st
     lines = err.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1/2", "2/2"]
     assert lines[0].startswith("digits: resnet8 on digits, neq epsilon=")
-    assert lines[-1].startswith("finished: ")
+    ((said, *why),) = [lines[place:] for place, line in enumerate(lines) if line.startswith("finished")]
+    last = read_run(run).column("test_top1")[-1]
+    assert said == f"finished: 2 epochs, test_top1 {last:.2f}"
+    assert all(line.startswith("nothing saved: ") for line in why)
+    assert str(run) not in err  # which stdout tells, once
+    assert not [line for line in [*lines, *out.splitlines()] if line != line.rstrip()]
     assert json.loads((run / "environment.json").read_text())["argv"][1:3] == ["train", "digits"]
 
 
@@ -495,8 +528,8 @@ def test_a_failure_while_training_is_code_1(capsys: pytest.CaptureFixture[str], 
 @pytest.mark.parametrize(
     ("number", "code", "line"),
     [
-        (signal.SIGINT, 130, "interrupted; saved; the same command with --resume -o run goes on"),
-        (signal.SIGTERM, 143, "ended by SIGTERM; saved; the same command with --resume -o run goes on"),
+        (signal.SIGINT, 130, "interrupted; saved; to go on: {again}"),
+        (signal.SIGTERM, 143, "ended by SIGTERM; saved; to go on: {again}"),
         (signal.SIGKILL, -signal.SIGKILL, None),
     ],
 )
@@ -515,7 +548,8 @@ def test_a_run_that_is_stopped_can_be_read(
     err = process.text
     assert "Traceback" not in err
     if line is not None:
-        assert err.splitlines()[-1] == line
+        again = shlex.join(["train", "digits", *SHORT, "epochs=1000", "--device", "cpu", "--resume", "-o", "run"])
+        assert err.splitlines()[-1] in [line.format(again=f"{neq} {again}") for neq in ("neq", "python -m neq_cli")]
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         assert (status["state"], status["reason"]) == ("interrupted", signal.Signals(number).name)
     assert call("inspect", "run") == 0

@@ -361,11 +361,10 @@ def test_more_epochs_extend_a_finished_run_to_what_a_longer_one_is(
     last = float(rows(run)[-1]["test_top1"])
     for epochs in (2, 3):
         process = train(neq, *PLAIN, f"epochs={epochs}", "-o", run, "--resume")
-        said = (
-            f"finished already: {run}: 4 epochs, test_top1 {last:.2f}, the {epochs} asked for among them; more epochs"
-        )
+        said = f"finished already: 4 epochs, test_top1 {last:.2f}, the {epochs} asked for among them; more epochs"
         assert said in " ".join(process.lines)
         assert process.result.strip() == str(run)
+        assert str(run) not in process.text.replace(process.result, "")  # stdout tells it
     assert "among them" not in train(neq, *PLAIN, "epochs=4", "-o", run, "--resume").text
     assert contents(run) == before
     # Where the longer one was stopped, either may be meant.

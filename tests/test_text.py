@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
 
 import pytest
 
 from neq_cli.text import (
+    folded,
     format_flops,
     format_joules,
     format_metric,
@@ -15,6 +17,7 @@ from neq_cli.text import (
     in_training,
     printable,
     ratio_percent,
+    shell_lines,
 )
 
 
@@ -124,3 +127,35 @@ def test_passes_that_are_not_known_are_a_dash() -> None:
 )
 def test_where_an_observation_stands(step: float | None, passed: float | None, text: str) -> None:
     assert in_training(step, passed) == text
+
+
+PATH = "/a/folder-whose-name-is/longer-than/the-window"
+
+
+@pytest.mark.parametrize("width", [1, 20, 40, 60, 80, 200, None])
+def test_a_command_in_lines_is_one_to_a_shell(width: int | None) -> None:
+    words = ["neq", "train", "it's", "model={name: a}", "policy.epsilon=-1", "--device", "cpu", "--resume", "-o", PATH]
+    lines = shell_lines(words, width)
+    copied = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {chr(10).join(lines)}"], capture_output=True, text=True, check=True
+    )
+    assert copied.stdout.splitlines() == words
+    assert any(f"-o {PATH}" in line for line in lines)
+    if width is None:
+        assert len(lines) == 1
+    else:
+        assert all(len(line) <= width or len(line.split(" ", 2)) <= 3 or "'" in line for line in lines)
+        assert not any(line.endswith("-o \\") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (None, [f"finished: 3 epochs: {PATH}"]),
+        (200, [f"finished: 3 epochs: {PATH}"]),
+        (60, ["finished: 3 epochs:", PATH]),
+        (12, ["finished: 3", "epochs:", PATH]),
+    ],
+)
+def test_lines_are_broken_at_blanks_alone(width: int | None, lines: list[str]) -> None:
+    assert folded(f"finished: 3 epochs: {PATH}", width) == lines

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from neq_cli import __version__
 from neq_cli.commands.bench import bench
@@ -21,6 +22,25 @@ from neq_cli.commands.schema import schema
 from neq_cli.commands.sweep import sweep
 from neq_cli.commands.train import train
 from neq_cli.commands.validate import validate
+
+_ANY_LENGTH = 10_000
+
+
+class Command(TyperCommand):
+    """A command whose sentence stands whole in the list of commands, and whose arguments as we write them in its usage.
+
+    Typer cuts the one where the line ends, and newer ones put brackets of their own around the other.
+    """
+
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """Return the first sentence of its help, of any length: what lists it breaks lines."""
+        return super().get_short_help_str(_ANY_LENGTH)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the command's name in the line of its usage."""
+        arguments = [param.metavar for param in self.params if param.param_type_name == "argument"]
+        return ["[OPTIONS]", *filter(None, arguments)]
+
 
 app = typer.Typer(
     name="neq",
@@ -75,4 +95,4 @@ for command, example in (
     (schema, "neq schema -o neq.schema.json"),
     (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
 ):
-    app.command(epilog=f"Example: {example}")(command)
+    app.command(cls=Command, epilog=f"Example: {example}")(command)

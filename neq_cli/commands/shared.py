@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from neq_cli.recipe.load import LoadedRecipe
     from neq_cli.runs.store.run import Run
+    from neq_cli.runs.views.live.progress import Mode
 
 
 RecipeArgument = Annotated[
@@ -56,11 +57,19 @@ def with_device(overrides: Sequence[str] | None, device: str | None) -> list[str
     return [*(overrides or ()), *([f"device={device}"] if device else ())]
 
 
-def load(reference: str, overrides: Sequence[str] | None, *, warn: bool = True) -> LoadedRecipe:
-    """Return the checked recipe; its warnings go to stderr, unless another process says them."""
-    from neq_cli.jobs.prepare import load as load_checked
+def load(
+    reference: str, overrides: Sequence[str] | None, *, warn: bool = True, progress: Mode = "auto"
+) -> LoadedRecipe:
+    """Return the checked recipe; its warnings go to stderr, unless another process says them.
 
-    return load_checked(reference, overrides or (), warn=warn)
+    Checking imports torch, and a terminal is told so meanwhile where ``progress`` lets it.
+    """
+    from neq_cli.runs.views.live.starting import starting
+
+    with starting(progress if warn else "off"):
+        from neq_cli.jobs.prepare import load as load_checked
+
+        return load_checked(reference, overrides or (), warn=warn)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -73,16 +82,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def show(content: RenderableType, narrowest: int = 80) -> None:
     """Print what rich lays out, ``narrowest`` columns wide at least: in fewer a table would lose columns and digits."""
     from rich.console import Console
+    from rich.segment import SegmentLines
+
+    from neq_cli.runs.views.drawing import text_of, without_blanks
 
     console = Console()
     console.width = max(console.width, narrowest)
+    # Columns are filled up with blanks, which other programs, and who copies from a terminal, are better off without.
+    lines = [without_blanks(line) for line in console.render_lines(content, pad=False)]
     if console.is_terminal:
-        console.print(content)
-        return
-    with console.capture() as captured:
-        console.print(content)
-    # Columns are filled up with blanks, which other programs and files are better off without.
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        console.print(SegmentLines(lines, new_lines=True), soft_wrap=True, end="")
+    else:
+        print("\n".join(map(text_of, lines)))
 
 
 def show_json(content: Any) -> None:

@@ -11,8 +11,9 @@ import typer
 
 from neq_cli.commands.completion import axes as axes_of
 from neq_cli.commands.shared import DeviceOption, RecipeArgument, one_of_several, with_device
-from neq_cli.complaints import complain
+from neq_cli.complaints import columns, complain
 from neq_cli.errors import NeqError
+from neq_cli.text import folded
 
 Mode = Literal["auto", "rich", "plain", "off"]
 
@@ -69,9 +70,8 @@ def sweep(
     from neq_cli.jobs.sweep.run import run_sweep
     from neq_cli.recipe.entrypoints import add_import_folder
     from neq_cli.recipe.load import find_recipe
+    from neq_cli.runs.views.live.starting import starting
     from neq_cli.runs.views.live.sweep_view import choose_sweep_view, plan_lines
-    from neq_cli.training.checks import check_section
-    from neq_cli.training.models.image_defaults import with_image_defaults
 
     if one_of_several():
         raise NeqError("neq sweep: started by torchrun; start it alone, with --jobs for several runs at once")
@@ -87,7 +87,11 @@ def sweep(
     if trials is not None:
         _search(recipe, changes, output, trials, jobs or 1, progress, dry_run)
         return
-    plan = plan_sweep(recipe, changes, output, [check_section], matched_flops, complete=with_image_defaults)
+    with starting(progress):
+        from neq_cli.training.checks import check_section  # which imports torch
+        from neq_cli.training.models.image_defaults import with_image_defaults
+
+        plan = plan_sweep(recipe, changes, output, [check_section], matched_flops, complete=with_image_defaults)
     for warning in plan.warnings:
         complain(f"warning: {warning}")
     if dry_run:
@@ -108,12 +112,15 @@ def _search(
 ) -> None:
     """Search, and print the front."""
     from neq_cli.jobs.sweep.search.run import plan_search, run_search
+    from neq_cli.runs.views.live.starting import starting
     from neq_cli.runs.views.live.sweep_view import choose_sweep_view
     from neq_cli.runs.views.tables.front import front_lines
-    from neq_cli.training.checks import check_section
-    from neq_cli.training.models.image_defaults import with_image_defaults
 
-    plan = plan_search(recipe, changes, output, [check_section], complete=with_image_defaults)
+    with starting(progress):
+        from neq_cli.training.checks import check_section  # which imports torch
+        from neq_cli.training.models.image_defaults import with_image_defaults
+
+        plan = plan_search(recipe, changes, output, [check_section], complete=with_image_defaults)
     for warning in plan.warnings:
         complain(f"warning: {warning}")
     if dry_run:
@@ -137,6 +144,7 @@ def _print(lines: list[str]) -> None:
 
 def _say_where(run_directories: Path, progress: Mode) -> None:
     if progress != "off":
-        complain(f"compare them: neq compare {shlex.quote(str(run_directories))}/*")
+        # A line of its own where it would be broken: it is there to be copied.
+        complain("\n".join(folded(f"compare them: neq compare {shlex.quote(str(run_directories))}/*", columns())))
     if not sys.stdout.isatty():
         print(run_directories)

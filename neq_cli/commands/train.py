@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -47,17 +48,37 @@ def train(
         first = join().first
     elif output is not None and not resume:
         check_available(output)  # before torch is imported, which takes seconds
-    loaded = load(recipe, with_device(overrides, device), warn=first)
+    loaded = load(recipe, with_device(overrides, device), warn=first, progress=progress)
     if dry_run:
         _show_plan(loaded, output or default_run_directory(loaded.name, loaded.recipe.seed, datetime.now()))
         return
     from neq_cli.jobs.train import train as train_into
 
     shown = choose_progress(progress) if first else Silent()
-    loading = time.perf_counter() - began
-    run_directory = train_into(loaded, output, shown, resume=resume, loading=loading)
-    if first and not sys.stdout.isatty():
+    piped = not sys.stdout.isatty()
+    run_directory = train_into(
+        loaded,
+        output,
+        shown,
+        resume=resume,
+        loading=time.perf_counter() - began,
+        command=_command_to_go_on(recipe, overrides, device, progress),
+        path_told=piped,
+    )
+    if first and piped:
         print(run_directory)
+
+
+def _command_to_go_on(recipe: str, overrides: Sequence[str] | None, device: str | None, progress: str) -> list[str]:
+    """Return the words of the command line that goes on with the run whose directory comes behind them.
+
+    None under torchrun, whose own part of the line is not known here.
+    """
+    if one_of_several():
+        return []
+    options = [*(["--device", device] if device else []), *(["--progress", progress] if progress != "auto" else [])]
+    neq = ["python", "-m", "neq_cli"] if Path(sys.argv[0]).name == "__main__.py" else ["neq"]
+    return [*neq, "train", recipe, *(overrides or ()), *options, "--resume", "-o"]
 
 
 def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:

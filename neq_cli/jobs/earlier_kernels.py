@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from neq_cli.errors import RunDirectoryError
 from neq_cli.runs.store.paths import RunFiles, is_hidden, recipe_folder
 from neq_cli.runs.store.untrusted import damaged, read_json
-from neq_cli.text import printable
+from neq_cli.text import counted, printable
 
 if TYPE_CHECKING:
     from neq_cli.freezing.backward.dispatch import KernelChoice
@@ -61,7 +61,8 @@ def earlier_choices(folder: Path, machine: Mapping[str, Any], own: Path | None =
             choices = {**found, **choices}
     if used:
         runs = f"{printable(used[0])}" + (f" and {len(used) - 1} more" if len(used) > 1 else "")
-        said = f"kernels: of earlier runs on this machine, where they timed the same ({len(choices)} kinds; {runs})"
+        kinds = counted(len(choices), "kind")
+        said = f"kernels: of earlier runs on this machine, where they timed the same ({kinds}; {runs})"
         notes.insert(0, said)
     return Earlier(choices, tuple(notes))
 

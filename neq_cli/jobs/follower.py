@@ -70,8 +70,9 @@ def write_beginning(writer: RunWriter, session: Session, directory: Path) -> Non
 class Follower:
     """Follows a session to its end. ``writer`` is None in all but the first of several processes.
 
-    ``past`` are the epochs of earlier calls, and ``best`` is the best score of those, None where there is none. All
-    processes follow together.
+    ``past`` are the epochs of earlier calls, and ``best`` is the best score of those, None where there is none.
+    ``command`` has the words of a command line that, with the run directory behind it, goes on. All processes follow
+    together.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Follower:
         past: Sequence[EpochRecord] = (),
         best: float | None = None,
         tracking: Tracking | None = None,
+        command: Sequence[str] = (),
     ) -> None:
         self.session = session
         self.trainer = session.trainer
@@ -90,6 +92,7 @@ class Follower:
         self.progress = progress
         self.requests = requests
         self.best = best
+        self.command = command
         self.tracking = tracking or Tracking((), None)
         self.saved = time.monotonic()
         self.unit = session.started.unit  # what its records are of
@@ -183,8 +186,11 @@ class Follower:
             self._stop()
 
     def _stop(self) -> None:
-        path = self.writer.path if self.writer is not None else None
-        raise self.requests.error(f"saved; the same command with --resume -o {path} goes on" if path else "")
+        if self.writer is None:
+            raise self.requests.error()
+        if not self.command:
+            raise self.requests.error(f"saved; the same command with --resume -o {self.writer.path} goes on")
+        raise self.requests.error("saved", (*self.command, str(self.writer.path)))
 
     def _save(self, *, best: bool = False) -> None:
         """Write the checkpoints; the last one before becomes the previous one once the next is whole."""

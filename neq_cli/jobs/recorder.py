@@ -21,6 +21,7 @@ from neq_cli.runs.store.disk import writing
 from neq_cli.runs.store.run import past_epochs, read_run
 from neq_cli.runs.store.writer import RunWriter
 from neq_cli.runs.views.live.progress import Mode, Progress, Silent, choose_progress
+from neq_cli.text import counted
 
 if TYPE_CHECKING:
     from neq_cli.freezing import Freezer
@@ -104,8 +105,9 @@ class Recorder:
         if self.writer is None:
             return
         if passed is None or passed.epoch != self._recorded + 1:
+            recorded = counted(self._recorded, "epoch") + (" is" if self._recorded == 1 else " are")
             raise FreezingError(
-                f"Recorder.epoch: {self._recorded} epochs are recorded and the Freezer has seen {self.freezer.epoch}; "
+                f"Recorder.epoch: {recorded} recorded and the Freezer has seen {self.freezer.epoch}; "
                 "call it once after every freezer.step()"
             )
         from neq_cli.training.loop.epoch_record import layer_states, what_trained
@@ -157,11 +159,12 @@ class Recorder:
         environment = environment_of(self.freezer, device_of(self.freezer.model), process_count())
         environment |= self._energy.environment
         epoch = self.freezer.epoch
+        seen = counted(epoch, "epoch")
         if resume:
             writer = self._stack.enter_context(RunWriter.reopen(self.path))
             if writer.is_new and epoch:
                 raise FreezingError(
-                    f"Recorder: {self.path}: nothing is recorded there, and the Freezer has seen {epoch} epochs; give "
+                    f"Recorder: {self.path}: nothing is recorded there, and the Freezer has seen {seen}; give "
                     "the directory that its earlier epochs are in"
                 )
             self._check_energy(epoch)
@@ -171,8 +174,8 @@ class Recorder:
                 writer.rewind(epoch, recipe_yaml if writer.is_new else None, environment)
         elif epoch:
             raise FreezingError(
-                f"Recorder: the Freezer has seen {epoch} epochs that are recorded nowhere; make the Recorder before "
-                "the first step(), or give resume=True and the directory that they are in"
+                f"Recorder: the Freezer has seen {seen} recorded nowhere; make the Recorder before the first step(), "
+                "or give resume=True and the directory of what it has seen"
             )
         else:
             writer = self._stack.enter_context(RunWriter.create(self.path, recipe_yaml, environment))

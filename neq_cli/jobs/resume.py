@@ -15,7 +15,7 @@ from neq_cli.recipe.load import LoadedRecipe
 from neq_cli.runs.store.content import parse_content
 from neq_cli.runs.store.paths import check_resumable
 from neq_cli.runs.store.resumable import ANEW, differences, ended_at_rest, merged, newest_unfinished, stored_recipe
-from neq_cli.runs.store.run import read_run
+from neq_cli.runs.store.run import Run, read_run
 from neq_cli.runs.store.untrusted import damaged, read_json
 from neq_cli.runs.store.writer import RunWriter
 from neq_cli.text import counted, format_metric, printable
@@ -45,7 +45,7 @@ def resumption(loaded: LoadedRecipe, chosen: Path | None, processes: int) -> tup
     writer, start = open_run(loaded, path, processes)
     if start.state is not None:
         so_far = start.state["so_far"]
-        within = f", {so_far['steps']} steps into the next" if so_far is not None else ""
+        within = f", {counted(so_far['steps'], 'step')} into the next" if so_far is not None else ""
         said += f" after {start.recipe.unit} {start.state['epoch']}{within}"
     return writer, replace(start, messages=(said, *start.messages))
 
@@ -193,20 +193,29 @@ def check_held_out(writer: RunWriter, data: Mapping[str, Any]) -> None:
         raise RunDirectoryError(f"data.validation: {what}, so that some would be tested that were trained on; {mend}")
 
 
-def finished_already(writer: RunWriter, start: Start) -> str:
-    """Return the line that tells how far a finished run is trained, and how good it is."""
-    run = read_run(writer.path)
-    scores = run.column(run.metric)
-    last = float(next((score for score in scores[::-1] if score == score), math.nan))  # the last that was measured
+def finished_already(writer: RunWriter, start: Start, *, path_told: bool) -> str:
+    """Return the line that tells how far a finished run is trained, and how good it is.
+
+    ``path_told``: without its directory, which the caller tells.
+    """
     epoch = start.state["passes"] if start.state is not None else 0
-    reached = f"{counted(epoch, 'epoch')}, {printable(run.metric)} {format_metric(last, run.metric)}"
+    said = reached(read_run(writer.path), epoch)
     if epoch > start.recipe.epochs:
-        reached += f", the {start.recipe.epochs} asked for among them"
+        said += f", the {start.recipe.epochs} asked for among them"
     more = "more epochs=..."
     if epoch < start.recipe.epochs:
-        reached += f" of {start.recipe.epochs}, ended by stop_when_frozen={start.recipe.stop_when_frozen}"
+        said += f" of {start.recipe.epochs}, ended by stop_when_frozen={start.recipe.stop_when_frozen}"
         more = "stop_when_frozen=null"
-    return f"finished already: {writer.path}: {reached}; {more} would extend it"
+    place = "" if path_told else f" {writer.path}:"
+    return f"finished already:{place} {said}; {more} would extend it"
+
+
+def reached(run: Run, epochs: int | None = None) -> str:
+    """Return how far a run is trained, and how good it is: "30 epochs, test_top1 98.61"; ``epochs``: of those asked."""
+    scores = run.column(run.metric)
+    last = float(next((score for score in scores[::-1] if score == score), math.nan))  # the last that was measured
+    length = counted(run.epochs, run.unit) if epochs is None else counted(epochs, "epoch")
+    return f"{length}, {printable(run.metric)} {format_metric(last, run.metric)}"
 
 
 def _completed(state: Any) -> Any:

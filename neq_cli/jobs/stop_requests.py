@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -59,9 +59,9 @@ class StopRequests:
             self._raised = True
             signals.end_by(number)
 
-    def error(self, message: str = "") -> Terminated:
-        """Return what ends the run, with what the user should know."""
-        return Terminated(self.received or "SIGTERM", message)
+    def error(self, message: str = "", command: Sequence[str] = ()) -> Terminated:
+        """Return what ends the run, with what the user should know and the command that goes on."""
+        return Terminated(self.received or "SIGTERM", message, command)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

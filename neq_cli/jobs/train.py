@@ -5,22 +5,24 @@ The steps stand in ``train`` in their order; each is told in the function or mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, RunResumed
 from neq_cli.jobs.earlier_kernels import choices_beside
 from neq_cli.jobs.follower import Follower, about, create_directory, write_beginning
 from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
 from neq_cli.jobs.recording import status_of
-from neq_cli.jobs.resume import Start, check_held_out, finished_already, restore, resumption
+from neq_cli.jobs.resume import Start, check_held_out, finished_already, reached, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.load import LoadedRecipe, dump_recipe
+from neq_cli.runs.compare.saving import nothing_saved
 from neq_cli.runs.store.disk import writing
 from neq_cli.runs.store.run import past_epochs, read_run
 from neq_cli.runs.store.writer import ELSEWHERE, RunWriter
@@ -33,14 +35,22 @@ if TYPE_CHECKING:
 
 
 def train(
-    loaded: LoadedRecipe, run_directory: Path | None, progress: Progress, *, resume: bool = False, loading: float = 0.0
+    loaded: LoadedRecipe,
+    run_directory: Path | None,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    loading: float = 0.0,
+    command: Sequence[str] = (),
+    path_told: bool = False,
 ) -> Path:
     """Train ``loaded`` into ``run_directory`` (None: one named after recipe, time and seed) and return that folder.
 
     ``resume`` goes on where an earlier training of it ended, and begins where there was none. ``loading``: how many
-    seconds went by before this. The run's status tells afterwards how it ended. Raises NeqError for what is wrong,
-    Terminated or KeyboardInterrupt where a signal ended it, once what was reached is saved. Of several processes, all
-    call it.
+    seconds went by before this. ``command`` has the words that go on with the run, but for its directory, which comes
+    behind them. ``path_told``: the caller tells the directory, so that the last line need not. The run's status tells
+    afterwards how it ended. Raises NeqError for what is wrong, Terminated or KeyboardInterrupt where a signal ended it,
+    once what was reached is saved. Of several processes, all call it.
     """
     from neq_cli.training.processes.joined import in_company, joined, restarted
 
@@ -52,7 +62,7 @@ def train(
             writer, start = _find_start(loaded, run_directory, processes, stack, resume=resume or restarted())
             if start.finished:
                 if writer is not None:
-                    progress.message(finished_already(writer, start))
+                    progress.message(finished_already(writer, start, path_told=path_told))
                 return Path(processes.shared(writer.path if writer is not None else None))
             if writer is not None:
                 writer.check_writable()
@@ -81,10 +91,25 @@ def train(
         _show_beginning(progress, session, startup, past)
         tracking.show(session.started)
         with compiling_told(session.recipe, progress.show):
-            Follower(session, writer, progress, requests, past, _best(session, past), tracking).follow()
+            Follower(session, writer, progress, requests, past, _best(session, past), tracking, command).follow()
         path = Path(processes.shared(writer.path if writer is not None else None))
-        progress.message(f"finished: {path}")
+        for line in _last_lines(path, path_told=path_told) if writer is not None else ():
+            progress.closing(line)
     return path
+
+
+def _last_lines(path: Path, *, path_told: bool) -> Iterator[str]:
+    """Yield how the run came to its end, and why its freezing saved nothing where it did not."""
+    place = "" if path_told else f": {path}"
+    try:
+        run = read_run(path)
+        said, why = reached(run), nothing_saved(run)
+    except RunDirectoryError:  # changed by somebody else meanwhile; `neq inspect` says how
+        yield f"finished{place}"
+        return
+    yield f"finished: {said}{place}"
+    if why is not None:
+        yield f"nothing saved: {why}"
 
 
 def _find_start(

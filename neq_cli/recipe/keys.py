@@ -32,6 +32,7 @@ from neq_cli.recipe.values import (
     Trackers,
     exactly_one_source,
 )
+from neq_cli.text import counted
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,9 @@ def warnings(recipe: Recipe) -> tuple[str, ...]:
     if recipe.grams_per_kwh is not None and not recipe.energy:
         found.append("grams_per_kwh: does nothing without energy; add energy: true")
     if recipe.scheduler.warmup_epochs > recipe.epochs:
+        warmup = counted(recipe.scheduler.warmup_epochs, "epoch")
         found.append(
-            f"scheduler.warmup_epochs: {recipe.scheduler.warmup_epochs} epochs of warm-up, but the run ends after "
-            f"{recipe.epochs}, before its learning rate is reached"
+            f"scheduler.warmup_epochs: {warmup} of warm-up, but the run ends after {recipe.epochs}, before its "
+            "learning rate is reached"
         )
     return tuple(found)

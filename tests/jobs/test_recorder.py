@@ -277,7 +277,7 @@ def test_a_recorded_recipe_is_not_trained(tmp_path: Path) -> None:
 MISTAKES: dict[str, tuple[Callable[[Recorder, Loop], Any], str]] = {
     "twice": (
         lambda recorder, loop: [recorder.epoch(**loop.train()), recorder.epoch(lr=0.1, train_loss=1.0, test_top1=1.0)],
-        "1 epochs are recorded and the Freezer has seen 1; call it once after every freezer.step",
+        "1 epoch is recorded and the Freezer has seen 1; call it once after every freezer.step",
     ),
     "before the first": (lambda recorder, loop: recorder.epoch(test_top1=1.0), "0 epochs are recorded"),
     "skipped": (lambda recorder, loop: [loop.train(), recorder.epoch(**loop.train())], "the Freezer has seen 2"),
@@ -320,7 +320,7 @@ def test_mistakes_in_a_directory_are_one_line(tmp_path: Path) -> None:
         Recorder(loop.freezer, tmp_path / "run", name="m", metric="a", settings={"net": [1, nn.Linear(1, 1)]})
     assert not (tmp_path / "run").exists()
     record(loop, tmp_path / "run", 2)
-    with pytest.raises(FreezingError, match="has seen 2 epochs that are recorded nowhere; make the Recorder before"):
+    with pytest.raises(FreezingError, match="has seen 2 epochs recorded nowhere; make the Recorder before"):
         Recorder(loop.freezer, tmp_path / "late", name="mine", metric="test_top1")
     with pytest.raises(FreezingError, match="nothing is recorded there, and the Freezer has seen 2 epochs"):
         Recorder(loop.freezer, tmp_path / "elsewhere", name="mine", metric="test_top1", resume=True)

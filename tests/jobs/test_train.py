@@ -340,3 +340,25 @@ def test_a_run_that_probes_or_waits_much_says_so_with_a_mend(
     probing, waiting = (next(note for note in notes if note.startswith(said)) for said in ("probing", "waiting for"))
     assert re.fullmatch(rf"probing took \d+ % of the time so far; {mend}", probing)
     assert re.fullmatch(r"waiting for data took \d+ % .*; raise data.workers \(64 cores here\)", waiting)
+
+
+class Closings(Silent):
+    """Keeps the last lines, and what came before them."""
+
+    def __init__(self) -> None:
+        self.closings: list[str] = []
+
+    def closing(self, text: str) -> None:
+        self.closings.append(text)
+
+
+@pytest.mark.parametrize("path_told", [False, True])
+def test_the_last_lines_say_how_it_ended_and_why_nothing_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path_told: bool
+) -> None:
+    monkeypatch.setattr(running, "nothing_saved", lambda run: f"for a reason of {run.path.name}")
+    shown, path = Closings(), tmp_path / "run"
+    running.train(load(tmp_path, "epochs=1"), path, shown, path_told=path_told)
+    top1 = float(rows(path / "metrics.csv")[-1]["test_top1"])
+    finished = f"finished: 1 epoch, test_top1 {top1:.2f}" + ("" if path_told else f": {path}")
+    assert shown.closings == [finished, "nothing saved: for a reason of run"]

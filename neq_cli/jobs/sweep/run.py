@@ -15,6 +15,7 @@ from neq_cli.runs.store.lock import Lock
 from neq_cli.runs.store.sweep_folder import SweepRecord, open_sweep
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, STOPPED, SweepState, SweptRun
 from neq_cli.runs.views.live.sweep_view import SweepView
+from neq_cli.text import counted
 
 _POLL_SECONDS = 0.1
 _LEAVING_SECONDS = 1.0
@@ -56,10 +57,8 @@ def raise_failures(plan: SweepPlan, state: SweepState) -> None:
     """Raise TrainingError with a line for every run that failed, where one did."""
     failed = [(run.name, [run.reason]) for run in state.runs if run.state == FAILED]
     if failed:
-        lines = folded(failed, len(state.runs))
-        raise TrainingError(
-            "\n".join([*lines, f"{len(failed)} of {len(state.runs)} runs failed; logs in {plan.files.logs}"])
-        )
+        count = f"{len(failed)} of {counted(len(state.runs), 'run')} failed"
+        raise TrainingError("\n".join([*folded(failed, len(state.runs)), f"{count}; logs in {plan.files.logs}"]))
 
 
 class Sweep:

@@ -25,9 +25,10 @@ from neq_cli.runs.compare.configurations import (
 )
 from neq_cli.runs.compare.energy import common_way, energy_notes, is_measured, total_joules
 from neq_cli.runs.compare.goal import Goal, goal, training_flops
+from neq_cli.runs.compare.saving import nothing_saved
 from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
 from neq_cli.runs.store.run import Run, unit_of_runs
-from neq_cli.text import plain_json, printable, ratio_percent
+from neq_cli.text import counted, plain_json, printable, ratio_percent
 
 _MATCHED_P_SPREAD = (
     0.05  # wider than seeds mostly make it: runs folded into one `match` row were matched to different ones
@@ -266,12 +267,14 @@ def _is_unfinished(run: Run) -> bool:
 
 
 def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:
+    yield from _why_nothing_saved(groups)
     for group, row in zip(groups, rows, strict=True):
         twice = [seed for seed, count in Counter(row.seeds).items() if count > 1 and seed is not None]
         if twice:
             yield f"{row.approach}: seed {', '.join(map(str, twice))} more than once; both count, none is paired"
         if row.final.n < len(row.runs):
-            yield f"{row.approach}: {len(row.runs) - row.final.n} of {len(row.runs)} runs never measured {row.metric}"
+            never = f"{len(row.runs) - row.final.n} of {counted(len(row.runs), 'run')}"
+            yield f"{row.approach}: {never} never measured {row.metric}"
         matched = matched_values(group.runs)
         if matched and max(matched) - min(matched) > _MATCHED_P_SPREAD and not matched_to_seeds(group.runs):
             span = f"{min(matched):.3g} to {max(matched):.3g}"
@@ -289,9 +292,21 @@ def _notes(groups: Sequence[_Group], rows: Sequence[Row]) -> Iterator[str]:
         yield f"not every run records what its data hold: make sure that {' and '.join(unknown)} hold the same"
 
 
+def _why_nothing_saved(groups: Sequence[_Group]) -> Iterator[str]:
+    """Yield each reason once, with the configurations whose runs all have it."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        reasons = dict.fromkeys(map(nothing_saved, group.runs))
+        if None not in reasons:
+            for reason in reasons:
+                found.setdefault(str(reason), []).append(group.label)
+    for reason, names in found.items():
+        yield f"{'; '.join(names)}: nothing saved: {reason}"
+
+
 def _test_notes(row: Row, found: Difference) -> Iterator[str]:
     if found.test == "paired" and found.pairs < row.final.n:
-        yield f"{row.approach}: differences are over the {found.pairs} seeds that the baseline has too"
+        yield f"{row.approach}: differences are over the {counted(found.pairs, 'seed')} that the baseline has too"
     if found.p_value is not None and found.test == "unpaired":
         yield f"{row.approach}: too few seeds shared with the baseline, p is of the unpaired test"
     if found.p_value is not None and found.test == "paired" and 2 / 2**found.pairs > _CUSTOMARY_LEVEL:

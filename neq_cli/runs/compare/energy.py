@@ -10,7 +10,7 @@ import numpy as np
 from neq_cli.events import ENERGY_COLUMNS, UNUSED
 from neq_cli.runs.compare.statistics import Summary, summarise
 from neq_cli.runs.store.run import Run
-from neq_cli.text import printable
+from neq_cli.text import counted, printable
 
 _LONGEST = 200
 
@@ -62,7 +62,7 @@ def energy_notes(runs: Sequence[Run]) -> Iterator[str]:
     """Yield what a reader must know before comparing the energy of ``runs``."""
     measured = [run for run in runs if is_measured(run)]
     if measured and len(measured) < len(runs):
-        yield f"energy is not shown: {len(measured)} of {len(runs)} runs measured it"
+        yield f"energy is not shown: {len(measured)} of {counted(len(runs), 'run')} measured it"
     if not measured or len(measured) < len(runs):
         return
     if common_way(runs) is None:
@@ -73,7 +73,7 @@ def energy_notes(runs: Sequence[Run]) -> Iterator[str]:
         yield f"energy is not compared, for it was not measured in one way: {', '.join(told)}"
     partly = sum(math.isnan(total(run)) for run in runs)
     if partly:
-        yield f"energy of {partly} of {len(runs)} runs is not known of every epoch, and left out"
+        yield f"energy of {partly} of {counted(len(runs), 'run')} is not known of every epoch, and left out"
 
 
 def _more(runs: Sequence[Run]) -> str:

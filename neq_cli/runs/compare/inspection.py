@@ -15,6 +15,7 @@ from neq_cli.errors import NeqError, RunDirectoryError, did_you_mean
 from neq_cli.events import ENERGY_COLUMNS
 from neq_cli.runs.compare.configurations import model_and_data, policy_label
 from neq_cli.runs.compare.energy import is_measured, total, ways
+from neq_cli.runs.compare.saving import nothing_saved
 from neq_cli.runs.compare.statistics import mean_known
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.store.tables import LayerRow
@@ -26,7 +27,10 @@ _MOST_NOTES = 200
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One layer after the epoch looked at: ``frozen`` neurons are those the policy froze for the epoch that follows."""
+    """One layer after the epoch looked at: ``frozen`` neurons are those the policy froze for the epoch that follows.
+
+    ``during_indices`` are those that were not updated in the epoch itself.
+    """
 
     name: str
     kind: str
@@ -36,6 +40,9 @@ class LayerInspection:
     velocity_abs_mean: float
     frozen_indices: tuple[int, ...]
     frozen_since: tuple[int, ...]  # for each of them, the first epoch of those in a row in which it was not updated
+    frozen_during: int
+    during_indices: tuple[int, ...]
+    during_since: tuple[int, ...]  # as frozen_since
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class EpochChange:
     frozen: int  # neurons frozen for the epoch that follows
     froze: int  # of these, updated during this epoch
     thawed: int  # not updated during this epoch, updated again in the one that follows
+    frozen_during: int  # neurons not updated during this epoch
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,9 @@ class Inspection:
     step: int | None  # optimiser steps up to ``epoch``, where the run tells them
     passed_epochs: float | None  # passes over the training data up to it
     neurons: int
-    frozen: int
+    frozen: int  # for the epoch that follows, as the policy chose after ``epoch``
+    frozen_during: int  # not updated in ``epoch``
+    is_last: bool  # the run ended with ``epoch``: what was chosen after it was never in force
     frozen_mean_percent: float
     flops_paper: float  # mean per iteration and sample, multiply-adds
     flops_paper_percent: float  # of dense
@@ -89,13 +99,14 @@ class Inspection:
     joules: float | None = None  # of the epochs up to it, NaN where not all are known; None where it was not measured
     co2_grams: float | None = None
     energy: tuple[str, ...] = ()  # how it was measured
+    nothing_saved: str | None = None  # why all was executed up to it, though neurons were frozen; None where not
 
 
 def inspect_run(run: Run, epoch: int | None = None, layer_glob: str | None = None) -> Inspection:
     """Look at a run after ``epoch`` (its last finished one if None), in the layers whose names match ``layer_glob``.
 
-    Frozen means: in the set that the policy chose after that epoch, for the next one. Raises NeqError for an epoch the
-    run does not have and for a glob that no layer matches, RunDirectoryError for damaged files.
+    Two sets: the one in force during that epoch, and the one that the policy chose after it, for the next. Raises
+    NeqError for an epoch the run does not have and a glob that no layer matches, RunDirectoryError for damaged files.
     """
     epoch = run.epochs if epoch is None else epoch
     if not 1 <= epoch <= run.epochs:
@@ -107,12 +118,14 @@ def inspect_run(run: Run, epoch: int | None = None, layer_glob: str | None = Non
     chosen = [row for row in rows if layer_glob is None or fnmatchcase(row.layer, layer_glob)]
     if layer_glob is not None and not chosen:
         raise NeqError(_no_such_layer(run, layer_glob, [row.layer for row in rows]))
-    since, changes = _history(run, epoch, [row.layer for row in chosen])
-    layers = tuple(_layer(row, neurons[row.layer], since[row.layer]) for row in chosen)
+    stood, changes = _history(run, epoch, [row.layer for row in chosen])
+    layers = tuple(_layer(row, neurons[row.layer], *stood[row.layer]) for row in chosen)
     return Inspection(
         **_summary(run, epoch),
         neurons=sum(row.neurons for row in rows),
         frozen=sum(int((~arrays["trainable"]).sum()) for arrays in neurons.values()),
+        frozen_during=sum(int((~arrays["trained"]).sum()) for arrays in neurons.values()),
+        is_last=epoch == run.epochs and run.status.state == "finished",
         layer_glob=layer_glob,
         layers=layers,
         changes=changes,
@@ -137,33 +150,37 @@ def to_json(inspection: Inspection) -> dict[str, Any]:
 
 def _history(
     run: Run, epoch: int, names: Sequence[str]
-) -> tuple[dict[str, NDArray[np.int64]], tuple[EpochChange, ...]]:
-    """Follow the sets from epoch 1: since when each neuron has stood still (0: it is trainable), and the changes."""
-    since: dict[str, NDArray[np.int64]] = {}
+) -> tuple[dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]], tuple[EpochChange, ...]]:
+    """Follow the sets from epoch 1: since when each neuron stands still in ``epoch`` and after it, and the changes.
+
+    The first epoch of those in a row, by layer, [neurons]; 0 where the neuron is updated.
+    """
+    stood: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
     changes = []
     for past in range(1, epoch + 1):
         layers = run.neurons(past, ("trained", "trainable"))
-        frozen = froze = thawed = 0
+        frozen = froze = thawed = during = 0
         for name in names:
             trained, trainable = _sets(run, past, layers, name)
-            before = since.setdefault(name, np.zeros(len(trained), dtype=np.int64))
+            _, before = stood.get(name, (None, np.zeros(len(trained), dtype=np.int64)))
             if len(before) != len(trained):
                 raise RunDirectoryError(
                     f"{_place(run, past)}: {printable(name)} changes its number of neurons; {_MEND}"
                 )
-            since[name] = _since(before, trained, trainable, past)
+            stood[name] = _since(before, trained, trainable, past)
             frozen += int((~trainable).sum())
             froze += int((trained & ~trainable).sum())
             thawed += int((~trained & trainable).sum())
-        changes.append(EpochChange(past, frozen, froze, thawed))
-    return since, tuple(changes)
+            during += int((~trained).sum())
+        changes.append(EpochChange(past, frozen, froze, thawed, during))
+    return stood, tuple(changes)
 
 
 def _since(
     before: NDArray[np.int64], trained: NDArray[np.bool_], trainable: NDArray[np.bool_], epoch: int
-) -> NDArray[np.int64]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     during = np.where(trained, 0, np.where(before > 0, before, epoch))
-    return np.where(trainable, 0, np.where(during > 0, during, epoch + 1))
+    return during, np.where(trainable, 0, np.where(during > 0, during, epoch + 1))
 
 
 def _sets(run: Run, epoch: int, layers: Mapping[str, Arrays], name: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -193,17 +210,20 @@ def _no_such_layer(run: Run, layer_glob: str, names: Sequence[str]) -> str:
     return f"--layer {layer_glob}: matches none of the {len(names)} layers of {printable(run.path)}{hint}"
 
 
-def _layer(row: LayerRow, arrays: Arrays, since: NDArray[np.int64]) -> LayerInspection:
-    indices = np.flatnonzero(~arrays["trainable"])
+def _layer(row: LayerRow, arrays: Arrays, during: NDArray[np.int64], after: NDArray[np.int64]) -> LayerInspection:
+    frozen, still = np.flatnonzero(~arrays["trainable"]), np.flatnonzero(~arrays["trained"])
     return LayerInspection(
         name=row.layer,
         kind=row.kind,
         neurons=row.neurons,
-        frozen=len(indices),
+        frozen=len(frozen),
         phi_mean=mean_known(arrays["phi"].astype(np.float64)),
         velocity_abs_mean=mean_known(np.abs(arrays["velocity"].astype(np.float64))),
-        frozen_indices=tuple(indices.tolist()),
-        frozen_since=tuple(since[indices].tolist()),
+        frozen_indices=tuple(frozen.tolist()),
+        frozen_since=tuple(after[frozen].tolist()),
+        frozen_during=len(still),
+        during_indices=tuple(still.tolist()),
+        during_since=tuple(during[still].tolist()),
     )
 
 
@@ -256,4 +276,5 @@ def _summary(run: Run, epoch: int) -> dict[str, Any]:
         "notes": _notes(run.environment.get("notes")),
         **{column: total(run, column, epoch) for column in ENERGY_COLUMNS if column in run.rows[0]},
         "energy": ways(run) if is_measured(run) else (),
+        "nothing_saved": nothing_saved(run, epoch),
     }

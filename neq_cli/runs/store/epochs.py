@@ -12,7 +12,7 @@ from neq_cli.runs.store.neurons import neurons_file
 from neq_cli.runs.store.paths import RunFiles
 from neq_cli.runs.store.tables import LAYER_COLUMNS, cell, layer_row
 from neq_cli.runs.store.untrusted import damaged
-from neq_cli.text import printable
+from neq_cli.text import counted, printable
 
 
 class EpochFiles:
@@ -37,7 +37,7 @@ class EpochFiles:
             ) from error
         if metrics.rows != [1] * epoch:
             whole = next((number for number, rows in enumerate(metrics.rows) if rows != 1), len(metrics.rows))
-            raise damaged(path, f"whole rows of {whole} epochs, but the checkpoint is of epoch {epoch}")
+            raise damaged(path, f"whole rows of {counted(whole, 'epoch')}, but the checkpoint is of epoch {epoch}")
         path = self.files.layers
         if layers.columns != LAYER_COLUMNS:
             raise damaged(path, f"its columns are not {', '.join(LAYER_COLUMNS)}")

@@ -40,6 +40,14 @@ def fit(line: Line, width: int) -> Line:
     return Segment.adjust_line_length(line, width)
 
 
+def without_blanks(line: Line) -> Line:
+    """The line without the blanks at its end."""
+    kept = list(line)
+    while kept and not kept[-1].text.rstrip(" "):
+        kept.pop()
+    return [*kept[:-1], kept[-1]._replace(text=kept[-1].text.rstrip(" "))] if kept else []
+
+
 def text_of(line: Line) -> str:
     """The line without its styles."""
     return "".join(segment.text for segment in line)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, ReduceLR
 from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.recipe import SchedulerSection
 from neq_cli.recipe.entrypoints import check_kwargs
+from neq_cli.text import counted
 
 _SCHEDULERS: Mapping[str, type[Any]] = {
     name.lower(): kind for name, kind in vars(lr_scheduler).items() if name in lr_scheduler.__all__
@@ -156,7 +157,7 @@ def scheduler_notes(section: SchedulerSection, epochs: int, updates: int = 1) ->
     if not late:
         return ()
     listed = ", ".join(map(str, late))
-    return (f"scheduler.milestones: {listed} not reached in {length} {section.interval}s",)
+    return (f"scheduler.milestones: {listed} not reached in {counted(length, section.interval)}",)
 
 
 def steps_before_last_drop(section: SchedulerSection, epochs: int, updates: int) -> int:

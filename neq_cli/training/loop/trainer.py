@@ -34,6 +34,9 @@ from neq_cli.training.startup import Startup
 
 PROGRESS_SECONDS = 0.25
 """Between two ``StepProgress`` records; reading the loss for one waits for the device."""
+_FEWEST_PROGRESS = 8
+"""Records of an epoch that would be too short for so many: as many, as far as the last one tells how long it is."""
+_LEAST_PROGRESS_SECONDS = 0.02
 
 GO_ON, SAVE, STOP = 0, 1, 2
 """What may be wished for between two steps; of several processes' wishes the largest counts."""
@@ -69,6 +72,7 @@ class Trainer:
         self.batches: Iterator[Any] | None = None  # of the pass that runs
         self.loaded = False
         self.agreement = Agreement(self.processes)
+        self.progress_seconds = PROGRESS_SECONDS
         self.begun_before_drop = 0
         if self.recipe.stop_when_frozen is not None:
             steps = steps_before_last_drop(self.recipe.scheduler, self.course.passes, self.course.updates)
@@ -159,6 +163,8 @@ class Trainer:
         self.epoch = epoch
         self.so_far = None if pass_ends else so_far.next(self.task.new_totals(self.device))
         self.startup.finish()
+        took = so_far.train_seconds / _FEWEST_PROGRESS
+        self.progress_seconds = min(max(took, _LEAST_PROGRESS_SECONDS), PROGRESS_SECONDS)
         yield epoch_record(
             so_far,
             Scores(trained_on, tested_on),
@@ -238,18 +244,18 @@ class Trainer:
             if update:
                 agreed = self.agreement.of(self.wish()) if not ends else self.agreement.finish()
             now = time.perf_counter()
-            if now - shown >= PROGRESS_SECONDS or agreed or ends:
+            if now - shown >= self.progress_seconds or agreed or ends:
                 losses.check()
                 clock.read()
             if agreed or ends:
                 check_weights(self.recipe, self.model, epoch, so_far.steps)
-            if agreed:
-                yield self._pause(so_far, stop=agreed == STOP)
-                clock.start()
-            if now - shown >= PROGRESS_SECONDS:
+            if now - shown >= self.progress_seconds or agreed == STOP:
                 shown = now
                 speed = so_far.images / so_far.train_seconds
                 yield self._progress(so_far, "train", speed, checked_results(self.task, so_far.totals)["loss"])
+            if agreed:
+                yield self._pause(so_far, stop=agreed == STOP)
+                clock.start()
             if ends:
                 break
             batch = self._next_batch(so_far)

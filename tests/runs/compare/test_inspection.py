@@ -34,6 +34,9 @@ def test_layers_after_the_last_epoch(run: Run) -> None:
     # 0 was frozen for epochs 2 and 3, updated in 4 and frozen again for 5; 2 stood still from 2; 3 from 4.
     assert (conv.frozen_indices, conv.frozen_since) == ((0, 2, 3), (5, 2, 4))
     assert (bn.frozen, bn.frozen_indices, bn.frozen_since) == (0, (), ())
+    # In epoch 4 itself: 2 since epoch 2, 3 since 4; of bn1, 1 since 3.
+    assert (conv.frozen_during, conv.during_indices, conv.during_since) == (2, (2, 3), (2, 4))
+    assert (bn.frozen_during, bn.during_indices, bn.during_since) == (1, (1,), (3,))
     # The made-up arrays of epoch 4, conv1: 400..403; phi = 1 - x / 1000, velocity = ± x / 3.
     assert conv.phi_mean == pytest.approx(1 - 401.5 / 1000)
     assert conv.velocity_abs_mean == pytest.approx(401.5 / 3)
@@ -46,12 +49,33 @@ def test_layers_after_an_earlier_epoch(run: Run) -> None:
     assert (conv.frozen_indices, conv.frozen_since) == ((2, 3), (2, 4))
     assert (bn.frozen_indices, bn.frozen_since) == ((1,), (3,))
     assert (inspection.frozen, inspection.neurons) == (3, 9)
+    assert (conv.during_indices, conv.during_since) == ((0, 2), (2, 2))
+    assert (bn.during_indices, inspection.frozen_during) == ((1,), 3)
     assert conv.phi_mean == pytest.approx(1 - 301.5 / 1000)
 
 
 def test_changes_count_what_each_decision_froze_and_thawed(run: Run) -> None:
-    changes = [(change.epoch, change.frozen, change.froze, change.thawed) for change in inspect_run(run).changes]
-    assert changes == [(1, 2, 2, 0), (2, 3, 1, 0), (3, 3, 1, 1), (4, 3, 1, 1)]
+    changes = inspect_run(run).changes
+    assert [(change.epoch, change.frozen, change.froze, change.thawed) for change in changes] == [
+        (1, 2, 2, 0),
+        (2, 3, 1, 0),
+        (3, 3, 1, 1),
+        (4, 3, 1, 1),
+    ]
+    assert [change.frozen_during for change in changes] == [0, 2, 3, 3]
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_frozen_during_is_what_the_metrics_say(run: Run, epoch: int) -> None:
+    inspection = inspect_run(run, epoch=epoch)
+    assert inspection.frozen_during == run.column("frozen")[epoch - 1]
+    assert inspection.frozen_during == sum(len(layer.during_indices) for layer in inspection.layers)
+
+
+def test_only_after_the_end_of_a_finished_run_nothing_follows(run: Run, make_run: Callable[..., Run]) -> None:
+    finished = make_run("finished")
+    assert [inspect_run(finished, epoch=epoch).is_last for epoch in (1, 2, 3)] == [False, False, True]
+    assert not inspect_run(run).is_last  # it is running
 
 
 def test_summary_by_hand(run: Run) -> None:
@@ -119,17 +143,19 @@ def test_json_is_plain_and_has_stable_keys(run: Run, tmp_path: Path) -> None:
     assert " ".join(plain) == (
         "schema path recipe description policy device status status_reason epoch epochs_done epochs_planned "
         "unit step passed_epochs "
-        "neurons frozen frozen_mean_percent flops_paper flops_paper_percent flops_executed flops_executed_percent "
+        "neurons frozen frozen_during is_last frozen_mean_percent "
+        "flops_paper flops_paper_percent flops_executed flops_executed_percent "
         "metric lower_is_better metric_final metric_best metric_best_epoch seconds probe_percent notes layer_glob "
-        "layers changes joules co2_grams energy"
+        "layers changes joules co2_grams energy nothing_saved"
     )
     assert plain["path"] == str(tmp_path / "run")
     assert (plain["unit"], plain["step"], plain["passed_epochs"]) == ("epoch", None, None)
     assert list(plain["layers"][0]) == [
         "name", "kind", "neurons", "frozen", "phi_mean", "velocity_abs_mean", "frozen_indices", "frozen_since",
+        "frozen_during", "during_indices", "during_since",
     ]  # fmt: skip
     assert plain["layers"][0]["frozen_since"] == [5, 2, 4]
-    assert plain["changes"][1] == {"epoch": 2, "frozen": 3, "froze": 1, "thawed": 0}
+    assert plain["changes"][1] == {"epoch": 2, "frozen": 3, "froze": 1, "thawed": 0, "frozen_during": 2}
 
 
 def test_what_was_never_measured_is_null(make_run: Callable[..., Run]) -> None:

@@ -391,9 +391,9 @@ def test_a_table_that_does_not_reach_the_checkpoint_is_refused_and_nothing_is_lo
     refused("metrics.csv", b"".join(lines[:1]), "whole rows of 0 epochs")
     refused("metrics.csv", b"", "whole rows of 0 epochs")
     refused("metrics.csv", None, "whole rows of 0 epochs")
-    refused("metrics.csv", b"".join([*lines[:3], lines[2], *lines[3:]]), "whole rows of 1 epochs")  # 2 stands twice
-    refused("metrics.csv", b"".join([*lines[:2], *lines[3:]]), "whole rows of 1 epochs")
-    refused("metrics.csv", metrics.replace(b"\n2,", b"\n2,9,"), "whole rows of 1 epochs")
+    refused("metrics.csv", b"".join([*lines[:3], lines[2], *lines[3:]]), "whole rows of 1 epoch")  # 2 stands twice
+    refused("metrics.csv", b"".join([*lines[:2], *lines[3:]]), "whole rows of 1 epoch")
+    refused("metrics.csv", metrics.replace(b"\n2,", b"\n2,9,"), "whole rows of 1 epoch")
     refused("metrics.csv", b"a,b\n" + metrics, "whole rows of 0 epochs")
     refused("layers.csv", layers[:-1], "its rows of epochs 1 to 4 are not all there")
     refused("layers.csv", layers.replace(b"\n2,bn1", b"\nx,bn1"), "its rows of epochs 1 to 4 are not all there")

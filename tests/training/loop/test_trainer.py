@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,10 +17,10 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from neq_cli.errors import TrainingError
-from neq_cli.events import EpochRecord
+from neq_cli.events import EpochRecord, Pause, StepProgress
 from neq_cli.recipe import Recipe
 from neq_cli.training.loop.tasks import Classification
-from neq_cli.training.loop.trainer import Trainer
+from neq_cli.training.loop.trainer import GO_ON, STOP, Trainer
 from neq_cli.training.session import prepare
 
 
@@ -291,6 +292,43 @@ def test_a_loss_that_only_the_test_set_makes_infinite_is_a_measurement() -> None
     trainer = make_trainer(optimizer={"name": "sgd", "lr": 1e38}, batch_size=32)
     (record,) = epochs_of(trainer)  # one step: the training loss was taken before it
     assert not torch.isfinite(torch.tensor(float(record.metrics["test_loss"])))
+
+
+def slowed(trainer: Trainer, seconds: float) -> Trainer:
+    """A trainer whose steps take so long."""
+    train = trainer.step.train
+
+    def slow(*given: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return train(*given, **options)
+
+    trainer.step.train = slow  # type: ignore[method-assign]
+    return trainer
+
+
+def test_an_epoch_shorter_than_what_lies_between_two_reports_tells_how_far_it_is_all_the_same() -> None:
+    # 32 steps of 5 ms at least. How long an epoch is, the first one tells.
+    records = list(slowed(make_trainer(epochs=3, batch_size=1), 0.005).run())
+    within = {2: set(), 3: set()}  # type: dict[int, set[int]]
+    for record in records:
+        if isinstance(record, StepProgress) and record.phase == "train" and 0 < record.step < 32 and record.epoch > 1:
+            within[record.epoch].add(record.step)
+            assert record.images_per_second > 0
+    assert all(3 <= len(steps) <= 16 for steps in within.values()), within
+
+
+def test_where_it_stops_is_told_before_it_is_saved() -> None:
+    trainer = make_trainer(epochs=3)
+    trainer.wish = lambda: STOP if trainer.updates == 2 else GO_ON
+    records = []
+    for record in trainer.run():
+        records.append(record)
+        if isinstance(record, Pause):
+            break
+    told, pause = records[-2:]
+    assert isinstance(told, StepProgress)
+    assert isinstance(pause, Pause)
+    assert (told.epoch, told.step, told.steps) == (pause.epoch, pause.step, 4) == (1, 2, 4)
 
 
 def test_epochs_between_tests_have_no_test_metrics() -> None:

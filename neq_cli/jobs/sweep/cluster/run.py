@@ -24,7 +24,7 @@ from neq_cli.runs.store.sweep_jobs import SweepJobs, read_jobs, write_jobs
 from neq_cli.runs.store.untrusted import read_json
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, PENDING, RUNNING, SweepState, SweptRun
 from neq_cli.runs.views.live.sweep_view import SweepView
-from neq_cli.text import printable
+from neq_cli.text import counted, printable
 
 SLURM = "slurm"
 _POLL_SECONDS = 0.5
@@ -223,12 +223,13 @@ class _Submitted:
             cancel = f"scancel {_arrays(self.jobs)} ends {end}"
             said.append(f"{_jobs(self.jobs)} {go} on; the same command shows {end} again, {cancel}")
         if self.waiting:
-            said.append(f"{len(self.waiting)} runs wait for others, which the same command submits then")
+            wait = f"{counted(len(self.waiting), 'run')} wait{'s' if len(self.waiting) == 1 else ''}"
+            said.append(f"{wait} for others, which the same command submits then")
         return "; ".join(said)
 
 
 def _jobs(jobs: Mapping[str, SubmittedJob]) -> str:
-    return f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}"
+    return counted(len(jobs), "job")
 
 
 def _arrays(jobs: Mapping[str, SubmittedJob]) -> str:

@@ -28,7 +28,7 @@ from neq_cli.runs.store.untrusted import read_json
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, SweepState, SweptRun
 from neq_cli.runs.views.live.sweep_view import SweepView
 from neq_cli.runs.views.tables.front import FrontRow
-from neq_cli.text import MISSING
+from neq_cli.text import MISSING, counted
 
 Show = Callable[[list[FrontRow], int], None]
 
@@ -48,7 +48,7 @@ class SearchPlan:
 
     def lines(self, trials: int) -> list[str]:
         """Say what would be searched."""
-        return [f"{trials} trials of {self.name}", *(f"{one.key}  {one}" for one in self.space.dimensions)]
+        return [f"{counted(trials, 'trial')} of {self.name}", *(f"{one.key}  {one}" for one in self.space.dimensions)]
 
 
 def plan_search(

@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import RLock
 from types import TracebackType
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.control import Control
 from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
+from neq_cli import signals
+from neq_cli.errors import Terminated
 from neq_cli.events import EpochRecord, Preparing, Record, RunStarted
-from neq_cli.runs.views.drawing import text_of
+from neq_cli.runs.views.drawing import Line, text_of, without_blanks
 from neq_cli.runs.views.live.frame import Painter
 from neq_cli.runs.views.live.run_view import RunView
 from neq_cli.runs.views.live.run_view import clock as time_text
-from neq_cli.text import printable
+from neq_cli.text import folded, printable, to_go_on
 
 FRAMES_PER_SECOND = 4
 STARTING = "starting"
+LOWEST_LAST = 4  # rows of a last frame, whatever is to come below it
 
 
 class Dashboard:
@@ -36,6 +40,8 @@ class Dashboard:
         self._preparing_since = clock()
         self._clock = clock
         self._painter = Painter()
+        self._closing: list[str] = []
+        self._below = 0  # rows that the last lines take, and the shell's prompt
         self._lock = RLock()  # records come from the training thread, frames are drawn in another
         self._live = SteadyLive(
             self,
@@ -57,10 +63,14 @@ class Dashboard:
     ) -> None:
         with self._lock:
             if self.view is not None:
-                self.view.ended = self._clock()
+                self.view.ended, self.view.completed = self._clock(), bool(self._closing)
+            self._below = 1 + rows_of([*self._closing, *said_last(error, self.console.width)], self.console.width)
             self._live.transient = self.view is None  # there is nothing worth a last frame
         self._live.stop()
         _on_screen.remove(self)
+        closing, self._closing = self._closing, []
+        for text in closing:
+            self.message(text)
 
     def show(self, record: Record) -> None:
         """Take in a record; the next frame shows it."""
@@ -83,20 +93,21 @@ class Dashboard:
         with self._lock:
             if self.view is not None:
                 self.view.message = lines[-1]
-        self.console.print(Text("\n".join(lines)))
+        print_whole(self.console, lines)
+
+    def closing(self, text: str) -> None:
+        """Keep a line to be printed below the last frame, which is then that of a run that has come to its end."""
+        self._closing.append(text)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
             if self.view is None:
                 yield Segment(self._starting()[: options.max_width])
                 return
-            # The last frame leaves a line for the shell's prompt, which would push its head off the screen.
-            height = options.size.height - (self.view.ended is not None)
+            # What comes below the last frame would push its head off the screen.
+            height = max(options.size.height - self._below, LOWEST_LAST)
             lines = self._painter.frame(self.view, options.max_width, height, self._clock())
-        for index, line in enumerate(lines):
-            if index:
-                yield Segment.line()
-            yield from line
+        yield from segments_of(lines)
 
     def _starting(self) -> str:
         if self._preparing is None:
@@ -104,8 +115,39 @@ class Dashboard:
         return f"{STARTING}: {self._preparing.text}, {time_text(self._clock() - self._preparing_since)}"
 
 
+def segments_of(lines: Sequence[Line]) -> Iterator[Segment]:
+    """Yield a frame without the blanks that fill up its lines: whoever copies from the screen is better off so."""
+    for index, line in enumerate(lines):
+        if index:
+            yield Segment.line()
+        # A last line of nothing would be none to rich, and the frame a line lower.
+        yield from without_blanks(line) or ([Segment(" ")] if index == len(lines) - 1 else [])
+
+
+def print_whole(console: Console, lines: Iterable[str]) -> None:
+    """Print lines, broken between words where they are too long: within a path, the terminal breaks what it must."""
+    console.print(Text("\n".join(part for line in lines for part in folded(line, console.width))), soft_wrap=True)
+
+
+def rows_of(texts: Iterable[str], width: int) -> int:
+    """Return how many rows of a terminal these texts take."""
+    parts = [part for text in texts for line in text.splitlines() for part in folded(line, width)]
+    return sum(max(-(-cell_len(part) // max(width, 1)), 1) for part in parts)
+
+
+def said_last(error: BaseException | None, width: int) -> list[str]:
+    """Return what the command line says when ``error`` has ended the command."""
+    if isinstance(error, Terminated):
+        return [to_go_on(signals.last_words(error.signal, str(error)), error.command, width)]
+    return [] if error is None else [str(error) or type(error).__name__]
+
+
 class SteadyLive(Live):
-    """A Live that survives a resized window and, where the terminal can, shows each frame whole."""
+    """A Live that survives a resized window and, where the terminal can, shows each frame whole.
+
+    Between frames the cursor stands at the beginning of the last line: what a terminal echoes, as ^C, would behind its
+    end begin a new line, and push the frame's head off the screen.
+    """
 
     _size: ConsoleDimensions | None = None
 
@@ -117,7 +159,7 @@ class SteadyLive(Live):
         if size is not None and size != self._size:
             # The terminal has wrapped or moved the old frame, so its lines can't be counted back: start on a clear one.
             drawn = [Control.home(), Control.clear(), *drawn]
-        return [_Raw("\x1b[?2026h"), *drawn, _Raw("\x1b[?2026l")]
+        return [_Raw("\x1b[?2026h"), *drawn, _Raw("\r\x1b[?2026l")]
 
 
 class _Raw:

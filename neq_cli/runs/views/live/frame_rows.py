@@ -26,7 +26,16 @@ from neq_cli.runs.views.drawing import (
 )
 from neq_cli.runs.views.live.layers import format_velocity
 from neq_cli.runs.views.live.run_view import VELOCITY_DECADES, RunView, clock
-from neq_cli.text import MISSING, format_flops, format_joules, format_metric, format_percent, in_training, printable
+from neq_cli.text import (
+    MISSING,
+    counted,
+    format_flops,
+    format_joules,
+    format_metric,
+    format_percent,
+    in_training,
+    printable,
+)
 
 METRIC_NAMES = {"test_top1": "test top-1", "test_miou": "test mIoU"}
 LOWEST, HIGHEST = (f"1e{VELOCITY_DECADES[0]}", f"{10.0 ** VELOCITY_DECADES[1]:.0f}")
@@ -68,7 +77,7 @@ def identity_line(view: RunView, width: int) -> Line:
 
 def policy_line(view: RunView, width: int) -> Line:
     """The policy on the left, the model's size on the right."""
-    size = f"{view.total.neurons} neurons, {len(view.layers)} layers"
+    size = f"{counted(view.total.neurons, 'neuron')}, {counted(len(view.layers), 'layer')}"
     policy = shorten(f"policy: {printable(view.started.policy)}", width)
     return ends([span(policy)], [span(size, QUIET)], width)
 
@@ -81,7 +90,7 @@ def progress_lines(view: RunView, width: int, now: float) -> list[Line]:
     # Steps of test and probe are not an epoch's: for the run's bar they count as its last tenth.
     within = 0.9 * step / max(steps, 1) if phase == "train" else 0.9
     run_share = min((view.epoch - 1 + within) / max(epochs, 1), 1.0)
-    labels = [f"{unit} {min(view.epoch, epochs)}/{epochs}", f"{phase} {step}/{steps}"]
+    labels = [f"{unit} {view.epochs_done if view.finished else view.epoch}/{epochs}", f"{phase} {step}/{steps}"]
     shares = [run_share, step / max(steps, 1)]
     if view.preparing is not None:
         done, total = view.preparing.done, view.preparing.total
@@ -99,8 +108,10 @@ def progress_lines(view: RunView, width: int, now: float) -> list[Line]:
 
 def _progress_tails(view: RunView, width: int, now: float) -> tuple[str, str]:
     position = view.position
+    # At the start of an epoch, and while it is tested and probed, the last one's.
+    now_known = position is not None and math.isfinite(position.images_per_second)
     speed = format_speed(
-        position.images_per_second if position else view.last("images_per_second"), view.started.counted
+        position.images_per_second if position and now_known else view.last("images_per_second"), view.started.counted
     )
     known = position is not None and math.isfinite(position.train_loss)
     loss = f"loss {format_loss(position.train_loss)}  " if position and known and width >= 70 else ""
@@ -186,7 +197,8 @@ def frozen_row(view: RunView) -> StatRow:
     shares = [100 * frozen / neurons if neurons else math.nan for frozen, neurons in counts]
     if not shares:
         return StatRow("frozen", MISSING, (), ("",))
-    tails = (f"{view.last('frozen'):.0f} of {view.last('neurons'):.0f}", "")
+    counts_then = f"{view.last('frozen'):.0f} of {view.last('neurons'):.0f}"
+    tails = (f"{counts_then} in {view.started.unit} {view.epochs_done}", counts_then, "")
     return StatRow("frozen", format_percent(shares[-1]), shares, tails, low=0.0, high=100.0)
 
 
@@ -222,9 +234,11 @@ def _velocity_axis(view: RunView, width: int) -> Line:
 
 
 def frozen_rule(view: RunView, width: int) -> Line:
-    """Which epoch the frozen neurons below are those of, and what changed with it."""
+    """Which epoch the frozen neurons below are those of, also where it is not trained, and what changed with it."""
     unit = view.started.unit
-    title = f"frozen in {unit} {view.epoch}" if not view.finished else f"frozen after {unit} {view.epochs_done}"
+    title = f"frozen in {unit} {view.epoch}"
+    if view.finished:
+        title = f"would freeze next, in {unit} {view.epochs_done + 1}"
     changes = f"{view.froze} froze, {view.thawed} thawed" if view.epochs_done else ""
     return rule(title, changes, width)
 
@@ -233,7 +247,8 @@ def total_line(view: RunView, width: int) -> Line:
     """Frozen neurons of all layers together."""
     total = view.total
     share = total.frozen / total.neurons if total.neurons else 0.0
-    label = f"all {len(view.layers)} layers".ljust(14) if width >= 36 else "all"
+    layers = counted(len(view.layers), "layer")
+    label = (f"all {layers}" if len(view.layers) != 1 else layers).ljust(14) if width >= 36 else "all"
     if not view.frozen_known:
         return bar_line(label, 0.0, f"{MISSING}/{total.neurons} ", width, FROZEN)
     tail = f"{total.frozen}/{total.neurons} {format_percent(100 * share):>6}"

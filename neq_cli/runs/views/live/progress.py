@@ -28,7 +28,10 @@ _PREPARING_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """Takes records between ``__enter__`` and ``__exit__``; ``message`` logs a line without breaking the display."""
+    """Takes records between ``__enter__`` and ``__exit__``; ``message`` logs a line without breaking the display.
+
+    What ``closing`` is given stands below all else when the display has ended.
+    """
 
     def __enter__(self) -> Progress: ...
 
@@ -41,6 +44,9 @@ class Progress(Protocol):
 
     def message(self, text: str) -> None:
         """Log a line, at once and for good."""
+
+    def closing(self, text: str) -> None:
+        """Take one of the last lines, once nothing more is shown."""
 
 
 class CompilingLines:
@@ -137,6 +143,10 @@ class PlainProgress:
         except BrokenPipeError:  # whoever read along has gone; the training has not
             self._file = io.StringIO()
 
+    def closing(self, text: str) -> None:
+        """Print it: nothing is below."""
+        self.message(text)
+
 
 class Silent:
     """Shows nothing."""
@@ -153,6 +163,9 @@ class Silent:
         """Take in a record and do nothing."""
 
     def message(self, text: str) -> None:
+        """Take in a text and do nothing."""
+
+    def closing(self, text: str) -> None:
         """Take in a text and do nothing."""
 
 
@@ -183,12 +196,12 @@ def can_show_frames(console: Console) -> bool:
 
 def started_line(started: RunStarted) -> str:
     """The run in one line."""
-    steps = f" of {started.steps_per_epoch} steps" if started.steps_per_epoch else ""
-    length = f"{started.epochs} epochs{steps}"
+    steps = f" of {counted(started.steps_per_epoch, 'step')}" if started.steps_per_epoch else ""
+    length = f"{counted(started.epochs, 'epoch')}{steps}"
     if started.unit == OBSERVATION:
         every = f", one every {counted(started.steps_per_epoch, 'step')}" if started.steps_per_epoch else ""
         length = counted(started.epochs, started.unit) + every
-    size = f"{sum(started.layers.values())} neurons in {len(started.layers)} layers"
+    size = f"{counted(sum(started.layers.values()), 'neuron')} in {counted(len(started.layers), 'layer')}"
     return f"{started.recipe_name}: {started.description}, {started.policy}, {started.device}, {length}, {size}"
 
 

@@ -52,6 +52,7 @@ class RunView:
         self.preparing: Preparing | None = None  # since the last step
         self.began = now
         self.ended: float | None = None  # when the last frame was due
+        self.completed = False  # nothing is left to train, though epochs may be
         self.pace = Pace(now)
 
     def show(self, record: RunResumed | Preparing | StepProgress | EpochRecord | Compiling, now: float) -> None:
@@ -105,8 +106,8 @@ class RunView:
 
     @property
     def finished(self) -> bool:
-        """Whether the last epoch is over."""
-        return self.epochs_done >= self.started.epochs
+        """Whether the last epoch is over, or the run came to its end before."""
+        return self.completed or self.epochs_done >= self.started.epochs
 
     @property
     def total(self) -> LayerCounts:

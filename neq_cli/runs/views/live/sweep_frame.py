@@ -11,7 +11,7 @@ from rich.style import Style
 from neq_cli.runs.views.drawing import DONE, QUIET, STRONG, Line, bar, bar_line, ends, fit, line_width, shorten, span
 from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, PENDING, RUNNING, STOPPED, SweepState, SweptRun
-from neq_cli.text import MISSING, format_metric, format_percent, printable
+from neq_cli.text import MISSING, counted, format_metric, format_percent, printable
 
 _WRONG = Style(color="red")
 _STYLES = {RUNNING: STRONG, FAILED: _WRONG, STOPPED: _WRONG, FINISHED: DONE, PENDING: QUIET}
@@ -46,7 +46,7 @@ def _identity(state: SweepState, width: int) -> Line:
 
 
 def _progress(state: SweepState, width: int, now: float) -> Line:
-    done = f"{state.count(FINISHED)}/{len(state.runs)} runs"
+    done = f"{state.count(FINISHED)}/{counted(len(state.runs), 'run')}"
     failed = state.count(FAILED)
     label = f"{done}, {failed} failed" if failed else done
     elapsed = clock((state.ended if state.ended is not None else now) - state.began)

@@ -9,17 +9,16 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.segment import Segment
-from rich.text import Text
 
-from neq_cli.runs.views.live.dashboard import SteadyLive
+from neq_cli.runs.views.live.dashboard import LOWEST_LAST, SteadyLive, print_whole, rows_of, said_last, segments_of
 from neq_cli.runs.views.live.progress import Mode, can_show_frames
 from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_frame import sweep_frame
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, PENDING, RUNNING, SweepState, SweptRun
-from neq_cli.text import format_metric, format_passes, format_percent, printable
+from neq_cli.text import counted, format_metric, format_passes, format_percent, printable
 
 SECONDS_PER_FRAME = 0.25
+_ENDING_ROWS = 2
 
 
 class SweepView(Protocol):
@@ -98,6 +97,7 @@ class SweepOverview:
         self.console = console
         self._state: SweepState | None = None
         self._now = self._drawn = -math.inf
+        self._below = 0  # rows that come below the last frame, with the shell's prompt
         # Drawn by whoever calls show, so that no thread is running while processes are started.
         self._live = SteadyLive(
             self,
@@ -113,6 +113,9 @@ class SweepOverview:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        width = self.console.width
+        # The command line ends with where the runs are, and how to compare them.
+        self._below = 1 + (rows_of(said_last(error, width), width) if error is not None else _ENDING_ROWS)
         self._live.stop()
 
     def begin(self, state: SweepState) -> None:
@@ -137,18 +140,14 @@ class SweepOverview:
         lines = [printable(line) for line in text.splitlines()] or [""]
         if self._state is not None:
             self._state.message = lines[-1]
-        self.console.print(Text("\n".join(lines)))
+        print_whole(self.console, lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._state is None:
             return
-        # The last frame leaves a line for the shell's prompt, which would push its head off the screen.
-        height = options.size.height - (self._state.ended is not None)
-        lines = sweep_frame(self._state, options.max_width, height, self._now)
-        for index, line in enumerate(lines):
-            if index:
-                yield Segment.line()
-            yield from line
+        # What comes below the last frame would push its head off the screen.
+        height = max(options.size.height - self._below, LOWEST_LAST)
+        yield from segments_of(sweep_frame(self._state, options.max_width, height, self._now))
 
 
 def choose_sweep_view(mode: Mode, console: Console | None = None) -> SweepView:
@@ -164,7 +163,8 @@ def choose_sweep_view(mode: Mode, console: Console | None = None) -> SweepView:
 def begin_line(state: SweepState) -> str:
     """The sweep in one line."""
     finished = f", {state.skipped} finished already" if state.skipped else ""
-    return f"sweep of {state.title}: {len(state.runs)} runs{finished}, {state.jobs} at once, in {state.folder}"
+    runs = counted(len(state.runs), "run")
+    return f"sweep of {state.title}: {runs}{finished}, {state.jobs} at once, in {state.folder}"
 
 
 def run_line(run: SweptRun, state: SweepState, now: float) -> str:
@@ -190,7 +190,7 @@ def plan_lines(runs: Sequence[SweptRun]) -> list[str]:
     width = max((len(run.name) for run in runs), default=0)
     lines = []
     for run in runs:
-        what = f"to train, {run.epochs} epochs"
+        what = f"to train, {counted(run.epochs, 'epoch')}"
         if run.state == FINISHED:
             what = "finished"
         elif run.passed_epochs:

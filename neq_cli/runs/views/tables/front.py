@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from neq_cli.text import format_flops, format_metric, printable
+from neq_cli.text import counted, format_flops, format_metric, printable
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,6 @@ def front_lines(rows: Sequence[FrontRow], keys: Sequence[str], finished: int) ->
     ]
     table = [[printable(cell) for cell in line] for line in (head, *cells)]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-    title = f"{len(rows)} of {finished} runs are on the front of {metric} ({better} is better) against executed FLOPs"
+    count = f"{len(rows)} of {counted(finished, 'run')}"
+    title = f"{count} on the front of {metric} ({better} is better) against executed FLOPs"
     return [title, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)]

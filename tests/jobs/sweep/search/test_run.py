@@ -69,7 +69,7 @@ def test_it_trains_so_many_trials_within_the_ranges_and_prints_their_front(strai
         if not any(other != (cost, metric) and other[0] <= cost and other[1] >= metric for other in points.values())
     ]
     title, head, *table, place = process.result.splitlines()
-    assert title == f"{len(best)} of 4 runs are on the front of top1 (higher is better) against executed FLOPs"
+    assert title == f"{len(best)} of 4 runs on the front of top1 (higher is better) against executed FLOPs"
     assert head.split() == ["run", "policy.epsilon", "policy.mu", "optimizer.momentum", "top1", "executed", "FLOPs"]
     assert [row.split()[0] for row in table] == sorted(best, key=lambda name: points[name][0])
     for row in table:
@@ -108,7 +108,7 @@ def test_a_killed_run_is_retried_and_one_that_failed_by_itself_is_not(sweep: Sta
     axes = ("policy.epsilon=1e-3..10", "epochs=1", "--sampler", "optuna", "--trials", 2, "-o", "here", "--jobs", 2)
     process = sweep(*axes, first=kill)
     assert done(process, code=1)[-2] == "trial-0001: killed by SIGKILL; the next call goes on with it"
-    assert process.result.startswith("1 of 1 runs are on the front of top1 ")
+    assert process.result.startswith("1 of 1 run on the front of top1 ")
     runs = folder / "here" / "runs"
     before = (runs / "trial-0001" / "recipe.yaml").read_text()
     lines = done(sweep(*axes))
@@ -119,10 +119,10 @@ def test_a_killed_run_is_retried_and_one_that_failed_by_itself_is_not(sweep: Sta
     axes = ("optimizer.lr=1e29..1e30", "epochs=1", "--sampler", "optuna", "--trials", 1, "-o", "fails")
     process = sweep(*axes)
     lines = done(process, code=1)
-    assert lines[-1] == "1 of 1 runs failed; logs in fails/logs"
+    assert lines[-1] == "1 of 1 run failed; logs in fails/logs"
     assert process.result == ""
     assert done(sweep(*axes), code=1)[1:] == [
-        "trial-0000: failed in an earlier call", "1 of 1 runs failed; logs in fails/logs",
+        "trial-0000: failed in an earlier call", "1 of 1 run failed; logs in fails/logs",
     ]  # fmt: skip
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from neq_cli.errors import Terminated
 from neq_cli.events import (
     Compiling,
     EpochRecord,
@@ -32,6 +35,8 @@ from neq_cli.runs.views.drawing import text_of
 from neq_cli.runs.views.live.dashboard import Dashboard, render_frame
 from neq_cli.runs.views.live.frame import Painter
 from neq_cli.runs.views.live.run_view import RunView
+from neq_cli.signals import last_words
+from neq_cli.text import to_go_on
 
 DENSE = 138_940_000.0
 SMALL = [
@@ -295,6 +300,12 @@ def test_progress_speed_and_time_left() -> None:
     assert abs((bar[0].count("━") + bar[0].count("╸") / 2) / len(bar[0]) - 0.2) < 0.5 / len(bar[0]) + 1e-9
 
 
+def test_until_an_epoch_s_speed_is_known_the_last_one_s_stands() -> None:
+    begins = StepProgress(13, 0, 500, "train", math.nan, math.nan)
+    frame = render_frame(80, 24, [*records(SMALL, 12)[:-1], begins])
+    assert " 1000 img/s " in line_with(frame, "train 0/500")
+
+
 def test_before_the_first_epoch_ended_time_left_goes_by_its_steps() -> None:
     frame = render_frame(80, 24, records(SMALL, 0), elapsed=4.0)
     assert line_with(frame, "epoch 1/250").endswith("0:04 gone  1:23:16 left")  # 16 s and 249 x 20 s
@@ -320,8 +331,9 @@ def test_a_resumed_run_whose_files_are_damaged_does_not_claim_that_nothing_is_fr
 
 def test_the_last_epoch_s_choice_is_labelled_as_such() -> None:
     frame = render_frame(80, 24, records(SMALL, 6, of=6))
-    assert "─ frozen after epoch 6 ─" in frame
+    assert "─ would freeze next, in epoch 7 ─" in frame
     assert "frozen in epoch 7" not in frame
+    assert re.search(r" \d+ of 390 in epoch 6$", line_with(render_frame(120, 40, records(SMALL, 6, of=6)), "frozen "))
     assert "finished in 2:00" in line_with(frame, "epoch 6/6")
 
 
@@ -440,6 +452,75 @@ def test_the_screen_shows_the_frame_through_records_messages_and_resizing() -> N
     assert screen.text()[0].startswith(" tiny  a net on data")
     assert screen.text()[-1] == ""
     assert "stopped after 0:00" in screen.text()[2]
+
+
+def test_what_a_terminal_echoes_does_not_move_the_frame() -> None:
+    terminal, screen = Terminal(80, 24), Screen(80, 24)
+    with terminal.dashboard as dashboard:
+        show_all(dashboard, records(SMALL, 3))
+        for _ in range(2):
+            dashboard._live.refresh()
+            screen.feed(terminal.written())
+            assert screen.text() == expected(dashboard, 80, 24)
+            screen.feed("^C")  # at the end of a line that fills the width, it would begin a new one
+
+
+LONG = "runs/a-folder-with-a-long-name/20261129-040622-s1"
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (60, 20)])
+def test_after_ctrl_c_the_title_stays_and_the_line_to_go_on_with_is_whole(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("neq", "train", "recipes/digits.yaml", "model={name: a b}", "epochs=60", "--resume", "-o", LONG)
+    terminal, screen = Terminal(width, height), Screen(width, height)
+    ends = Terminated("SIGINT", "saved", command)
+    with contextlib.suppress(Terminated), terminal.dashboard as dashboard:
+        show_all(dashboard, records(SMALL, 5))
+        dashboard._live.refresh()
+        raise ends
+    screen.feed(terminal.written())
+    # What the command line prints then, and a prompt.
+    said = to_go_on(last_words(ends.signal, str(ends)), ends.command, width)
+    screen.feed(f"{said}\n$ ")
+    lines = screen.text()
+    assert lines[0].startswith(" tiny")
+    assert lines[-1] == "$"
+    start = lines.index("interrupted; saved; to go on:")
+    copied = "\n".join(lines[start + 1 : -1])
+    assert tuple(shlex.split(copied.replace("\\\n", " "))) == command
+    assert any(LONG in line for line in lines)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (60, 20)])
+def test_last_lines_stand_below_the_last_frame_which_keeps_its_title(width: int, height: int) -> None:
+    terminal, screen = Terminal(width, height), Screen(width, height)
+    with terminal.dashboard as dashboard:
+        show_all(dashboard, records(SMALL, 6, of=8))
+        dashboard.closing(f"finished: 6 epochs, test_top1 89.00: {LONG}")
+        dashboard.closing("nothing saved: all layers ran dense")
+        assert "finished:" not in terminal.written()
+    screen.feed(terminal.written())
+    lines = screen.text()
+    assert lines[0].startswith(" tiny")
+    assert lines[-2:] == ["nothing saved: all layers ran dense", ""]
+    assert lines[-3].endswith(LONG)
+    assert sum(LONG in line for line in lines) == 1
+    # Such lines come of a run that has ended, also before its last epoch.
+    assert "finished in" in line_with("\n".join(lines), "epoch 6/8 ")
+    assert any("would freeze next, in epoch 7" in line for line in lines)
+
+
+def test_lines_of_a_frame_end_without_blanks() -> None:
+    terminal = Terminal(120, 40)
+    with terminal.dashboard as dashboard:
+        show_all(dashboard, records(SMALL, 6))
+        dashboard.message("a message")
+        dashboard._live.refresh()
+    lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", terminal.written()).split("\n")
+    assert len(lines) > 80
+    # Where no message stands in the last line, it is a blank, for a frame keeps its height.
+    assert not [line for line in lines if line.endswith(" ") and line != " "]
 
 
 def test_names_are_not_markup_and_cannot_control_the_terminal() -> None:
@@ -605,7 +686,7 @@ def test_observations_are_called_so() -> None:
     assert line_with(frame, "─ observation 12 (epoch 2.31) ─").endswith(" lr 0.1, took 0:20, probe 0.4 s ─")
     assert line_with(frame, "train loss").endswith("best 0.1667 at observation 12")
     assert line_with(frame, "test top-1").endswith("best 90.00% at observation 5")
-    assert "frozen after observation 40" in render_frame(80, 24, observations(40, 40))
+    assert "would freeze next, in observation 41" in render_frame(80, 24, observations(40, 40))
     assert "─ no observation finished yet ─" in render_frame(80, 24, observations(0, 40))
     # Where both have no room, what it took stays and where it stands goes.
     assert line_with(render_frame(60, 24, observations(12, 40)), "─ observation 12 ─").endswith("probe 0.4 s ─")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from neq_cli.events import Compiling, EpochRecord, Preparing, Record, RunResumed, RunStarted, StepProgress
 from neq_cli.runs.views.live.dashboard import Dashboard
-from neq_cli.runs.views.live.progress import Mode, PlainProgress, Silent, choose_progress
+from neq_cli.runs.views.live.progress import Mode, PlainProgress, Silent, choose_progress, started_line
 
 STARTED = RunStarted(
     recipe_name="resnet32-cifar10",
@@ -247,3 +247,10 @@ def test_observations_are_called_so() -> None:
     one = replace(started, epochs=1, steps_per_epoch=1)
     assert ", 1 observation, one every 1 step, " in plain_lines(one)[0]
     assert ", 1 observation, 2320 neurons" in plain_lines(replace(one, steps_per_epoch=0))[0]
+
+
+def test_one_of_a_thing_is_told_as_one() -> None:
+    started = RunStarted("tiny", "a net on data", "baseline", "cpu", 1, 1, "test_top1", {"fc": 1}, ())
+    assert started_line(started) == "tiny: a net on data, baseline, cpu, 1 epoch of 1 step, 1 neuron in 1 layer"
+    several = replace(started, epochs=2, steps_per_epoch=3, layers={"a": 2, "b": 2})
+    assert started_line(several).endswith(", 2 epochs of 3 steps, 4 neurons in 2 layers")

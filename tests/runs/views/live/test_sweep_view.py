@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -11,6 +12,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from neq_cli.errors import Terminated, TrainingError
 from neq_cli.runs.views.drawing import text_of
 from neq_cli.runs.views.live.sweep_frame import sweep_frame
 from neq_cli.runs.views.live.sweep_state import FAILED, FINISHED, PENDING, RUNNING, STOPPED, SweepState, SweptRun
@@ -18,6 +20,7 @@ from neq_cli.runs.views.live.sweep_view import (
     PlainSweep,
     SilentSweep,
     SweepOverview,
+    begin_line,
     choose_sweep_view,
     plan_lines,
     run_line,
@@ -185,6 +188,34 @@ def test_the_display_follows_the_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert type(choose_sweep_view("plain", pipe)) is PlainSweep
     assert type(choose_sweep_view("off", pipe)) is SilentSweep
     assert type(choose_sweep_view("rich", pipe)) is SweepOverview
+
+
+def test_one_run_of_one_epoch_is_told_as_one() -> None:
+    run = SweptRun("seed=1", ["0.01", "1"], Path("/nowhere"), 1)
+    run.state = PENDING
+    assert begin_line(example(run)).startswith("sweep of digits: 1 run, ")
+    assert plan_lines([run]) == ["seed=1  to train, 1 epoch"]
+    assert text(example(run))[1].startswith(" 0/1 run ")
+
+
+@pytest.mark.parametrize("error", [None, Terminated("SIGINT"), TrainingError("seed=1: wrong\nseed=2: wrong")])
+def test_the_last_frame_leaves_room_for_what_comes_below_it(error: BaseException | None) -> None:
+    """A sweep of more runs than the window has lines."""
+    console = Console(file=io.StringIO(), width=80, height=12, force_terminal=True)
+    state = example(*(swept(n % 10, FINISHED, 30) for n in range(30)))
+    with contextlib.suppress(Terminated, TrainingError), SweepOverview(console) as view:
+        view.begin(state)
+        state.ended = 160.0
+        console.file.truncate(console.file.seek(0))  # type: ignore[union-attr]
+        if error is not None:
+            raise error
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    frame = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]|\r", "", written).rstrip("\n").split("\n")
+    # How to compare the runs, and where they are, or what went wrong; and a prompt.
+    below = {None: 2, Terminated: 1, TrainingError: 2}[None if error is None else type(error)] + 1
+    assert len(frame) == 12 - below
+    assert frame[0].startswith(" sweep digits")
+    assert not [line for line in frame if line != line.rstrip()]
 
 
 def test_the_overview_is_drawn_a_few_times_a_second_at_most() -> None:

@@ -28,21 +28,38 @@ def test_everything_is_told(make_run: Callable[..., Run]) -> None:
         "digits resnet32 on CIFAR10 NEq eps=0.001 mu=0.5",
         "status finished",
         "epochs 3 of 3",
-        "frozen 5 of 9 neurons (55.6%); 29.6% in the mean epoch",  # during epochs 1 to 3: 0, 4, 4 of 9
+        "frozen 4 of 9 neurons (44.4%) in epoch 3; 29.6% in the mean",  # during epochs 1 to 3: 0, 4, 4 of 9
+        "next 5 of 9 neurons (55.6%) would freeze next",
         "paper FLOPs 1.00K per iteration in the mean epoch (50.0% of dense)",
         "executed FLOPs 1.50K per iteration in the mean epoch (75.0% of dense)",
         "test_top1 53.00 final, 53.00 best in epoch 3",
         "time 30.0 s, of which probing 5.0%",
         "note a note",
-        "conv1 Conv2d 3/4 75%",
-        "conv1: 1-3",
-        "fc: 0-1 (all)",
-        "1 4 0 4",
-        "2 1 1 4",
-        "3 1 0 5",
+        "conv1 Conv2d 2/4 50% 3",
+        "frozen: not updated in epoch 3; next: what would freeze after it",
+        "Frozen in epoch 3 conv1: 2-3 fc: 0-1 (all)",
+        "Would freeze next conv1: 1-3 fc: 0-1 (all)",
+        "1 0 4 0 4",
+        "2 4 1 1 4",
+        "3 4 1 0 5",
         "all 6 1 5",
     ):
         assert fact in text, fact
+
+
+def test_what_is_in_force_is_never_mixed_with_what_was_chosen(make_run: Callable[..., Run]) -> None:
+    # In epoch 2: 0 and 2. Chosen after it: 3, frozen in epoch 3.
+    text = words(printed(make_run(frozen={"conv1": [[0, 2], [3], []]}), epoch=2))
+    for fact in (
+        "frozen 2 of 9 neurons (22.2%) in epoch 2; 11.1% in the mean",  # 0 and 2 of 9
+        "next 1 of 9 neurons (11.1%) frozen in epoch 3",
+        "Layers in epoch 2, observed at its end",
+        "conv1 Conv2d 2/4 50% 1",
+        "next: frozen in epoch 3",
+        "Frozen in epoch 2 conv1: 0, 2 Frozen in epoch 3 conv1: 3 Changes",
+    ):
+        assert fact in text, fact
+    assert "would" not in text
 
 
 def test_energy_is_told_with_how_it_was_measured(make_run: Callable[..., Run]) -> None:
@@ -62,7 +79,7 @@ def test_energy_that_is_not_known_whole_is_a_dash(make_run: Callable[..., Run]) 
 
 def test_nothing_frozen(make_run: Callable[..., Run]) -> None:
     text = words(printed(make_run()))
-    assert "Frozen neurons after epoch 3 none" in text
+    assert "Frozen in epoch 3 none Would freeze next none" in text
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -71,9 +88,10 @@ def test_lines_fit_and_long_index_lists_wrap_whole(make_run: Callable[..., Run],
     odd = list(range(1, 2000, 2))
     text = printed(make_run(sizes={name: 2000, "fc": 2}, frozen={name: [odd] * 3}), width)
     assert max(map(len, text.splitlines())) <= width
-    below = text.split("Frozen neurons after epoch 3")[1].split("Changes")[0]
-    numbers = [int(word.strip(",")) for word in below.split() if word.strip(",").isdigit()]
-    assert numbers == odd
+    lists = text.split("Frozen in epoch 3")[1].split("Changes")[0].split("Would freeze next")
+    for below in lists:
+        numbers = [int(word.strip(",")) for word in below.split() if word.strip(",").isdigit()]
+        assert numbers == odd
 
 
 def test_three_hundred_layers_are_one_line_each_at_80_columns(make_run: Callable[..., Run]) -> None:
@@ -85,10 +103,11 @@ def test_three_hundred_layers_are_one_line_each_at_80_columns(make_run: Callable
 def test_many_epochs_are_folded_to_the_last_ten(make_run: Callable[..., Run], recipe: Any) -> None:
     sets = [[epoch % 4] for epoch in range(14)]
     below = printed(make_run(recipe=recipe(epochs=14), frozen={"conv1": sets})).split("Changes")[1].splitlines()
-    assert below[1].split() == ["after", "epoch", "froze", "thawed", "frozen", "then"]
+    assert below[1].split() == ["epoch", "frozen", "froze", "thawed", "next"]
     # Each epoch one freezes, and from the second on the one before thaws.
     assert below[2].split() == ["1", "to", "4", "4", "3", "1"]
     assert [line.split()[0] for line in below[3:13]] == [str(epoch) for epoch in range(5, 15)]
+    assert {tuple(line.split()[1:]) for line in below[3:13]} == {("1", "1", "1", "1")}
     assert below[13].split() == ["all", "14", "13", "1"]
 
 
@@ -119,14 +138,14 @@ def test_observations_are_called_so(make_observed: Callable[..., Run], width: in
     text = words(lines)
     for fact in (
         "observations 8 of 12; all below: after observation 5 (step 500, epoch 1.25)",
-        "in the mean observation",
+        "in observation 5; 35.6% in the mean",  # in observations 1 to 5: 0, 4, 4, 4, 4 of 9
         "per iteration in the mean observation (50.0% of dense)",
         "55.00 final, 55.00 best in observation 5",
-        "Layers after observation 5",
-        "frozen: not updated until the observation that follows",
-        "since: observation from which these neurons",
-        "Frozen neurons after observation 5",
-        "after observation froze thawed frozen then",
+        "Layers in observation 5, observed at its end",
+        "frozen: not updated in observation 5; next: frozen in observation 6",
+        "since: observation from which the frozen ones",
+        "Frozen in observation 5",
+        "observation frozen froze thawed next",
     ):
         assert fact in text, fact
     assert text.replace("epoch 1.25", "").count("epoch") == 0
