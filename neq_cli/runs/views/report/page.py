@@ -26,7 +26,7 @@ from neq_cli.runs.views.report.pictures import (
     pictures,
 )
 from neq_cli.runs.views.report.tables import comparison_table, environment_tables, notes, recipe_tables, runs_table
-from neq_cli.runs.views.report.words import caveats, facts
+from neq_cli.runs.views.report.words import Fact, caveats, facts, reading
 from neq_cli.text import counted, printable
 
 _MOST_CARDS = 8
@@ -146,6 +146,7 @@ def _short(the_study: Study) -> str:
     return (
         element("p", lead)
         + element("div", cards, class_="cards")
+        + (element("p", element("small", text(reading(the_study), 600))) if reading(the_study) else "")
         + (element("p", more) if more else "")
         + element("h3", "What to keep in mind")
         + bullets(text(caveat, 500) for caveat in caveats(the_study))
@@ -154,15 +155,16 @@ def _short(the_study: Study) -> str:
 
 def _card(the_study: Study, configuration: Configuration) -> str:
     head = f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}&ensp;{text(configuration.name)}"
-    rows = "".join(
-        element(
-            "div",
-            element("dt", text(fact.name))
-            + element("dd", element("b", text(fact.value)) + " " + element("small", text(fact.detail))),
-        )
-        for fact in facts(configuration, the_study.baseline)
-    )
+    rows = "".join(map(_fact, facts(configuration, the_study.baseline)))
     return element("article", element("h3", head) + element("dl", rows), class_="card")
+
+
+def _fact(fact: Fact) -> str:
+    # How wide the spread is belongs to the number: as large as it, and grey with it.
+    spread = " " + element("span", text(f"({fact.spread})"), class_="spread") if fact.spread else ""
+    value = element("b", text(fact.value) + spread, class_="known" if fact.certain else "noise")
+    detail = " " + element("small", text(fact.detail)) if fact.detail else ""
+    return element("div", element("dt", text(fact.name)) + element("dd", value + detail))
 
 
 def _group(report: Report, section: str, dot: bool = False) -> str:

@@ -46,6 +46,7 @@ _CSV_COLUMNS = (
     *("goal_target", "goal_reached", "goal_seconds_mean", "goal_seconds_std", "goal_flops_percent"),
     *("equal_seconds", "at_equal_time_mean", "at_equal_time_std", "lower_is_better"),
     *("joules_mean", "joules_std", "joules_percent"),
+    *("final_low", "final_high", "best_low", "best_high", "seconds_difference", "seconds_low", "seconds_high"),
 )
 
 
@@ -316,7 +317,14 @@ def _csv_row(row: Row) -> list[str]:
         *_goal_numbers(row.goal),
         str(row.lower_is_better).lower(),
         *_numbers(joules.mean, joules.std, row.joules_percent),
+        *_numbers(*_ends(row.final_difference), *_ends(row.best_difference)),
+        *_numbers(None if row.seconds_difference is None else row.seconds_difference.mean),
+        *_numbers(*_ends(row.seconds_difference)),
     ]
+
+
+def _ends(found: Difference | None) -> tuple[float | None, float | None]:
+    return (None, None) if found is None or found.interval is None else found.interval
 
 
 def _goal_numbers(found: Goal | None) -> list[str]:

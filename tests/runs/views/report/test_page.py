@@ -28,12 +28,12 @@ HOSTILE = (
     *("$x^{$", "$\\frac{", "_hidden", "\\", "%s", "{0}", "var(--ink)", "#fe01f0", "url(#a)", "", " ", "\x00\x1b[2J"),
     *("\u202ereversed", "\ud800", "a\nb", "字" * 80, "x" * 5000, "&lt;b&gt;", "javascript:alert(1)"),
 )
-VOID = {"meta", "br", "img", "link", "hr"}
+VOID = {"meta", "br", "wbr", "img", "link", "hr"}
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "nav", "a", "main", "section"),
     *("div", "article", "dl", "dt", "dd", "b", "small", "ul", "li", "table", "caption", "thead", "tbody", "tr", "th"),
     *("td", "figure", "figcaption", "details", "summary", "strong", "footer", "svg", "desc", "defs", "g", "path"),
-    *("use", "text", "clippath", "rect", "mask", "image", "circle", "line"),
+    *("span", "wbr", "code", "use", "text", "clippath", "rect", "mask", "image", "circle", "line"),
 }
 
 
