@@ -33,6 +33,11 @@ def metric_in_words(metric: str) -> str:
     return _METRICS.get(metric) or _apart(metric, _LONGEST_METRIC)
 
 
+def capital(words: str) -> str:
+    """Return a heading."""
+    return words[:1].upper() + words[1:]
+
+
 def key_in_words(key: str) -> str:
     """Say what a dotted key of environment.json is: ``packages.torch`` is ``torch``."""
     known = _KEYS.get(key)

@@ -12,7 +12,16 @@ from neq_cli.runs.compare.curves import Configuration, Study
 from neq_cli.runs.compare.statistics import CONFIDENCE, CUSTOMARY_LEVEL, FEWEST_RUNS, Difference, Summary
 from neq_cli.runs.store.run import KNOWN_METRICS
 from neq_cli.runs.views.report.names import metric_in_words
-from neq_cli.text import MISSING, counted, format_flops, format_metric, format_p_value, format_seconds, ratio_percent
+from neq_cli.text import (
+    MISSING,
+    counted,
+    format_flops,
+    format_flops_like,
+    format_metric,
+    format_p_value,
+    format_seconds,
+    ratio_percent,
+)
 
 _MOST_KEYS = 6
 _SAME_WORK = 0.5  # percent
@@ -32,29 +41,39 @@ class Fact:
     certain: bool = True
 
 
-def facts(configuration: Configuration, baseline: Configuration | None) -> tuple[Fact, ...]:
-    """Return what a configuration saved and what it came to, beside the baseline where there is one."""
+def facts(configuration: Configuration, baseline: Configuration | None, like: float | None = None) -> tuple[Fact, ...]:
+    """Return what a configuration saved and what it came to, beside the baseline where there is one.
+
+    FLOPs are in the unit of ``like``, where that is given.
+    """
     row = configuration.row
     against = None if baseline is None or baseline is configuration else baseline.row
     others = (against.flops_paper, against.flops_executed) if against else (None, None)
     return (
-        _flops("paper FLOPs", row.flops_paper, others[0], row.flops_paper_difference, row.unit),
-        _flops("executed FLOPs", row.flops_executed, others[1], row.flops_executed_difference, row.unit),
+        _flops("paper FLOPs", row.flops_paper, others[0], row.flops_paper_difference, row.unit, like),
+        _flops("executed FLOPs", row.flops_executed, others[1], row.flops_executed_difference, row.unit, like),
         _accuracy(row, against),
         _seconds(row, against),
     )
 
 
-def _flops(name: str, own: Summary, other: Summary | None, found: Difference | None, unit: str) -> Fact:
+def _flops(
+    name: str, own: Summary, other: Summary | None, found: Difference | None, unit: str, like: float | None
+) -> Fact:
     percent = math.nan if other is None else ratio_percent(own.mean, other.mean)
     if other is None or not math.isfinite(percent):
-        deviation = _deviation(own, lambda std: format_flops(std, own.mean))
-        return Fact(name, format_flops(own.mean), f"per sample and iteration, mean of all {unit}s", deviation)
-    detail = f"{format_flops(own.mean)} against {format_flops(other.mean)} per sample and iteration"
+        deviation = _deviation(own, lambda std: format_flops(std, like or own.mean))
+        return Fact(
+            name, format_flops_like(own.mean, like), f"per sample and iteration, mean of all {unit}s", deviation
+        )
+    like = other.mean if like is None else like
+    detail = (
+        f"{format_flops_like(own.mean, like)} against {format_flops_like(other.mean, like)} per sample and iteration"
+    )
     value, spread = _change(percent), _interval_in_percent(found, other.mean)
     # A single run's FLOPs are counted, not measured: what they come to is known, if not for other seeds.
     certain = found is None or found.interval is None or not found.is_noise
-    why = "" if certain else "within noise: "
+    why = "" if certain or value == _NOTHING else "within noise: "
     return Fact(name, value, why + detail, spread, certain and value != _NOTHING)
 
 

@@ -36,7 +36,7 @@ def test_facts_by_hand(seeded: Callable[..., Run]) -> None:
     found = three_seeds(seeded)
     baseline, neq = found.configurations
     paper, executed, accuracy, seconds = facts(neq, baseline)
-    assert (paper.value, paper.detail) == ("−39.0%", "610 against 1.00K per sample and iteration")
+    assert (paper.value, paper.detail) == ("−39.0%", "0.61K against 1.00K per sample and iteration")
     assert executed.value == "−19.5%"
     # 93, 95, 97 beside 91, 92, 93: 2, 3 and 4 points, and t(2) / sqrt(3) is 2.484.
     assert (accuracy.name, accuracy.value, accuracy.spread) == (
