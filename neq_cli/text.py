@@ -30,6 +30,15 @@ def format_flops(value: float, like: float | None = None) -> str:
     return f"{value:.2f}{_PREFIXES[prefix]}" if prefix else f"{value:.0f}"
 
 
+def format_flops_like(value: float, like: float | None) -> str:
+    """As ``format_flops`` in the unit of ``like``, with as many decimals as it takes: ``0.0015M``, not ``0.00M``."""
+    written = format_flops(value, like)
+    if not value or not written.lstrip("-").startswith("0.00"):
+        return written
+    prefix = written[-1]
+    return f"{value / 1000 ** _PREFIXES.index(prefix):.2g}{prefix}"
+
+
 def format_joules(value: float, like: float | None = None) -> str:
     """``812 J``, ``1.23 kJ``, ``45.60 MJ``; ``like`` as for FLOPs."""
     written = format_flops(value, like)

@@ -8,6 +8,7 @@ import pytest
 from neq_cli.text import (
     folded,
     format_flops,
+    format_flops_like,
     format_joules,
     format_metric,
     format_p_value,
@@ -44,6 +45,23 @@ def test_flops(value: float, text: str) -> None:
 
 def test_a_spread_is_written_in_the_unit_of_its_mean() -> None:
     assert format_flops(550_000, like=84.8e6) == "0.55M"
+
+
+@pytest.mark.parametrize(
+    ("value", "like", "text"),
+    [
+        (84.8e6, 1e9, "0.08G"),
+        (1500, 138.94e6, "0.0015M"),
+        (4e6, 1e9, "0.004G"),
+        (5e6, 1e9, "0.01G"),  # as other numbers of the unit, where that is not 0
+        (0, 1e9, "0.00G"),
+        (1500, None, "1.50K"),
+        (3, 900, "3"),
+        (float("nan"), 1e9, "–"),
+    ],
+)
+def test_a_count_in_a_far_larger_unit_is_not_zero(value: float, like: float | None, text: str) -> None:
+    assert format_flops_like(value, like) == text
 
 
 @pytest.mark.parametrize(

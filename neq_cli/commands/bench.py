@@ -21,7 +21,7 @@ def bench(
     orders: Annotated[
         str, typer.Option(metavar="ORDER,...", help="random: in every layer; front: layer after layer from the input")
     ] = "random,front",
-    rounds: Annotated[int, typer.Option(min=1, help="how often each is measured, by turns")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each is measured, by turns; intervals need 6")] = 6,
     layers: Annotated[
         float | None, typer.Option(metavar="SHARE", help="the share to show layer by layer; default that nearest 0.5")
     ] = None,

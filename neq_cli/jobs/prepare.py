@@ -25,6 +25,7 @@ from neq_cli.training.startup import Startup
 if TYPE_CHECKING:
     from neq_cli.freezing.backward.dispatch import KernelChoice
     from neq_cli.runs.views.tables.costs import BenchProgress
+    from neq_cli.training.machine.memory_format import Agree
     from neq_cli.training.processes.joined import Processes
     from neq_cli.training.session import Session
 
@@ -64,6 +65,7 @@ def prepared(
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
     earlier: Mapping[str, KernelChoice] | None = None,
+    agree: Agree | None = None,
     startup: Startup | None = None,
 ) -> Session:
     """Return the session of ``loaded``, ready to train; the keywords are those of ``training.session.prepare``."""
@@ -78,6 +80,7 @@ def prepared(
             resumed=resumed,
             choices=choices,
             earlier=earlier,
+            agree=agree,
             startup=startup,
             notes=loaded.notes,
         )

@@ -20,6 +20,7 @@ from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
 from neq_cli.jobs.recording import status_of
 from neq_cli.jobs.resume import Start, check_held_out, finished_already, reached, restore, resumption
 from neq_cli.jobs.stop_requests import StopRequests
+from neq_cli.jobs.sweep.memory_format import format_of_sweep
 from neq_cli.jobs.tracking.teller import Tracking
 from neq_cli.recipe.load import LoadedRecipe, dump_recipe
 from neq_cli.runs.compare.saving import nothing_saved
@@ -71,7 +72,7 @@ def train(
             startup = Startup(progress.show)
             if loading:
                 startup.add("loading PyTorch", loading)
-            session = _build(replace(loaded, recipe=start.recipe), start, processes, startup)
+            session = _build(replace(loaded, recipe=start.recipe), run_directory, start, processes, startup)
             stack.callback(session.trainer.energy.close)
             if writer is not None:
                 _rewind(writer, session, start)
@@ -127,7 +128,7 @@ def _find_start(
     return writer, processes.shared(start)
 
 
-def _build(loaded: LoadedRecipe, start: Start, processes: Processes, startup: Startup) -> Session:
+def _build(loaded: LoadedRecipe, chosen: Path | None, start: Start, processes: Processes, startup: Startup) -> Session:
     """Return the session, with the state that was saved."""
     session = prepared(
         loaded,
@@ -135,6 +136,7 @@ def _build(loaded: LoadedRecipe, start: Start, processes: Processes, startup: St
         resumed=start.state is not None,
         choices=start.choices,
         earlier=start.earlier.choices,
+        agree=format_of_sweep(loaded.recipe, chosen, processes),
         startup=startup,
     )
     started = replace(session.started, notes=(*session.started.notes, *start.earlier.notes))

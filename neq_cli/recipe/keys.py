@@ -115,7 +115,8 @@ class Recipe(Section):
         default="fp32", description="bf16, fp16: autocast; fp16 scales the loss"
     )
     channels_last: Annotated[bool | Literal["auto"], SURROUNDINGS] = Field(
-        default="auto", description="memory layout of images and convolutions; auto: the faster one, timed"
+        default="auto",
+        description="memory layout of images and convolutions; auto: timed, channels_last if clearly faster",
     )
     compile: Annotated[bool, COURSE] = Field(default=False, description="torch.compile the model")
     cuda_graph: Annotated[bool, SURROUNDINGS] = Field(

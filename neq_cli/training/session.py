@@ -31,7 +31,7 @@ from neq_cli.training.loop.trainer import Trainer
 from neq_cli.training.machine.device import describe_device, resolve_device, seed_everything
 from neq_cli.training.machine.energy.measured import energy_of
 from neq_cli.training.machine.full_memory import full_memory_named
-from neq_cli.training.machine.memory_format import choose_layout
+from neq_cli.training.machine.memory_format import Agree, choose_layout
 from neq_cli.training.models.build import build_model
 from neq_cli.training.models.weights import load_weights
 from neq_cli.training.policies import build_policy, describe_policy, match
@@ -62,6 +62,7 @@ def prepare(
     resumed: bool = False,
     choices: Mapping[str, Any] | None = None,
     earlier: Mapping[str, KernelChoice] | None = None,
+    agree: Agree | None = None,
     startup: Startup | None = None,
     notes: Sequence[str] = (),
 ) -> Session:
@@ -69,8 +70,9 @@ def prepare(
 
     ``matched_flops`` is the mean paper FLOPs that ``p: match:RUN_DIR`` asks for. ``processes`` train it together.
     ``resumed``: a checkpoint will be loaded, so that no weights to start from are needed; ``choices``: the kernels
-    chosen so far, and ``earlier`` what other runs have timed; ``startup`` is told what takes time; ``notes`` are the
-    recipe's. Raises RecipeError, one line, for whatever only the real data or model can show to be wrong.
+    chosen so far, and ``earlier`` what other runs have timed; ``agree`` finds the memory format that other runs train
+    in too; ``startup`` is told what takes time; ``notes`` are the recipe's. Raises RecipeError, one line, for whatever
+    only the real data or model can show to be wrong.
     """
     processes = Processes() if processes is None else processes
     startup = Startup() if startup is None else startup
@@ -94,7 +96,7 @@ def prepare(
     sample = check_together(recipe, model, data, task)  # on the CPU, where an error in a kernel says what is wrong
     model.to(device)
     image_shape = data.image_shape if sample.call is None else None
-    recipe, model, layout_notes = _lay_out(recipe, model, image_shape, device, processes, startup)
+    recipe, model, layout_notes = _lay_out(recipe, model, image_shape, device, processes, startup, agree)
     # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
     optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     course = Course.of(recipe, len(loaders.train))
@@ -183,6 +185,7 @@ def _lay_out(
     device: torch.device,
     processes: Processes,
     startup: Startup,
+    agree: Agree | None,
 ) -> tuple[Recipe, nn.Module, list[str]]:
     """Return the network in the memory format that it trains in, and the recipe, where it asks, with the faster one."""
     notes = []
@@ -194,6 +197,7 @@ def _lay_out(
                 recipe.batch_size,
                 autocast=AUTOCAST[recipe.precision],
                 fixed=recipe.deterministic,
+                agree=agree,
             )
         channels_last, note = processes.shared(chosen)
         recipe = recipe.model_copy(update={"channels_last": channels_last})

@@ -26,14 +26,13 @@ from neq_cli.runs.compare.configurations import (
 from neq_cli.runs.compare.energy import common_way, energy_notes, is_measured, total_joules
 from neq_cli.runs.compare.goal import Goal, goal, training_flops
 from neq_cli.runs.compare.saving import nothing_saved
-from neq_cli.runs.compare.statistics import Difference, Summary, difference, mean_known, summarise
+from neq_cli.runs.compare.statistics import CUSTOMARY_LEVEL, Difference, Summary, difference, mean_known, summarise
 from neq_cli.runs.store.run import Run, unit_of_runs
 from neq_cli.text import counted, plain_json, printable, ratio_percent
 
 _MATCHED_P_SPREAD = (
     0.05  # wider than seeds mostly make it: runs folded into one `match` row were matched to different ones
 )
-_CUSTOMARY_LEVEL = 0.05  # below which people call a difference significant
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,9 @@ class Row:
     unit: str = EPOCH  # or OBSERVATION: what the runs have a row of
     joules: Summary | None = None  # of whole runs; None unless all runs compared measured it
     joules_percent: float | None = None  # None too where it was not measured in one way
+    flops_paper_difference: Difference | None = None  # per iteration; None without a baseline, as the next two
+    flops_executed_difference: Difference | None = None
+    seconds_difference: Difference | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     ``rows``, each with the fields of ``Row``: ``approach``, ``runs``, ``seeds``, ``is_baseline``, ``unfinished``,
     ``metric``, ``lower_is_better``, ``unit``; ``flops_paper``, ``flops_executed``, ``flops_training``, ``final``,
     ``best``, ``seconds``, ``matched_p`` and ``joules`` as ``{mean, std, n}``; ``flops_paper_percent``,
-    ``flops_executed_percent``, ``flops_training_percent``, ``joules_percent``; ``final_difference`` and
-    ``best_difference`` as ``{mean, p_value, test, pairs, why_no_p}``; ``goal`` with the fields of ``Goal``.
+    ``flops_executed_percent``, ``flops_training_percent``, ``joules_percent``; ``final_difference``,
+    ``best_difference``, ``flops_paper_difference``, ``flops_executed_difference`` and ``seconds_difference`` as
+    ``{mean, p_value, test, pairs, why_no_p, interval, least_p}``; ``goal`` with the fields of ``Goal``.
     """
     return {"schema": 1, **plain_json(asdict(comparison))}
 
@@ -185,8 +188,8 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
     training = _training(runs)
     same_metric = reference is not None and _metric_in_words(reference.runs[0]) == _metric_in_words(runs[0])
     paper, executed = _summary(runs, "flops_paper"), _summary(runs, "flops_executed")
-    compared = same_metric and reference is not group
-    against = reference.runs if reference is not None and compared else ()
+    others = reference.runs if reference is not None and reference is not group else ()
+    against = others if same_metric else ()
     target = math.nan if reference is None else summarise([final_metric(run) for run in reference.runs]).mean
     matched = matched_values(runs)
     return Row(
@@ -213,6 +216,9 @@ def _row(group: _Group, reference: _Group | None, shortest: float) -> Row:
         matched_p=summarise(matched) if matched else None,
         lower_is_better=runs[0].lower_is_better,
         unit=unit_of_runs(runs),
+        flops_paper_difference=_difference(runs, others, _mean_of("flops_paper")),
+        flops_executed_difference=_difference(runs, others, _mean_of("flops_executed")),
+        seconds_difference=_difference(runs, others, _seconds_of),
     )
 
 
@@ -223,11 +229,19 @@ def _with_energy(row: Row, group: _Group, reference: _Group | None) -> Row:
 
 
 def _summary(runs: Sequence[Run], column: str) -> Summary:
-    return summarise([mean_known(run.column(column)) for run in runs])
+    return summarise(list(map(_mean_of(column), runs)))
+
+
+def _mean_of(column: str) -> Callable[[Run], float]:
+    return lambda run: mean_known(run.column(column))
 
 
 def _seconds(runs: Sequence[Run]) -> Summary:
-    return summarise([float(np.nansum(run.column("epoch_seconds"))) for run in runs])
+    return summarise(list(map(_seconds_of, runs)))
+
+
+def _seconds_of(run: Run) -> float:
+    return float(np.nansum(run.column("epoch_seconds")))
 
 
 def _training(runs: Sequence[Run]) -> Summary:
@@ -257,7 +271,7 @@ def _difference(runs: Sequence[Run], against: Sequence[Run], value: Callable[[Ru
         return None
     found = difference(*sides)
     if any(map(_is_unfinished, (*runs, *against))):
-        return replace(found, p_value=None, why_no_p="unfinished")
+        return replace(found, p_value=None, why_no_p="unfinished", interval=None)
     return found
 
 
@@ -309,5 +323,5 @@ def _test_notes(row: Row, found: Difference) -> Iterator[str]:
         yield f"{row.approach}: differences are over the {counted(found.pairs, 'seed')} that the baseline has too"
     if found.p_value is not None and found.test == "unpaired":
         yield f"{row.approach}: too few seeds shared with the baseline, p is of the unpaired test"
-    if found.p_value is not None and found.test == "paired" and 2 / 2**found.pairs > _CUSTOMARY_LEVEL:
+    if found.p_value is not None and found.test == "paired" and 2 / 2**found.pairs > CUSTOMARY_LEVEL:
         yield f"{found.pairs} pairs cannot give a p below {2 / 2**found.pairs:g}"

@@ -61,6 +61,13 @@ class Study:
         return next((each for each in self.configurations if each.row.is_baseline), None)
 
     @property
+    def largest_flops(self) -> float:
+        """The largest FLOPs of any epoch: all are told in the unit of these."""
+        columns = [run.column(name) for run in self.runs for name in ("flops_paper", "flops_executed")]
+        known = [column[np.isfinite(column) & (np.abs(column) <= _LARGEST)] for column in columns]
+        return max((float(each.max()) for each in known if each.size), default=0.0)
+
+    @property
     def runs(self) -> tuple[Run, ...]:
         return tuple(run for configuration in self.configurations for run in configuration.runs)
 

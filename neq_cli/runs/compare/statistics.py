@@ -1,7 +1,7 @@
-"""Means over seeds and exact permutation tests; nothing is sampled, so beyond a million permutations there is no p.
+"""Means over seeds, exact permutation tests, intervals of differences; beyond a million permutations there is no p.
 
-By hand: scipy.stats.permutation_test gives the same p, as a test shows, but evaluates the statistic for every
-permutation, where sums grown value by value take a hundredth of the time.
+Nothing is sampled. By hand: scipy.stats.permutation_test gives the same p, as a test shows, but evaluates the statistic
+for every permutation, where sums grown value by value take a hundredth of the time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FEWEST_RUNS = 3
+CONFIDENCE = 0.95  # of intervals
+CUSTOMARY_LEVEL = 0.05  # of p, below which people call a difference significant
 MOST_PERMUTATIONS = 2**20
 _LARGEST = 1e150  # its square is a float too
 _TIE = 1e-9  # of the sum of magnitudes: sums that differ by less differ by rounding only
@@ -38,6 +40,23 @@ class Difference:
     test: str  # "paired" or "unpaired"
     pairs: int  # seeds that both have, 0 where unpaired
     why_no_p: str  # empty, "n too small", "too many permutations"
+    interval: tuple[float, float] | None = None  # of ``CONFIDENCE``; None where no spread is known
+    least_p: float | None = None  # the smallest p that so many runs can give
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the runs do not tell the two apart: no spread is known, 0 is in the interval, or p is not small.
+
+        A p that so few runs could not make smaller says nothing.
+        """
+        if self.interval is None or self.interval[0] <= 0 <= self.interval[1]:
+            return True
+        return self.p_value is not None and self.p_value >= CUSTOMARY_LEVEL and not self.is_least_p
+
+    @property
+    def is_least_p(self) -> bool:
+        """Whether no smaller p was possible."""
+        return self.p_value is not None and self.least_p is not None and self.p_value <= self.least_p * (1 + _TIE)
 
 
 def mean_known(values: NDArray[np.float64]) -> float:
@@ -64,22 +83,62 @@ def difference(group: Sequence[tuple[int | None, float]], baseline: Sequence[tup
     difference is the mean over those seeds, and p comes from all sign flips. Otherwise it is the difference of the
     means, and p comes from all ways of dealing the values into groups of these sizes. Pairs take out what the seed
     itself does (the same first weights, the same order of images), so they tell smaller differences apart.
+
+    The interval is Student's of the paired differences, Welch's of unpaired ones: it takes values for normally
+    distributed, which p does not, and there is one from two runs a side on.
     """
     shared = _shared_seeds(group, baseline)
     if len(shared) >= FEWEST_RUNS or (shared and len(shared) == len(group) == len(baseline)):
         of_group, of_baseline = dict(group), dict(baseline)
         differences = [of_group[seed] - of_baseline[seed] for seed in shared]
         mean = statistics.fmean(differences)
+        interval = paired_interval(differences)
         if len(shared) < FEWEST_RUNS:
-            return Difference(mean, None, "paired", len(shared), "n too small")
+            return Difference(mean, None, "paired", len(shared), "n too small", interval)
         p_value = paired_p_value(differences)
-        return Difference(mean, p_value, "paired", len(shared), "" if p_value is not None else "too many permutations")
+        why = "" if p_value is not None else "too many permutations"
+        return Difference(mean, p_value, "paired", len(shared), why, interval, 2 / 2 ** len(shared))
     values, others = [value for _, value in group], [value for _, value in baseline]
     mean = statistics.fmean(values) - statistics.fmean(others)
+    interval = unpaired_interval(values, others)
     if min(len(values), len(others)) < FEWEST_RUNS:
-        return Difference(mean, None, "unpaired", 0, "n too small")
+        return Difference(mean, None, "unpaired", 0, "n too small", interval)
     p_value = unpaired_p_value(values, others)
-    return Difference(mean, p_value, "unpaired", 0, "" if p_value is not None else "too many permutations")
+    why = "" if p_value is not None else "too many permutations"
+    least = (2 if len(values) == len(others) else 1) / math.comb(len(values) + len(others), len(values))
+    return Difference(mean, p_value, "unpaired", 0, why, interval, least)
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's interval of the mean of paired differences; None of one, or where a float cannot hold it."""
+    if len(differences) < 2 or not _are_moderate(differences):
+        return None
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return _around(statistics.fmean(differences), error, len(differences) - 1)
+
+
+def unpaired_interval(values: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
+    """Return Welch's interval of the difference of the means; None where a side has one value, or too large ones."""
+    if min(len(values), len(others)) < 2 or not _are_moderate([*values, *others]):
+        return None
+    parts = [(statistics.variance(side) / len(side), len(side) - 1) for side in (values, others)]
+    square = sum(part for part, _ in parts)
+    # Welch and Satterthwaite: the freedom of the sum of two variances, each as well known as its runs make it.
+    weights = sum((part / square) ** 2 / freedom for part, freedom in parts) if square else 1.0
+    return _around(statistics.fmean(values) - statistics.fmean(others), math.sqrt(square), 1 / weights)
+
+
+def _are_moderate(values: Sequence[float]) -> bool:
+    return all(abs(value) <= _LARGEST for value in values)
+
+
+def _around(mean: float, error: float, freedom: float) -> tuple[float, float]:
+    if not error:
+        return mean, mean
+    from scipy.special import stdtrit  # takes a moment, and few commands need it
+
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
+    return mean - half, mean + half
 
 
 def paired_p_value(differences: Sequence[float]) -> float | None:

@@ -33,6 +33,10 @@ _held: dict[Inode, int] = {}
 _guard = threading.RLock()  # a lock that nothing refers to is released by whichever thread collects it
 
 
+class LockTaken(RunDirectoryError):
+    """Somebody else holds the lock, and will let go of it."""
+
+
 class Lock:
     """Held until ``release``, until nothing refers to it any more, or until the process ends."""
 
@@ -48,6 +52,8 @@ class Lock:
 
 def acquire(path: Path, status: Path) -> Lock:
     """Lock the run directory that the file ``path`` lies in, or raise RunDirectoryError at once; the file stays.
+
+    The error is a LockTaken where another holds it.
 
     ``status`` is the run's status.json, which is asked where the file system has no locks.
     """
@@ -148,5 +154,5 @@ def _read_status(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _refusal(run: Path, holder: str) -> RunDirectoryError:
-    return RunDirectoryError(f"{printable(run)}: being trained by {holder}; wait, stop it, or choose another with -o")
+def _refusal(run: Path, holder: str) -> LockTaken:
+    return LockTaken(f"{printable(run)}: being trained by {holder}; wait, stop it, or choose another with -o")

@@ -52,6 +52,16 @@ class SweepFiles:
         return self.root / "search.journal"
 
     @property
+    def formats(self) -> Path:
+        """Which memory format the runs train in, where that was timed."""
+        return self.root / "formats.json"
+
+    @property
+    def formats_lock(self) -> Path:
+        """Held by the run that times it."""
+        return self.root / ".formats.lock"
+
+    @property
     def jobs_record(self) -> Path:
         return self.root / "jobs.json"
 

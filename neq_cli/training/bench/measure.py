@@ -26,6 +26,7 @@ from neq_cli.training.bench.timed_step import TimedStep
 from neq_cli.training.data.parts import Data
 from neq_cli.training.machine.device import describe_device, resolve_device
 from neq_cli.training.machine.full_memory import full_memory_named
+from neq_cli.training.machine.paired_ratio import paired_ratio
 
 Show = Callable[[int, int, str], None]
 """Called with the visits done, all of them, and what comes next."""
@@ -39,7 +40,7 @@ _VISIT_SECONDS = 0.2
 _MOST_REPEATS = 20
 _PLAIN_EVERY = 5
 """Arms between two visits to the plain step: what else the machine does shall touch both alike."""
-_FORMAT_ROUNDS = 3
+_FORMAT_ROUNDS = 6
 
 
 @full_memory_named("neq bench")
@@ -55,7 +56,10 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
     try:
         data, synthetic = find_data(recipe)
         formats = time_formats(recipe, device, data, show) if recipe.channels_last == "auto" else {}
-        channels_last = formats[True] < formats[False] if formats else bool(recipe.channels_last)
+        pairs = zip(formats.get(True, ()), formats.get(False, ()), strict=True)
+        ratio = paired_ratio([last / plain for last, plain in pairs]) if formats else None
+        # In a near tie contiguous, as training decides.
+        channels_last = bool(recipe.channels_last) if ratio is None else ratio.high < 1
 
         def make_step() -> TimedStep:
             return TimedStep(recipe, device, data, channels_last=channels_last)
@@ -80,24 +84,27 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
             **{name: version(name) for name in ("torch", "torchvision")},
         },
         "channels_last": channels_last,
-        "channels_last_ms": formats.get(True),
-        "contiguous_ms": formats.get(False),
+        "channels_last_ms": statistics.median(formats[True]) if formats else None,
+        "contiguous_ms": statistics.median(formats[False]) if formats else None,
+        "channels_last_ratio_interval": None if ratio is None else [ratio.low, ratio.high],
+        "channels_last_ratio_confidence": None if ratio is None else ratio.confidence,
         **measured,
     }
 
 
-def time_formats(recipe: Recipe, device: torch.device, data: Data, show: Show) -> dict[bool, float]:
-    """Return the plain step's median milliseconds, by whether weights and images are channels_last."""
+def time_formats(recipe: Recipe, device: torch.device, data: Data, show: Show) -> dict[bool, list[float]]:
+    """Return the plain step's median milliseconds of every round, by whether weights and images are channels_last."""
     step = TimedStep(recipe, device, data)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    milliseconds: dict[bool, list[float]] = {False: [], True: []}
     for number in range(_FORMAT_ROUNDS):
-        for channels_last, found in seconds.items():
-            show(2 * number + channels_last, 2 * _FORMAT_ROUNDS, "memory formats of the dense step")
+        for place, channels_last in enumerate((False, True) if number % 2 else (True, False)):
+            show(2 * number + place, 2 * _FORMAT_ROUNDS, "memory formats of the dense step")
             step.lay_out(channels_last=channels_last)
-            for _ in range(_WARMING):
+            for _ in range(_SETTLING if number else _WARMING):
                 warm = step.run().read()
-            found += [sum(step.run().read().values()) for _ in range(repeats(warm))]
-    return {channels_last: 1e3 * statistics.median(found) for channels_last, found in seconds.items()}
+            found = [sum(step.run().read().values()) for _ in range(repeats(warm))]
+            milliseconds[channels_last].append(1e3 * statistics.median(found))
+    return milliseconds
 
 
 def repeats(step: Mapping[str, float]) -> int:
@@ -138,12 +145,11 @@ class Bench:
         """Look at every arm once, then measure them round by round; returns the report's second half."""
         once, rounds = [self.plain[0], *self.subjects], self.options.rounds
         visits = len(once) + rounds * len(self.order)
+        warm = []
         for number, subject in enumerate(once):
             self.show(number, visits, f"warm-up: {subject.label}")
-            self._look(subject)
-        steps_per_visit = repeats(self.plain[0].steps[-1])
-        for subject in once:
-            subject.steps = []  # those of the warm-up
+            warm.append(self._look(subject))
+        steps_per_visit = repeats(warm[0])
         for number in range(rounds):
             for place, subject in enumerate(self.order, len(once) + number * len(self.order)):
                 self.show(place, visits, f"round {number + 1} of {rounds}: {subject.label}")
@@ -171,16 +177,17 @@ class Bench:
     def _rig(self, subject: Subject) -> Rig:
         return self.plain_rig if subject.arm is None else self.rigs[subject.arm.mode]
 
-    def _look(self, subject: Subject) -> None:
-        """Warm up, and find what does not change from step to step."""
+    def _look(self, subject: Subject) -> dict[str, float]:
+        """Warm up, and find what does not change from step to step; returns the seconds of a step by part."""
         rig = self._rig(subject)
         with rig.in_force(subject.arm):
             for _ in range(_WARMING):
-                subject.steps = [rig.step.run().read()]
+                warm = rig.step.run().read()
             subject.saved_for_backward = rig.step.saved_for_backward()
             if rig.freezer is not None:
                 subject.flops_ratio = flops_ratio(rig.freezer)
                 subject.layers = tuple(_layer_uses(rig.freezer))
+        return warm
 
     def _measure(self, subject: Subject, steps: int) -> None:
         rig = self._rig(subject)
@@ -191,7 +198,7 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats(self.device)
             # Read at the end: a GPU is not to run dry between steps.
             watches = [rig.step.run() for _ in range(steps)]
-            subject.steps += [watch.read() for watch in watches]
+            subject.visits.append([watch.read() for watch in watches])
             if self.device.type == "cuda":
                 others = sum(other.resident for other in (self.plain_rig, *self.rigs.values()) if other is not rig)
                 subject.peak_memory = max(

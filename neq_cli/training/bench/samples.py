@@ -9,6 +9,7 @@ from typing import Any
 
 from neq_cli.training.bench.frozen_sets import Arm
 from neq_cli.training.bench.timed_step import PARTS
+from neq_cli.training.machine.paired_ratio import PairedRatio, paired_ratio
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,13 @@ class LayerUse:
 class Subject:
     """An arm and what was measured of it; no arm: the plain dense step, without a Freezer.
 
-    ``steps`` are seconds by part. ``flops_ratio``: multiply-adds of forward and back-propagation as executed, over
-    those with nothing frozen. ``beside``: the plain steps measured just before and after.
+    ``visits`` are the steps of each round, in seconds by part. ``flops_ratio``: multiply-adds of forward and
+    back-propagation as executed, over those with nothing frozen. ``beside``: the plain steps measured just before and
+    after.
     """
 
     arm: Arm | None
-    steps: list[dict[str, float]] = field(default_factory=list)
+    visits: list[list[dict[str, float]]] = field(default_factory=list)
     saved_for_backward: int = 0
     peak_memory: int | None = None
     flops_ratio: float = 1.0
@@ -44,6 +46,11 @@ class Subject:
     def label(self) -> str:
         """What is measured, in words."""
         return "plain dense" if self.arm is None else self.arm.label
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """The steps of all rounds."""
+        return [step for visit in self.visits for step in visit]
 
     def times(self) -> dict[str, Any]:
         """Return medians over the steps, in milliseconds, and the quartiles of the whole step."""
@@ -58,7 +65,9 @@ class Measurement:
     """One backward mode with one frozen set. Times are medians in milliseconds, ratios are to the plain dense step.
 
     ``dense_step_ms`` is that of the plain steps measured just before and after, for what else a machine does comes and
-    goes.
+    goes. ``time_ratio`` is the median of the rounds' ratios, each of the medians of that round;
+    ``time_ratio_interval`` holds it as often as ``time_ratio_confidence`` says, see ``paired_ratio``: None both where
+    there is one round.
     ``saved_for_backward_bytes`` leave the model's own tensors out; ``peak_memory_bytes`` are known on CUDA only.
     """
 
@@ -70,6 +79,8 @@ class Measurement:
     step_ms_quartiles: list[float]
     dense_step_ms: float
     time_ratio: float
+    time_ratio_interval: list[float] | None
+    time_ratio_confidence: float | None
     flops_ratio: float
     saved_for_backward_bytes: int
     dense_saved_for_backward_bytes: int
@@ -88,7 +99,9 @@ def together(subjects: Iterable[Subject]) -> Subject:
     peaks = [one.peak_memory for one in plain if one.peak_memory is not None]
     return Subject(
         arm=None,
-        steps=[step for one in plain for step in one.steps],
+        visits=[
+            [step for visit in visits for step in visit] for visits in zip(*(one.visits for one in plain), strict=True)
+        ],
         saved_for_backward=max(one.saved_for_backward for one in plain),
         peak_memory=max(peaks, default=None),
     )
@@ -97,22 +110,39 @@ def together(subjects: Iterable[Subject]) -> Subject:
 def measurements(subject: Subject, plain: Subject) -> list[Measurement]:
     """Return what was measured of ``subject``, once for each order that comes to its sets."""
     assert subject.arm is not None
-    times, dense = subject.times(), together(subject.beside).times()["step_ms"]
+    beside = together(subject.beside)
+    ratio = ratio_of(subject, beside)
+    several = len(subject.visits) > 1
     return [
         Measurement(
             frozen_fraction=subject.arm.fraction,
             backward=subject.arm.mode,
             order=order,
             frozen=sum(layer.frozen for layer in subject.layers),
-            dense_step_ms=dense,
-            time_ratio=times["step_ms"] / dense,
+            dense_step_ms=beside.times()["step_ms"],
+            time_ratio=ratio.median,
+            time_ratio_interval=[ratio.low, ratio.high] if several else None,
+            time_ratio_confidence=ratio.confidence if several else None,
             flops_ratio=subject.flops_ratio,
             saved_for_backward_bytes=subject.saved_for_backward,
             dense_saved_for_backward_bytes=plain.saved_for_backward,
             peak_memory_bytes=subject.peak_memory,
             dense_peak_memory_bytes=plain.peak_memory,
             layers=subject.layers,
-            **times,
+            **subject.times(),
         )
         for order in subject.arm.orders
     ]
+
+
+def ratio_of(subject: Subject, plain: Subject) -> PairedRatio:
+    """Return how a step of ``subject`` compares with one of ``plain``, which was measured in the same rounds.
+
+    A round's ratio is that of its medians: its steps follow each other, and share what else the machine does.
+    """
+    pairs = zip(subject.visits, plain.visits, strict=True)
+    return paired_ratio([_middle(own) / _middle(others) for own, others in pairs])
+
+
+def _middle(visit: Iterable[dict[str, float]]) -> float:
+    return statistics.median(sum(step.values()) for step in visit)

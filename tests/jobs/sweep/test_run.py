@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sweeps import at_step_3, done, status
 
 from neq_cli.jobs.sweep.grid import parse_grid
@@ -65,6 +66,30 @@ def test_a_sweep_trains_what_train_would_and_then_only_what_is_new(
     record = json.loads((runs.parent / "sweep.json").read_text())
     assert record["axes"] == {"seed": ["1", "2", "3"]}
     assert record["runs"] == {f"seed={seed}": [f"seed={seed}"] for seed in (1, 2, 3)}
+
+
+def test_all_runs_train_in_the_memory_format_that_one_of_them_found(sweep: Start, folder: Path) -> None:
+    grid = ("seed=1,2,3", "channels_last=auto", "deterministic=false", "epochs=1", "-o", "here")
+    done(sweep(*grid[:1], *grid[1:], "--jobs", 3))
+    (found,) = json.loads((folder / "here" / "formats.json").read_text())["formats"]
+    assert found["about"]["model"]["name"] == "resnet8"
+    assert (found["about"]["device"], found["about"]["precision"]) == ("cpu", "fp32")
+
+    def formats() -> list[tuple[bool, str]]:
+        runs = sorted((folder / "here" / "runs").iterdir())
+        recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in runs]
+        notes = [json.loads((run / "environment.json").read_text())["notes"] for run in runs]
+        told = [[note for note in each if note.startswith("channels_last: ")] for each in notes]
+        assert all(len(each) == 1 for each in told)
+        return [(each["channels_last"], note[0]) for each, note in zip(recipes, told, strict=True)]
+
+    chosen = found["channels_last"]
+    assert formats() == [(chosen, f"channels_last: auto, {str(chosen).lower()} ({found['note']})")] * 3
+    # What a later call adds agrees too, with what is written: the other format than the one that was found.
+    entry = {**found, "channels_last": not chosen, "note": "as written"}
+    (folder / "here" / "formats.json").write_text(json.dumps({"schema": 1, "formats": [entry]}))
+    done(sweep("seed=4", *grid[1:]))
+    assert formats()[-1] == (not chosen, f"channels_last: auto, {str(not chosen).lower()} (as written)")
 
 
 def test_one_that_fails_does_not_stop_the_others(sweep: Start, folder: Path) -> None:

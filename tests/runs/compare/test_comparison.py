@@ -116,6 +116,11 @@ def test_unfinished_runs_are_marked_and_have_no_p(seeded: Callable[..., Run]) ->
     assert row.final_difference is not None
     assert (row.final_difference.p_value, row.final_difference.why_no_p) == (None, "unfinished")
     assert row.final_difference.mean == pytest.approx((2 + 2 + 3) / 3)
+    assert row.final_difference.interval is None
+    assert row.final_difference.is_noise
+    finished = compare_runs([*runs[:-1], seeded(NEQ, 3, 93.0, 94.0)]).rows[1].final_difference
+    assert finished is not None
+    assert finished.interval is not None
 
 
 def test_epochs_without_a_test_are_left_out(seeded: Callable[..., Run]) -> None:
@@ -249,12 +254,14 @@ def test_json_is_plain_and_has_stable_keys(seeded: Callable[..., Run]) -> None:
         "approach", "runs", "seeds", "is_baseline", "unfinished", "flops_paper", "flops_paper_percent",
         "flops_executed", "flops_executed_percent", "metric", "final", "final_difference", "best", "best_difference",
         "seconds", "flops_training", "flops_training_percent", "goal", "matched_p",
-        "lower_is_better", "unit", "joules", "joules_percent",
+        "lower_is_better", "unit", "joules", "joules_percent", "flops_paper_difference", "flops_executed_difference",
+        "seconds_difference",
     ]  # fmt: skip
     assert row["unit"] == "epoch"
     assert row["final"] == {"mean": 91.0, "std": None, "n": 1}
     assert row["final_difference"] == {
-        "mean": 1.0, "p_value": None, "test": "paired", "pairs": 1, "why_no_p": "n too small",
+        "mean": 1.0, "p_value": None, "test": "paired", "pairs": 1, "why_no_p": "n too small", "interval": None,
+        "least_p": None,
     }  # fmt: skip
 
 
@@ -366,3 +373,22 @@ def test_observations_that_do_not_tell_their_epochs_have_no_training_flops(make_
     (row,) = compare_runs([make_observed(metrics=rows, finish=False)]).rows
     assert math.isnan(row.flops_training.mean)
     assert row.unfinished == ("3/12",)
+
+
+def test_flops_and_seconds_have_differences_too(make_run: Any, recipe: Any) -> None:
+    def run(name: str, seed: int, policy: str, flops: float, seconds: float) -> Run:
+        row = {"flops_paper": flops, "flops_executed": 2 * flops, "epoch_seconds": seconds}
+        made: Run = make_run(name, recipe(policy={"kind": policy}, seed=seed), metrics=[row] * 3)
+        return made
+
+    runs = [run(f"b{seed}", seed, "baseline", 1000, 10 + seed) for seed in (1, 2)]
+    runs += [run(f"n{seed}", seed, "neq", 600 + 100 * seed, 9 + 2 * seed) for seed in (1, 2)]
+    baseline, neq = compare_runs(runs).rows
+    assert (baseline.flops_paper_difference, baseline.seconds_difference) == (None, None)
+    half = math.tan(0.475 * math.pi) * 50  # Student's t of one degree of freedom is Cauchy's, 50 the mean's error
+    for found, factor in ((neq.flops_paper_difference, 1), (neq.flops_executed_difference, 2)):
+        assert found is not None
+        assert found.mean == -250 * factor
+        assert found.interval == pytest.approx(((-250 - half) * factor, (-250 + half) * factor))
+    assert neq.seconds_difference is not None
+    assert neq.seconds_difference.mean == 1.5  # 33 and 39 seconds beside 33 and 36

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, ttest_ind, ttest_rel
 
-from neq_cli.runs.compare.statistics import MOST_PERMUTATIONS, difference, paired_p_value, summarise, unpaired_p_value
+from neq_cli.runs.compare.statistics import (
+    MOST_PERMUTATIONS,
+    Difference,
+    difference,
+    paired_interval,
+    paired_p_value,
+    summarise,
+    unpaired_interval,
+    unpaired_p_value,
+)
 
 # Percentages as test sets give them: hundredths, with ties, whose sums no float holds exactly.
 hundredths = st.integers(-300, 300)
@@ -149,3 +158,54 @@ def test_p_values_are_those_of_scipy(seed: int) -> None:
         vectorized=True,
     )
     assert paired_p_value(list(differences)) == pytest.approx(found.pvalue)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5, 40])
+def test_intervals_are_those_of_scipy(runs: int) -> None:
+    random = np.random.default_rng(runs)
+    values, others = random.normal(91, 0.5, runs), random.normal(90, 2, runs + 1)
+    found = ttest_ind(values, others, equal_var=False).confidence_interval(0.95)
+    assert unpaired_interval(list(values), list(others)) == pytest.approx((found.low, found.high))
+    found = ttest_rel(values, others[:-1]).confidence_interval(0.95)
+    assert paired_interval(list(values - others[:-1])) == pytest.approx((found.low, found.high))
+
+
+def test_a_difference_has_the_interval_of_its_test() -> None:
+    group, baseline = [(1, 93.0), (2, 95.0), (3, 97.0)], [(1, 91.0), (2, 92.0), (3, 93.0)]
+    # 2, 3 and 4 by seed: 3 ± t(2) / sqrt(3), and t(2) is sqrt(2 * 0.95^2 / (1 - 0.95^2)).
+    half = math.sqrt(2 * 0.95**2 / (1 - 0.95**2)) / math.sqrt(3)
+    assert difference(group, baseline).interval == pytest.approx((3 - half, 3 + half))
+    apart = difference(group, [(seed + 9, value) for seed, value in baseline])
+    assert apart.interval == pytest.approx(unpaired_interval([93, 95, 97], [91, 92, 93]))
+    assert difference(group[:2], baseline[:2]).interval == pytest.approx(paired_interval([2.0, 3.0]))
+    assert difference(group[:1], baseline[:1]).interval is None
+    assert difference(group, baseline[:1]).interval is None
+    assert difference([(1, 1e300), (2, -1e300)], [(1, 0.0), (2, 1e300)]).interval is None
+    assert difference([(1, 5.0), (2, 5.0)], [(3, 4.0), (4, 4.0)]).interval == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "p_value", "interval", "least", "is_noise"),
+    [
+        (0.84, None, (-18.6, 20.3), None, True),  # two runs
+        (0.84, None, None, None, True),  # one run
+        (3.0, 0.25, (0.5, 5.5), 0.25, False),  # three pairs cannot give less
+        (3.0, 0.5, (0.5, 5.5), 0.25, True),
+        (3.0, 0.03, (0.5, 5.5), 0.01, False),
+        (3.0, 0.06, (-0.1, 6.1), 0.01, True),
+        (-3.0, None, (-5.5, -0.5), 2**-21, False),  # too many permutations
+    ],
+)
+def test_what_is_noise(
+    mean: float, p_value: float | None, interval: tuple[float, float] | None, least: float | None, is_noise: bool
+) -> None:
+    assert Difference(mean, p_value, "paired", 3, "", interval, least).is_noise is is_noise
+
+
+@pytest.mark.parametrize("runs", [3, 4, 5])
+def test_the_least_p_is_that_of_values_that_do_not_overlap(runs: int) -> None:
+    group = [(seed, 10.0 + seed) for seed in range(runs)]
+    for baseline in ([(seed, 1.0 - seed / 9) for seed in range(runs)], [(seed + 50, seed / 9) for seed in range(3)]):
+        found = difference(group, baseline)
+        assert found.p_value == pytest.approx(found.least_p)
+        assert found.is_least_p

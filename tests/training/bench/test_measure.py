@@ -78,9 +78,11 @@ def test_every_mode_order_and_share_is_reported_as_json_has_it(result: dict[str,
     assert all(one["peak_memory_bytes"] is None for one in result["measurements"])
 
 
-def test_ratios_come_from_the_medians(result: dict[str, Any]) -> None:
+def test_ratios_lie_in_their_intervals(result: dict[str, Any]) -> None:
     for one in result["measurements"]:
-        assert one["time_ratio"] == one["step_ms"] / one["dense_step_ms"]
+        low, high = one["time_ratio_interval"]
+        assert low <= one["time_ratio"] <= high
+        assert one["time_ratio_confidence"] == 0.5  # of two rounds
         first, third = one["step_ms_quartiles"]
         assert first <= one["step_ms"] <= third
 
@@ -178,19 +180,33 @@ def test_the_faster_memory_format_is_used_for_everything(
 
     monkeypatch.setattr(TimedStep, "lay_out", lay_out)
     for faster in (True, False):
-        monkeypatch.setattr(module, "time_formats", lambda *_, faster=faster: {faster: 1.0, not faster: 2.0})
+        times = {faster: [0.9, 1.1, 1.0, 1.0, 0.8, 1.2], not faster: [2.0] * 6}
+        monkeypatch.setattr(module, "time_formats", lambda *_, times=times: times)
         laid_out.clear()
         found = bench(recipe(tmp_path, monkeypatch, channels_last="auto"), options)
         assert laid_out == [faster, faster]  # the plain model's and the other's
         assert found["channels_last"] is faster
         assert (found["channels_last_ms"], found["contiguous_ms"]) == ((1.0, 2.0) if faster else (2.0, 1.0))
-    assert bench(recipe(tmp_path, monkeypatch, channels_last=True), options)["channels_last"] is True
+        assert found["channels_last_ratio_interval"] == ([0.4, 0.6] if faster else [2 / 1.2, 2 / 0.8])
+        assert found["channels_last_ratio_confidence"] == 1 - 2 / 64
+    near = {True: [8.0, 8.2, 8.1, 8.3, 8.2, 8.5], False: [8.3] * 6}  # 8.2 against 8.3, and one round says otherwise
+    monkeypatch.setattr(module, "time_formats", lambda *_: near)
+    assert bench(recipe(tmp_path, monkeypatch, channels_last="auto"), options)["channels_last"] is False
+    found = bench(recipe(tmp_path, monkeypatch, channels_last=True), options)
+    assert found["channels_last"] is True
+    assert found["channels_last_ratio_interval"] is None
+    assert found["measurements"][0]["time_ratio_interval"] is None  # of one round
+    assert found["measurements"][0]["time_ratio_confidence"] is None
 
 
 def test_both_formats_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nondeterministic_again: None) -> None:
     options = BenchOptions(fractions=(1.0,), modes=("exact",), orders=("front",), rounds=1)
     found = bench(recipe(tmp_path, monkeypatch, channels_last="auto"), options)
-    assert found["channels_last"] is (found["channels_last_ms"] < found["contiguous_ms"])
+    low, high = found["channels_last_ratio_interval"]
+    assert found["channels_last"] is (high < 1)
+    assert 0 < low <= high
+    assert found["channels_last_ratio_confidence"] >= 0.95
+    assert min(found["channels_last_ms"], found["contiguous_ms"]) > 0
 
 
 def seconds(forward: float, backward: float, optimizer: float, row_keeping: float) -> dict[str, float]:
@@ -198,12 +214,15 @@ def seconds(forward: float, backward: float, optimizer: float, row_keeping: floa
 
 
 def test_a_measurement_by_hand() -> None:
-    before = Subject(None, steps=[seconds(1, 1, 0, 0), seconds(2, 2, 0, 0)])
-    after = Subject(None, steps=[seconds(3, 3, 0, 0)])
+    before = Subject(None, visits=[[seconds(1, 1, 0, 0)], [seconds(2, 2, 0, 0)]])
+    after = Subject(None, visits=[[seconds(3, 3, 0, 0)], [seconds(1, 1, 0, 0), seconds(2, 2, 0, 0)]])
     plain = Subject(None, saved_for_backward=100, peak_memory=7)
     subject = Subject(
         Arm("exact", 0.5, ("random", "front"), {}),
-        steps=[seconds(1, 0.5, 0.25, 0.25), seconds(2, 0.5, 0.25, 0.25), seconds(3, 0.5, 0.25, 0.25)],
+        visits=[
+            [seconds(1, 0.5, 0.25, 0.25), seconds(2, 0.5, 0.25, 0.25)],
+            [seconds(3, 0.5, 0.25, 0.25)],
+        ],
         saved_for_backward=60,
         flops_ratio=0.75,
         layers=(LayerUse("a", "Linear", 8, 4, "sliced", 4, ""), LayerUse("b", "Linear", 2, 1, "sliced", 1, "")),
@@ -212,7 +231,10 @@ def test_a_measurement_by_hand() -> None:
     one, other = measurements(subject, plain)
     assert (one.order, other.order) == ("random", "front")
     assert (one.step_ms, one.step_ms_quartiles) == (3000, [2500, 3500])
-    assert (one.dense_step_ms, one.time_ratio) == (4000, 0.75)
+    assert one.dense_step_ms == 4000
+    # 2.5 of 2 and 6 in the first round, 4 of 4, 2 and 4 in the second.
+    assert (one.time_ratio, one.time_ratio_interval) == ((2.5 / 4 + 4 / 4) / 2, [2.5 / 4, 4 / 4])
+    assert one.time_ratio_confidence == 0.5
     assert (one.forward_ms, one.backward_ms, one.optimizer_ms, one.row_keeping_ms) == (2000, 500, 250, 250)
     assert (one.saved_for_backward_bytes, one.dense_saved_for_backward_bytes) == (60, 100)
     assert (one.frozen, one.flops_ratio, one.peak_memory_bytes, one.dense_peak_memory_bytes) == (5, 0.75, None, 7)

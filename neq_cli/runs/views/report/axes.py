@@ -37,7 +37,10 @@ class Axis:
 def unit_of(values: Sequence[float]) -> tuple[float, str]:
     """Return what to divide FLOPs or counts by, and its letter in brackets: 138942464 is in ``(M)``, 900 in none."""
     largest = max((value for value in values if math.isfinite(value)), default=0.0)
-    return next(((size, f" ({letter})") for size, letter in _PREFIXES if largest >= size), (1.0, ""))
+    # Rounded as numbers in the text are: 999.996 K would be written 1000.00 K.
+    return next(
+        ((size, f" ({letter})") for size, letter in _PREFIXES if round(largest / size * 1000, 2) >= 1000), (1.0, "")
+    )
 
 
 def new_axes(figure: Figure, horizontal: str, vertical: str) -> Axes:

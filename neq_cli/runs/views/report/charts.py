@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from neq_cli.runs.compare.curves import Curve
 from neq_cli.runs.views.drawing import shorten
+from neq_cli.runs.views.report.alike import on_one_spot
 from neq_cli.runs.views.report.axes import Axis, above, far_ticks, keep_within, new_axes, span, whole_numbers
 from neq_cli.runs.views.report.drawing import Style
 from neq_cli.runs.views.report.fields import Density, LayerMap
@@ -89,7 +90,8 @@ def draw_points(
 ) -> None:
     """Draw one point a configuration, (x, y) with the standard deviations of both; the baseline's is hollow.
 
-    A line joins those of which ``front`` says so, from left to right.
+    Points on one spot have their numbers beside each other. A line joins those of which ``front`` says so, from left to
+    right.
     """
     axes = new_axes(figure, horizontal.label, vertical.label)
     joined = sorted((x / horizontal.unit, y) for there, (_, (x, y), _) in zip(front, points, strict=True) if there)
@@ -105,10 +107,8 @@ def draw_points(
         axes.errorbar(
             *(x, y), **bars, fmt="o", color=colour, markersize=5, mfc=face, elinewidth=0.9, capsize=2.5, capthick=0.9
         )
-        label = axes.annotate(
-            str(line.number), (x, y), xytext=(5, 4), textcoords="offset points", color=colour, fontweight="bold"
-        )
-        label.set_parse_math(False)
+    keys = [line for line, _, _ in points]
+    _number_points(axes, style, keys, [(x / horizontal.unit, y) for _, (x, y), _ in points])
     axes.margins(0.12)
     axes.grid()
     if math.isfinite(vertical.limits[1]):
@@ -118,6 +118,20 @@ def draw_points(
         largest = [(x + (spread if spread > 0 else 0)) / horizontal.unit for _, (x, _), (spread, _) in points]
         axes.set_xlim(0, above(largest, 1.1))
     _legend(figure, axes, style, [line for line, _, _ in points], numbered=True)
+
+
+def _number_points(axes: Axes, style: Style, keys: Sequence[Line], places: Sequence[tuple[float, float]]) -> None:
+    together = on_one_spot(places, keys)
+    for key, place in zip(keys, places, strict=True):
+        group = next((each for each in together if key in each), [key])
+        if group[0] is not key or not all(map(math.isfinite, place)):
+            continue
+        colour = style.colour(key.place) if len(group) == 1 else style.ink
+        numbers = ", ".join(str(each.number) for each in group)
+        label = axes.annotate(
+            numbers, place, xytext=(5, 4), textcoords="offset points", color=colour, fontweight="bold"
+        )
+        label.set_parse_math(False)
 
 
 def draw_density(figure: Figure, style: Style, density: Density, label: str, threshold: float | None) -> None:

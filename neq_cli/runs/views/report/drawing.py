@@ -52,9 +52,9 @@ class Style:
 
 PRINT = Style(3.4, 7, 1.0, "#1a1a1a", "#8c8c8c", "#d55e00", "#ffffff", _PALETTE, (8, 48, 107), legend=True)
 PAGE = Style(
-    width=4.8,
-    font_size=9,
-    line_width=1.4,
+    width=4.2,  # for letters of 11 pixels on a screen of 400, and of 12 where three stand side by side on one of 1280
+    font_size=9.5,
+    line_width=1.3,
     ink=PLACEHOLDERS["ink"],
     soft=PLACEHOLDERS["soft"],
     mean=PLACEHOLDERS["mean"],

@@ -30,16 +30,43 @@ def element(tag: str, content: str, **attributes: str) -> str:
     return f"<{tag}{written}>{content}</{tag}>"
 
 
+def whole(value: object, limit: int = LONGEST_TEXT) -> str:
+    """Return foreign text that no line breaks in its middle, unless it is longer than the line: a name."""
+    return element("span", text(value, limit), class_="name")
+
+
+def folder(path: object, limit: int = LONGEST_TEXT) -> str:
+    """Return a path whose folders stay whole: lines end after a slash."""
+    parts = printable(path, limit).split("/")
+    return "/<wbr>".join(element("span", text(part), class_="name") if part else "" for part in parts)
+
+
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Return a table of HTML cells, the first of each row its heading; where it is too wide it scrolls."""
-    head = "".join(element("th", name, scope="col") for name in header)
+    """Return a table of HTML cells, the first of each row its heading.
+
+    Where it is too wide it scrolls, and its edges show that. On a narrow screen each row is a card, whose lines begin
+    with the names of the columns; the roles keep what it is for those who hear it, which cards would take.
+    """
+    head = "".join(element("th", name, scope="col", role="columnheader") for name in header)
     body = "".join(
-        element("tr", element("th", cells[0], scope="row") + "".join(element("td", cell) for cell in cells[1:]))
+        element(
+            "tr",
+            element("th", cells[0], scope="row", role="rowheader")
+            + "".join(_cell(name, cell) for name, cell in zip(header[1:], cells[1:], strict=True)),
+            role="row",
+        )
         for cells in rows
     )
-    content = element("caption", caption) + element("thead", element("tr", head)) + element("tbody", body)
+    content = element("caption", caption)
+    content += element("thead", element("tr", head, role="row"), role="rowgroup")
+    content += element("tbody", body, role="rowgroup")
     # Focusable, so that a keyboard can scroll it.
-    return element("div", element("table", content, class_=kind), class_="scroll", tabindex="0")
+    return element("div", element("table", content, class_=kind, role="table"), class_="scroll", tabindex="0")
+
+
+def _cell(column: str, content: str) -> str:
+    # ``column`` is escaped already.
+    return f'<td role="cell" data-column="{column}">{content}</td>'
 
 
 def details(summary: str, content: str) -> str:

@@ -12,10 +12,12 @@ from neq_cli.errors import NeqError
 from neq_cli.runs.compare.configurations import model_and_data
 from neq_cli.runs.compare.curves import Configuration, Study, axis_word, study
 from neq_cli.runs.store.disk import atomic_write
-from neq_cli.runs.store.run import KNOWN_METRICS, Run
+from neq_cli.runs.store.run import Run
+from neq_cli.runs.views.report.axes import unit_of
 from neq_cli.runs.views.report.drawing import MARK, PAGE, drawn, require_matplotlib
 from neq_cli.runs.views.report.files import check_replaceable
 from neq_cli.runs.views.report.html import bullets, element, inline, legend, swatch, text
+from neq_cli.runs.views.report.names import capital, metric_in_words
 from neq_cli.runs.views.report.pictures import (
     MOST_DENSITIES,
     MOST_MAPS,
@@ -26,7 +28,7 @@ from neq_cli.runs.views.report.pictures import (
     pictures,
 )
 from neq_cli.runs.views.report.tables import comparison_table, environment_tables, notes, recipe_tables, runs_table
-from neq_cli.runs.views.report.words import caveats, facts
+from neq_cli.runs.views.report.words import Fact, caveats, facts, reading
 from neq_cli.text import counted, printable
 
 _MOST_CARDS = 8
@@ -93,16 +95,24 @@ def render_page(report: Report) -> str:
     header = element("h1", text(title)) + element("p", _subtitle(the_study), class_="subtitle")
     header += element("nav", navigation, aria_label="Sections")
     footer = element(
-        "footer", element("p", f"neq {text(__version__)}. FLOPs: one sample's back-propagation, one multiply-add each.")
+        "footer",
+        element(
+            "p",
+            f"neq {text(__version__)}. FLOPs: one sample's back-propagation, one multiply-add each.{_unit(the_study)}",
+        ),
     )
     return _document(title, element("header", header) + element("main", body) + footer)
+
+
+def _unit(the_study: Study) -> str:
+    size, prefix = unit_of([the_study.largest_flops])
+    return f" {prefix.strip(' ()')}: {size:,.0f} of them." if prefix else ""
 
 
 def _quality(the_study: Study) -> str:
     """Return what the metric is called in a heading: a task's own has its own name."""
     metrics = {row.metric for row in the_study.comparison.rows}
-    own = metrics - set(KNOWN_METRICS)
-    return "Accuracy" if not own else text(own.pop(), 40) if len(metrics) == 1 else "Metric"
+    return text(capital(metric_in_words(metrics.pop()))) if len(metrics) == 1 else "Metric"
 
 
 def _document(title: str, body: str) -> str:
@@ -146,6 +156,7 @@ def _short(the_study: Study) -> str:
     return (
         element("p", lead)
         + element("div", cards, class_="cards")
+        + (element("p", element("small", text(reading(the_study), 600))) if reading(the_study) else "")
         + (element("p", more) if more else "")
         + element("h3", "What to keep in mind")
         + bullets(text(caveat, 500) for caveat in caveats(the_study))
@@ -154,15 +165,16 @@ def _short(the_study: Study) -> str:
 
 def _card(the_study: Study, configuration: Configuration) -> str:
     head = f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}&ensp;{text(configuration.name)}"
-    rows = "".join(
-        element(
-            "div",
-            element("dt", text(fact.name))
-            + element("dd", element("b", text(fact.value)) + " " + element("small", text(fact.detail))),
-        )
-        for fact in facts(configuration, the_study.baseline)
-    )
+    rows = "".join(map(_fact, facts(configuration, the_study.baseline, the_study.largest_flops)))
     return element("article", element("h3", head) + element("dl", rows), class_="card")
+
+
+def _fact(fact: Fact) -> str:
+    # How wide the spread is belongs to the number: as large as it, and grey with it.
+    spread = " " + element("span", text(f"({fact.spread})"), class_="spread") if fact.spread else ""
+    value = element("b", text(fact.value) + spread, class_="known" if fact.certain else "noise")
+    detail = " " + element("small", text(fact.detail)) if fact.detail else ""
+    return element("div", element("dt", text(fact.name)) + element("dd", value + detail))
 
 
 def _group(report: Report, section: str, dot: bool = False) -> str:

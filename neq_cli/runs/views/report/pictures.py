@@ -17,6 +17,7 @@ from neq_cli.runs.compare.curves import Configuration, Curve, Study, axis_word, 
 from neq_cli.runs.compare.front import on_front
 from neq_cli.runs.compare.statistics import Summary
 from neq_cli.runs.store.run import KNOWN_METRICS, Run
+from neq_cli.runs.views.report.alike import on_one_line, on_one_spot
 from neq_cli.runs.views.report.axes import Axis, unit_of
 from neq_cli.runs.views.report.charts import (
     MOST_LAYER_LABELS,
@@ -28,6 +29,7 @@ from neq_cli.runs.views.report.charts import (
 )
 from neq_cli.runs.views.report.drawing import SERIES, Style
 from neq_cli.runs.views.report.fields import Density, LayerMap, densities, layer_map
+from neq_cli.runs.views.report.names import capital, metric_in_words
 from neq_cli.text import counted, format_metric, format_percent, printable
 
 if TYPE_CHECKING:
@@ -91,8 +93,8 @@ def observed(the_study: Study) -> list[Configuration]:
 
 
 def metric_label(metric: str) -> str:
-    """``test_top1 (%)``; a task's own metric has no unit that neq knows."""
-    return f"{printable(metric, 40)} (%)" if metric in KNOWN_METRICS else printable(metric, 40)
+    """``test top-1 accuracy (%)``; a task's own metric has no unit that neq knows."""
+    return metric_in_words(metric) + (" (%)" if metric in KNOWN_METRICS else "")
 
 
 def _limits(metric: str, values: Iterable[float]) -> tuple[float, float]:
@@ -117,20 +119,22 @@ def _points(the_study: Study) -> Iterator[Picture]:
         front = on_front([where for _, where, _ in points], lower)
         numbers = [str(key.number) for (key, _, _), there in zip(points, front, strict=True) if there]
         beaten = f"on the front, joined by a dashed line, where no other is as good in both: {', '.join(numbers)}"
-        unit, prefix = unit_of([x for _, (x, _), _ in points])
+        unit, prefix = unit_of([the_study.largest_flops])
         label = f"{accounting} FLOPs per iteration{prefix}"
+        together = " ".join(map(_one_spot, on_one_spot([where for _, where, _ in points], [k for k, _, _ in points])))
         yield Picture(
             name=f"accuracy-against-{accounting}-flops",
             section="points",
-            title=f"Final {printable(metric, 40)} against {accounting} FLOPs",
+            title=f"Final {metric_in_words(metric)} against {accounting} FLOPs",
             caption="One point a configuration, numbered as in the table; bars: one sample standard deviation over "
             f"seeds, FLOPs: mean of all {the_study.comparison.units}. {better} and to the left is better; "
-            f"{beaten}.",
+            f"{beaten}." + (f" {together}" if together else ""),
             summary="; ".join(
                 f"{key.number} {key.name}: {x / unit:.4g}{prefix.strip(' ()')} and {format_metric(y, metric)}"
                 for key, (x, y), _ in points[:20]
             )
-            + f"; {beaten}",
+            + f"; {beaten}"
+            + (f". {together}" if together else ""),
             legend=tuple(key for key, _, _ in points),
             height=3.2,
             draw=partial(
@@ -155,7 +159,7 @@ def _curves(the_study: Study, configurations: Sequence[Configuration], suffix: s
     ]
     metric = metrics.pop() if len(metrics) == 1 else ""
     if metric:
-        what = printable(metric, 40)
+        what = capital(metric_in_words(metric))
         quantities.append(("accuracy", what, metric_label(metric), lambda run: run.column(metric)))
     for name, title, label, values in quantities:
         found = [curve(configuration.runs, values) for configuration in configurations]
@@ -163,13 +167,14 @@ def _curves(the_study: Study, configurations: Sequence[Configuration], suffix: s
         if name == "accuracy":
             axis = Axis(label, limits=_limits(metric, [value for each in found for value in (*each.low, *each.high)]))
         else:
-            unit, prefix = unit_of([float(np.nanmax(each.high, initial=0)) for each in found])
+            largest = [float(np.nanmax(each.high, initial=0)) for each in found]
+            unit, prefix = unit_of(largest if name == "updated-neurons" else [the_study.largest_flops])
             axis = Axis(f"{label}{prefix}", unit, from_zero=True, whole=name == "updated-neurons" and not prefix)
         yield Picture(
             name=f"{name}-by-epoch{suffix}",
             section="curves" + suffix,
             title=f"{title} by {horizontal}",
-            caption=remark,
+            caption=" ".join(filter(None, [remark, *map(_one_line, on_one_line(found, keys))])),
             summary="; ".join(_in_words(key, each, unit, prefix) for key, each in zip(keys, found, strict=True)),
             legend=tuple(keys),
             height=3.0,
@@ -181,6 +186,19 @@ def _curves(the_study: Study, configurations: Sequence[Configuration], suffix: s
                 horizontal=horizontal,
             ),
         )
+
+
+def _one_spot(keys: Sequence[Line]) -> str:
+    return f"{_numbers(keys)} lie on one spot, or nearly so."
+
+
+def _one_line(keys: Sequence[Line]) -> str:
+    return f"{_numbers(keys)} lie on one line."
+
+
+def _numbers(keys: Sequence[Line]) -> str:
+    *first, last = (str(key.number) for key in keys)
+    return f"{', '.join(first)} and {last}"
 
 
 def updated_neurons(run: Run) -> NDArray[np.float64]:
@@ -265,7 +283,7 @@ def _densities(configuration: Configuration) -> Iterator[Picture]:
         yield Picture(
             name=f"{density.field.replace('_', '-')}-by-{density.unit}-{_slug(configuration)}",
             section=f"neurons-{configuration.number}",
-            title=_capital(_SYMBOLS[density.field]) + f" by {density.unit}",
+            title=capital(_SYMBOLS[density.field]) + f" by {density.unit}",
             caption=_density_caption(density, shown),
             summary=_density_in_words(density, configuration.name, seed),
             legend=(),
@@ -304,14 +322,10 @@ def _density_in_words(density: Density, name: str, seed: object) -> str:
         if known.size
         else "never known"
     )
-    whose = f"{density.field} over the neurons of {name}, seed {printable(seed, 20)}"
+    whose = f"{_SYMBOLS[density.field]} over the neurons of {name}, seed {printable(seed, 20)}"
     return f"Distribution of {whose}, by {density.unit}: {means}"
 
 
 def _slug(configuration: Configuration) -> str:
     name = re.sub(r"[^A-Za-z0-9.]+", "-", configuration.name).strip("-.").lower()[:60]
     return f"{configuration.number}-{name}".rstrip("-.")
-
-
-def _capital(words: str) -> str:
-    return words[0].upper() + words[1:]

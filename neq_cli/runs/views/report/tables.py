@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings, written
 from neq_cli.runs.compare.curves import Configuration, Study
-from neq_cli.runs.store.run import Run
-from neq_cli.runs.views.report.html import bullets, details, element, swatch, table, text
+from neq_cli.runs.views.report.html import bullets, details, element, folder, swatch, table, text, whole
+from neq_cli.runs.views.report.names import command_line, key_in_words, metric_in_words, run_names
 from neq_cli.runs.views.report.pictures import line
 from neq_cli.runs.views.tables.comparison import (
     GOAL_LEGEND,
@@ -26,21 +26,21 @@ from neq_cli.runs.views.tables.comparison import (
     legend,
     unfinished,
 )
-from neq_cli.text import MISSING, format_metric, printable
+from neq_cli.text import MISSING, counted, format_metric
 
 _MOST_KEYS = 200
 _MOST_RUNS = 500
 _MOST_NOTES = 50
+_MOST_NAMES = 12  # of runs beside a note or a value
 _SAID_ELSEWHERE = ("notes", "unit", "rows_planned")  # of environment.json
 
 
 def comparison_table(the_study: Study) -> str:
     """Return what `neq compare` prints, with the numbers and colours of the figures."""
-    names = ["", *map(text, header(the_study.comparison))]
+    names = ["number", *map(text, header(the_study.comparison, metric_in_words))]
     rows = [_comparison_row(the_study, configuration) for configuration in the_study.configurations]
-    below = element("p", element("small", text(f"{legend(the_study.comparison)}.", 400)))
-    whole = table("Every configuration, the baseline first", names, rows, "comparison") + below
-    return whole + _goal_table(the_study)
+    below = element("p", element("small", text(f"{legend(the_study.comparison, metric_in_words)}.", 400)))
+    return table("Every configuration, the baseline first", names, rows, "comparison") + below + _goal_table(the_study)
 
 
 def _goal_table(the_study: Study) -> str:
@@ -48,7 +48,7 @@ def _goal_table(the_study: Study) -> str:
     comparison = the_study.comparison
     if not has_goals(comparison):
         return ""
-    names = ["", *map(text, goal_header(comparison))]
+    names = ["number", *map(text, goal_header(comparison, metric_in_words))]
     rows = [
         [
             f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}",
@@ -58,7 +58,7 @@ def _goal_table(the_study: Study) -> str:
         if configuration.row.goal is not None
     ]
     below = element("p", element("small", text(f"{GOAL_LEGEND}.", 400)))
-    return table(goal_heading(comparison), names, rows, "comparison") + below
+    return table(text(goal_heading(comparison, metric_in_words)), names, rows, "comparison") + below
 
 
 def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]:
@@ -69,7 +69,7 @@ def _comparison_row(the_study: Study, configuration: Configuration) -> list[str]
     return [
         f"{swatch(line(the_study, configuration), dot=True)} {configuration.number}",
         (element("strong", name) if row.is_baseline else name) + matched + stopped,
-        *map(_cell, cells(row)[1:]),
+        *map(_cell, cells(row, the_study.largest_flops)[1:]),
     ]
 
 
@@ -84,90 +84,126 @@ def _cell(cell: Cell) -> str:
 def recipe_tables(the_study: Study) -> str:
     """Return the keys in which the recipes differ, then all keys of each."""
     flats = [settings(configuration.runs[0]) for configuration in the_study.configurations]
-    numbered = [
-        (str(configuration.number), flat) for configuration, flat in zip(the_study.configurations, flats, strict=True)
-    ]
-    parts = [_differences("Keys in which the recipes differ", "configurations", numbered, written)]
+    numbers = [whole(configuration.number) for configuration in the_study.configurations]
+    heads = ("key", "value", "configurations")
+    parts = [_differences("Keys in which the recipes differ", heads, numbers, flats, whole, _written)]
     common = {key: value for key, value in flats[0].items() if all(flat.get(key) == value for flat in flats)}
-    parts.append(details(f"Keys that all share ({len(common)})", _key_table("Recipe", _described(common, written))))
-    return "".join(parts)
+    alike = _key_table("Recipe", ("key", "value"), common, whole, _written)
+    return "".join([*parts, details(f"Keys that all share ({len(common)})", alike)])
+
+
+def _written(value: str) -> str:
+    return text(value if value == UNSET else written(value))
 
 
 def environment_tables(the_study: Study) -> str:
     """Return what differs between the runs' environments, then what they share."""
     flats = [_flat(run.environment) for run in the_study.runs]
-    numbered = [(_run_name(run), flat) for run, flat in zip(the_study.runs, flats, strict=True)]
-    parts = [_differences("What differs between the runs' environments", "runs", numbered, str)]
+    names = list(map(whole, run_names(the_study.runs)))
+    heads = ("what", "is", "in runs")
+    parts = [_differences("What differs between the runs' environments", heads, names, flats, _key, _value)]
     common = {key: value for key, value in flats[0].items() if all(flat.get(key) == value for flat in flats)}
-    parts.append(details(f"What all runs share ({len(common)})", _key_table("Environment", common.items())))
-    return "".join(parts)
+    alike = _key_table("The same in all runs", ("what", "is"), common, _key, _value)
+    return "".join([*parts, details(f"What all runs share ({len(common)})", alike)])
+
+
+def _key(key: str) -> str:
+    return whole(key_in_words(key))
+
+
+def _value(value: str) -> str:
+    """Write a value; a command line as it is typed."""
+    if value.startswith("["):
+        try:
+            typed = command_line(json.loads(value))
+        except ValueError:  # a text that begins so
+            typed = None
+        if typed is not None:
+            return element("code", text(typed))
+    return text(value)
 
 
 def notes(the_study: Study) -> str:
-    """Return what the runs noted of themselves, each note once, with how many runs have it."""
-    found: dict[str, int] = {}
-    for run in the_study.runs:
+    """Return what the runs noted of themselves, each note once, with the names of the runs that have it."""
+    found: dict[str, list[str]] = {}
+    for run, name in zip(the_study.runs, run_names(the_study.runs), strict=True):
         own = run.environment.get("notes")
         for note in dict.fromkeys(map(str, own)) if isinstance(own, list) else ():
-            found[note] = found.get(note, 0) + 1
-    items = [f"{text(note)} {_small(_of_runs(count, len(the_study.runs)))}" for note, count in found.items()]
+            found.setdefault(note, []).append(name)
+    count = len(the_study.runs)
+    items = [f"{text(note)} {element('small', _of_runs(names, count))}" for note, names in found.items()]
     more = [f"and {len(items) - _MOST_NOTES} more"] if len(items) > _MOST_NOTES else []
     return bullets([*items[:_MOST_NOTES], *more])
 
 
-def _of_runs(count: int, all_runs: int) -> str:
-    return "" if count == all_runs else f"({count} of {all_runs} runs)"
+def _of_runs(names: Sequence[str], all_runs: int) -> str:
+    """Return which runs a note is of; nothing where there is but one run."""
+    if len(names) == all_runs:
+        return f"(all {all_runs} runs)" if all_runs > 1 else ""
+    return f"({_listed(list(map(whole, names)))})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return HTML names, those of the first runs where there are many."""
+    more = f" and {counted(len(names) - _MOST_NAMES, 'more run')}" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def runs_table(the_study: Study) -> str:
     """Return every run with its folder, seed, state and outcome."""
     rows, units = [], the_study.comparison.units
+    metrics = {metric_in_words(run.metric) for run in the_study.runs}
+    final = f"final {metrics.pop()}" if len(metrics) == 1 else "final metric"
     for configuration in the_study.configurations:
         for run in configuration.runs:
             known = run.column(run.metric)
             known = known[~np.isnan(known)]
-            final = format_metric(float(known[-1]), run.metric) if len(known) else MISSING
+            last = format_metric(float(known[-1]), run.metric) if len(known) else MISSING
             seed = run.setting("seed")
-            told = [str(configuration.number), run.path, "?" if seed is None else seed, run.status.state]
             # Where the heading has both, the rarer word stands with its number.
             of = f" {run.unit}s" if run.unit == OBSERVATION and units != f"{run.unit}s" else ""
-            told += [f"{run.epochs} of {run.epochs_planned}{of}", final, run.environment.get("device") or MISSING]
-            rows.append([text(one) for one in told])
+            told = ["?" if seed is None else seed, run.status.state]
+            told += [f"{run.epochs} of {run.epochs_planned}{of}", last, run.environment.get("device") or MISSING]
+            rows.append([text(configuration.number), folder(run.path), *map(text, told)])
     caption = "Every run" if len(rows) <= _MOST_RUNS else f"The first {_MOST_RUNS} of {len(rows)} runs"
-    names = ["configuration", "folder", "seed", "state", units, "final", "device"]
+    names = ["configuration", "folder", "seed", "state", units, text(final), "device"]
     return table(caption, names, rows[:_MOST_RUNS])
 
 
-def _run_name(run: Run) -> str:
-    return printable(run.path.name or str(run.path), 80)
+Written = Callable[[str], str]
+"""Writes a key or a value as HTML."""
 
 
 def _differences(
-    caption: str, whose: str, numbered: Sequence[tuple[str, Mapping[str, str]]], form: Callable[[str], str]
+    caption: str,
+    heads: Sequence[str],
+    names: Sequence[str],
+    flats: Sequence[Mapping[str, str]],
+    key_written: Written,
+    value_written: Written,
 ) -> str:
-    keys = differing_keys([flat for _, flat in numbered])
+    """Return a table with a row for each value of a key in which ``flats`` differ, which are those of ``names``."""
+    keys = differing_keys(flats)
     rows = []
     for key in keys[:_MOST_KEYS]:
         values: dict[str, list[str]] = {}
-        for name, flat in numbered:
+        for name, flat in zip(names, flats, strict=True):
             values.setdefault(flat.get(key, UNSET), []).append(name)
-        for place, (value, names) in enumerate(values.items()):
-            shown = value if value == UNSET else form(value)
-            rows.append([text(key) if place == 0 else "", text(shown), text(", ".join(names), 200)])
+        for place, (value, whose) in enumerate(values.items()):
+            shown = UNSET if value == UNSET else value_written(value)
+            rows.append([key_written(key) if place == 0 else "", shown, _listed(whose)])
     if not rows:
         return element("p", f"{caption}: none.")
     more = f"; {len(keys) - _MOST_KEYS} more are left out" if len(keys) > _MOST_KEYS else ""
-    return table(caption + more, ["key", "value", whose], rows)
+    return table(caption + more, heads, rows, "values")
 
 
-def _described(flat: Mapping[str, str], form: Callable[[str], str]) -> Iterable[tuple[str, str]]:
-    return ((key, form(value)) for key, value in flat.items())
-
-
-def _key_table(caption: str, items: Iterable[tuple[str, str]]) -> str:
-    rows = [[text(key), text(value)] for key, value in items]
+def _key_table(
+    caption: str, heads: Sequence[str], values: Mapping[str, str], key_written: Written, value_written: Written
+) -> str:
+    rows = [[key_written(key), value_written(value)] for key, value in values.items()]
     more = f"; {len(rows) - _MOST_KEYS} keys more are left out" if len(rows) > _MOST_KEYS else ""
-    return table(caption + more, ["key", "value"], rows[:_MOST_KEYS])
+    return table(caption + more, heads, rows[:_MOST_KEYS], "values")
 
 
 def _flat(environment: Mapping[str, Any]) -> dict[str, str]:

@@ -3,77 +3,134 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from neq_cli.runs.compare.comparison import Row
 from neq_cli.runs.compare.configurations import disagreements
 from neq_cli.runs.compare.curves import Configuration, Study
-from neq_cli.runs.compare.statistics import FEWEST_RUNS, Summary
+from neq_cli.runs.compare.statistics import CONFIDENCE, CUSTOMARY_LEVEL, FEWEST_RUNS, Difference, Summary
 from neq_cli.runs.store.run import KNOWN_METRICS
-from neq_cli.text import MISSING, format_flops, format_metric, format_p_value, format_seconds, ratio_percent
+from neq_cli.runs.views.report.names import metric_in_words
+from neq_cli.text import (
+    MISSING,
+    counted,
+    format_flops,
+    format_flops_like,
+    format_metric,
+    format_p_value,
+    format_seconds,
+    ratio_percent,
+)
 
-_SMALL_P = 0.05
 _MOST_KEYS = 6
 _SAME_WORK = 0.5  # percent
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One number of a headline: ``value`` in large, what it is made of below."""
+    """One number of a headline: ``value`` in large with its ``spread``, what it is made of below.
+
+    Without ``certain`` it is grey, for the runs do not tell it from nothing; ``detail`` says why.
+    """
 
     name: str
     value: str
     detail: str
+    spread: str = ""
+    certain: bool = True
 
 
-def facts(configuration: Configuration, baseline: Configuration | None) -> tuple[Fact, ...]:
-    """Return what a configuration saved and what it came to, beside the baseline where there is one."""
+def facts(configuration: Configuration, baseline: Configuration | None, like: float | None = None) -> tuple[Fact, ...]:
+    """Return what a configuration saved and what it came to, beside the baseline where there is one.
+
+    FLOPs are in the unit of ``like``, where that is given.
+    """
     row = configuration.row
     against = None if baseline is None or baseline is configuration else baseline.row
     others = (against.flops_paper, against.flops_executed) if against else (None, None)
     return (
-        _flops("paper FLOPs", row.flops_paper, row.flops_paper_percent, others[0], row.unit),
-        _flops("executed FLOPs", row.flops_executed, row.flops_executed_percent, others[1], row.unit),
-        _accuracy(configuration, baseline),
+        _flops("paper FLOPs", row.flops_paper, others[0], row.flops_paper_difference, row.unit, like),
+        _flops("executed FLOPs", row.flops_executed, others[1], row.flops_executed_difference, row.unit, like),
+        _accuracy(row, against),
         _seconds(row, against),
     )
 
 
-def _flops(name: str, own: Summary, percent: float | None, other: Summary | None, unit: str) -> Fact:
-    if other is None or percent is None or not math.isfinite(percent):
-        return Fact(name, format_flops(own.mean), f"per sample and iteration, mean of all {unit}s")
-    detail = f"{format_flops(own.mean)} against {format_flops(other.mean)} per sample and iteration"
-    return Fact(name, _change(percent), detail)
+def _flops(
+    name: str, own: Summary, other: Summary | None, found: Difference | None, unit: str, like: float | None
+) -> Fact:
+    percent = math.nan if other is None else ratio_percent(own.mean, other.mean)
+    if other is None or not math.isfinite(percent):
+        deviation = _deviation(own, lambda std: format_flops(std, like or own.mean))
+        return Fact(
+            name, format_flops_like(own.mean, like), f"per sample and iteration, mean of all {unit}s", deviation
+        )
+    like = other.mean if like is None else like
+    detail = (
+        f"{format_flops_like(own.mean, like)} against {format_flops_like(other.mean, like)} per sample and iteration"
+    )
+    value, spread = _change(percent), _interval_in_percent(found, other.mean)
+    # A single run's FLOPs are counted, not measured: what they come to is known, if not for other seeds.
+    certain = found is None or found.interval is None or not found.is_noise
+    why = "" if certain or value == _NOTHING else "within noise: "
+    return Fact(name, value, why + detail, spread, certain and value != _NOTHING)
+
+
+_NOTHING = "±0.0%"
 
 
 def _change(percent: float) -> str:
     """``61.0`` percent of the baseline's are ``−39.0%``."""
     change = percent - 100
-    return "±0.0%" if abs(change) < 0.05 else f"{'+' if change > 0 else '−'}{abs(change):.1f}%"
+    return _NOTHING if abs(change) < 0.05 else f"{_signed(change, '{:.1f}'.format)}%"
 
 
-def _accuracy(configuration: Configuration, baseline: Configuration | None) -> Fact:
-    row, found = configuration.row, configuration.row.final_difference
-    name = f"final {row.metric}"
-    own = with_spread(row.final, row.metric)
-    if found is None or baseline is None:
-        return Fact(name, format_metric(row.final.mean, row.metric), own if row.final.n > 1 else "")
-    sign = "+" if found.mean >= 0 else "−"
+def _signed(value: float, written: Callable[[float], str]) -> str:
+    return ("+" if value >= 0 else "−") + written(abs(value))
+
+
+def _interval_in_percent(found: Difference | None, of: float) -> str:
+    """``−41.2 to −36.8``: in percent of the baseline's mean; empty where no spread is known, or there is none."""
+    if found is None or found.interval is None or found.interval[0] == found.interval[1] or not of:
+        return ""
+    return " to ".join(_signed(100 * end / of, "{:.1f}".format) for end in found.interval)
+
+
+def _deviation(summary: Summary, written: Callable[[float], str]) -> str:
+    # Runs that freeze nothing do not scatter in FLOPs.
+    return "" if math.isnan(summary.std) or not summary.std else f"± {written(summary.std)}"
+
+
+def _accuracy(row: Row, against: Row | None) -> Fact:
+    def written(value: float) -> str:
+        return format_metric(value, row.metric)
+
+    found, name = row.final_difference, f"final {metric_in_words(row.metric)}"
+    if found is None or against is None:
+        runs = f"mean of {counted(row.final.n, 'run')}" if row.final.n > 1 else ""
+        return Fact(name, written(row.final.mean), runs, _deviation(row.final, written))
     unit = " points" if row.metric in KNOWN_METRICS else ""
-    detail = f"{own} against {with_spread(baseline.row.final, row.metric)}"
-    return Fact(
-        name, f"{sign}{format_metric(abs(found.mean), row.metric)}{unit}", f"{detail}; {_chance(configuration)}"
-    )
+    spread = "" if found.interval is None else " to ".join(_signed(end, written) for end in found.interval)
+    detail = f"{with_spread(row.final, row.metric)} against {with_spread(against.final, row.metric)}; {_chance(found)}"
+    return Fact(name, f"{_signed(found.mean, written)}{unit}", _why_noise(found) + detail, spread, not found.is_noise)
 
 
-def _chance(configuration: Configuration) -> str:
-    found = configuration.row.final_difference
-    if found is None or found.p_value is None:
-        return f"no p-value: {found.why_no_p}" if found is not None else "no difference"
+def _chance(found: Difference) -> str:
+    if found.p_value is None:
+        return f"no p-value: {found.why_no_p}"
     pairs = f" over {found.pairs} seeds" if found.test == "paired" else ""
-    verdict = ": may be chance" if found.p_value >= _SMALL_P else ""
-    return f"p = {format_p_value(found.p_value)}{pairs}{verdict}"
+    least = ", the smallest that so few runs can give" if found.is_least_p and found.p_value >= CUSTOMARY_LEVEL else ""
+    return f"p = {format_p_value(found.p_value)}{pairs}{least}"
+
+
+def _why_noise(found: Difference | None) -> str:
+    """Return what is to be said before a difference that the runs do not tell from none; else ""."""
+    if found is None or not found.is_noise:
+        return ""
+    if found.interval is None and found.why_no_p != "unfinished":
+        return "one run tells no spread: "
+    return "within noise: "
 
 
 def with_spread(summary: Summary, metric: str) -> str:
@@ -83,35 +140,34 @@ def with_spread(summary: Summary, metric: str) -> str:
 
 
 def _seconds(row: Row, against: Row | None) -> Fact:
-    own = row.seconds
+    own, name = row.seconds, "time to train"
     if against is None or not against.seconds.mean > 0:
-        return Fact("time to train", format_seconds(own.mean), "mean of its runs, probing and testing included")
-    other = against.seconds
+        deviation = _deviation(own, format_seconds)
+        return Fact(name, format_seconds(own.mean), "mean of its runs, probing and testing included", deviation)
+    other, found = against.seconds, row.seconds_difference
     detail = f"{_seconds_with_spread(own)} against {_seconds_with_spread(other)}"
     if not math.isfinite(own.mean):
-        return Fact("time to train", MISSING, detail)
-    change = _change(ratio_percent(own.mean, other.mean))
-    if noise := _why_noise(row, against):
-        return Fact("time to train", "no difference", f"{change} is noise, {noise}: {detail}")
-    return Fact("time to train", change, detail)
-
-
-def _why_noise(row: Row, against: Row) -> str:
-    """Return why times do not tell the two apart: they did the same work, or equal runs differ as much; else "".
-
-    As much is two standard deviations of either's runs.
-    """
-    if row.flops_executed_percent is not None and abs(row.flops_executed_percent - 100) < _SAME_WORK:
-        return "for both computed the same"
-    spreads = [one.std for one in (row.seconds, against.seconds) if math.isfinite(one.std)]
-    if spreads and abs(row.seconds.mean - against.seconds.mean) <= 2 * max(spreads):
-        return "as far apart as equal runs are"
-    return ""
+        return Fact(name, MISSING, detail)
+    same = row.flops_executed_percent is not None and abs(row.flops_executed_percent - 100) < _SAME_WORK
+    why = "noise, for both computed the same: " if same else _why_noise(found)
+    value, spread = _change(ratio_percent(own.mean, other.mean)), _interval_in_percent(found, other.mean)
+    return Fact(name, value, why + detail, spread, not why and value != _NOTHING)
 
 
 def _seconds_with_spread(summary: Summary) -> str:
     mean = format_seconds(summary.mean)
     return mean if math.isnan(summary.std) else f"{mean} ± {format_seconds(summary.std)}"
+
+
+def reading(the_study: Study) -> str:
+    """Return how the large numbers of a comparison are read; empty where there is nothing to compare with."""
+    if the_study.baseline is None or len(the_study.configurations) == 1:
+        return ""
+    return (
+        f"Large: the difference to the baseline, and behind it its {100 * CONFIDENCE:.0f} % interval (Student's t over "
+        "the seeds that both have, Welch's where they share too few; FLOPs and time in % of the baseline's mean). "
+        "Grey: the runs do not tell it from no difference."
+    )
 
 
 def caveats(the_study: Study) -> Iterator[str]:

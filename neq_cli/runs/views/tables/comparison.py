@@ -22,6 +22,7 @@ from neq_cli.runs.store.run import KNOWN_METRICS
 from neq_cli.text import (
     MISSING,
     format_flops,
+    format_flops_like,
     format_joules,
     format_metric,
     format_p_value,
@@ -46,6 +47,7 @@ _CSV_COLUMNS = (
     *("goal_target", "goal_reached", "goal_seconds_mean", "goal_seconds_std", "goal_flops_percent"),
     *("equal_seconds", "at_equal_time_mean", "at_equal_time_std", "lower_is_better"),
     *("joules_mean", "joules_std", "joules_percent"),
+    *("final_low", "final_high", "best_low", "best_high", "seconds_difference", "seconds_low", "seconds_high"),
 )
 
 
@@ -70,10 +72,15 @@ class Cell:
         return f"{self.with_spread} ({', '.join(self.details)})" if self.details else self.with_spread
 
 
-def legend(comparison: Comparison) -> str:
-    """Return what the numbers of the table are."""
+def column_name(metric: str) -> str:
+    """What a metric is called where its column is to be found again."""
+    return printable(metric, 40)
+
+
+def legend(comparison: Comparison, called: Callable[[str], str] = column_name) -> str:
+    """Return what the numbers of the table are; ``called`` says what a metric is called."""
     percentages = all(row.metric in KNOWN_METRICS for row in comparison.rows)
-    lower = dict.fromkeys(printable(row.metric, 40) for row in comparison.rows if row.lower_is_better)
+    lower = dict.fromkeys(called(row.metric) for row in comparison.rows if row.lower_is_better)
     unit = "points" if percentages else "the metric's unit"
     return (
         "mean ± sample standard deviation over n runs; FLOPs per iteration and sample, "
@@ -195,21 +202,21 @@ def _tabular(names: Sequence[str], told: Sequence[Sequence[Cell]]) -> list[str]:
     ]
 
 
-def header(comparison: Comparison) -> list[str]:
+def header(comparison: Comparison, called: Callable[[str], str] = column_name) -> list[str]:
     """Return the names of the columns that ``cells`` has."""
     metrics = {row.metric for row in comparison.rows}
-    metric = printable(metrics.pop(), 40) if len(metrics) == 1 else "metric"
+    metric = called(metrics.pop()) if len(metrics) == 1 else "metric"
     energy = ["energy"] if has_energy(comparison) else []
     return ["approach", "n", "paper FLOPs", "executed FLOPs", f"final {metric}", f"best {metric}", "seconds", *energy]
 
 
-def cells(row: Row) -> list[Cell]:
-    """Return what a configuration's row says, in words."""
+def cells(row: Row, like: float | None = None) -> list[Cell]:
+    """Return what a configuration's row says, in words; FLOPs in the unit of ``like``, where that is given."""
     return [
         Cell(printable(row.approach), details=unfinished(row)),
         Cell(str(len(row.runs))),
-        _flops(row.flops_paper, row.flops_paper_percent),
-        _flops(row.flops_executed, row.flops_executed_percent),
+        _flops(row.flops_paper, row.flops_paper_percent, like),
+        _flops(row.flops_executed, row.flops_executed_percent, like),
         _metric(row.final, row.final_difference, row.metric),
         _metric(row.best, row.best_difference, row.metric),
         Cell(_seconds(row.seconds.mean), _spread(row.seconds, _seconds)),
@@ -223,10 +230,10 @@ def unfinished(row: Row) -> tuple[str, ...]:
     return tuple(f"unfinished {progress}{of}" for progress in row.unfinished)
 
 
-def goal_heading(comparison: Comparison) -> str:
+def goal_heading(comparison: Comparison, called: Callable[[str], str] = column_name) -> str:
     """Return what the second table is about: "To the baseline's final test_top1, 74.03"."""
     row = next(row for row in comparison.rows if row.goal is not None)
-    return f"To the baseline's final {printable(row.metric, 40)}, {format_metric(_goal(row).target, row.metric)}"
+    return f"To the baseline's final {called(row.metric)}, {format_metric(_goal(row).target, row.metric)}"
 
 
 def has_goals(comparison: Comparison) -> bool:
@@ -234,10 +241,10 @@ def has_goals(comparison: Comparison) -> bool:
     return len(comparison.rows) > 1 and any(row.goal is not None for row in comparison.rows)
 
 
-def goal_header(comparison: Comparison) -> list[str]:
+def goal_header(comparison: Comparison, called: Callable[[str], str] = column_name) -> list[str]:
     """Return the names of the columns that ``goal_cells`` has."""
     row = next(row for row in comparison.rows if row.goal is not None)
-    after = f"{printable(row.metric, 40)} after {_seconds(_goal(row).equal_seconds)} s"
+    after = f"{called(row.metric)} after {_seconds(_goal(row).equal_seconds)} s"
     return ["approach", "reached", "seconds", "FLOPs to it", after, "FLOPs of all"]
 
 
@@ -263,11 +270,11 @@ def _goal(row: Row) -> Goal:
     return row.goal
 
 
-def _flops(summary: Summary, percent: float | None) -> Cell:
+def _flops(summary: Summary, percent: float | None, like: float | None) -> Cell:
     details = () if percent is None else (format_percent(percent),)
     # Runs that freeze nothing do not scatter; a row of zeros would only be in the way.
-    spread = _spread(summary, lambda std: format_flops(std, summary.mean)) if summary.std else ""
-    return Cell(format_flops(summary.mean), spread, details)
+    spread = _spread(summary, lambda std: format_flops(std, like or summary.mean)) if summary.std else ""
+    return Cell(format_flops_like(summary.mean, like), spread, details)
 
 
 def _joules(summary: Summary, percent: float | None) -> Cell:
@@ -316,7 +323,14 @@ def _csv_row(row: Row) -> list[str]:
         *_goal_numbers(row.goal),
         str(row.lower_is_better).lower(),
         *_numbers(joules.mean, joules.std, row.joules_percent),
+        *_numbers(*_ends(row.final_difference), *_ends(row.best_difference)),
+        *_numbers(None if row.seconds_difference is None else row.seconds_difference.mean),
+        *_numbers(*_ends(row.seconds_difference)),
     ]
+
+
+def _ends(found: Difference | None) -> tuple[float | None, float | None]:
+    return (None, None) if found is None or found.interval is None else found.interval
 
 
 def _goal_numbers(found: Goal | None) -> list[str]:

@@ -19,12 +19,12 @@ from neq_cli.text import MISSING, format_flops, format_percent, printable, ratio
 Result = Mapping[str, Any]
 """What `neq bench --json` prints."""
 
-_LEGEND = (
-    "step: median, with half the distance between its quartiles\n"
-    "time: over the dense step measured beside it, before and after\n"
+_LEGEND = "step: median\ntime: over the dense step measured beside it, before and after; median of the\nrounds' ratios"
+_LEGEND_OF_COUNTS = (
     "FLOPs: forward and back-propagation as executed, over the dense step's\n"
-    "saved: kept for the backward pass beside weights and buffers"
+    "saved: kept for the backward pass beside weights and buffers, in MB"
 )
+_CUSTOMARY = 0.95
 _APPROXIMATE = "truncated is an approximation: frozen neurons pass no error to the layers below"
 _PARTS = ("forward", "backward", "optimizer", "row_keeping")
 
@@ -84,7 +84,7 @@ def render_bench(result: Result, layers: float) -> RenderableType:
     """Return the tables; the first mode and order with the share ``layers`` frozen is shown layer by layer."""
     detailed = next(one for one in result["measurements"] if one["frozen_fraction"] == layers)
     truncated = any(one["backward"] == "truncated" for one in result["measurements"])
-    legend = f"{_LEGEND}\n{_APPROXIMATE}" if truncated else _LEGEND
+    legend = "\n".join([_LEGEND, *_interval_legend(result), _LEGEND_OF_COUNTS, *([_APPROXIMATE] if truncated else [])])
     return Group(_circumstances(result), "", *_steps(result), Text(legend, style="dim"), "", *_layers(detailed))
 
 
@@ -121,22 +121,53 @@ def _format(result: Result) -> str:
     if result["channels_last_ms"] is None:
         return f"{chosen}, as the recipe says"
     times = ", ".join(f"{name} {_short(result[f'{name}_ms'])} ms" for name in names)
-    return f"{chosen}, the faster one of the dense step: {times}"
+    interval = result["channels_last_ratio_interval"]
+    why = "for the two are within noise" if _is_noise(interval) else "the faster one of the dense step"
+    return f"{chosen}, {why}: {times}, ratio {_interval(interval)}"
 
 
 def _steps(result: Result) -> Iterator[RenderableType]:
     on_gpu = result["dense"]["peak_memory_bytes"] is not None
-    single = result["rounds"] * result["steps_per_round"] == 1
     dense = _step_table("dense, plain PyTorch", on_gpu, header=True)
-    dense.add_row(*_step_cells("", result["dense"], 1.0, 1.0, on_gpu, single=False))
+    plain = {"time_ratio": 1.0, "time_ratio_interval": None, "flops_ratio": 1.0, **result["dense"]}
+    dense.add_row(*_step_cells("", plain, on_gpu))
     yield dense
     for (mode, order), group in groupby(result["measurements"], lambda one: (one["backward"], one["order"])):
         table = _step_table(f"{mode}, {_ORDERS.get(order, order)}", on_gpu, header=False)
+        noise = []
         for one in group:
             share = f"{one['frozen_fraction']:g}"
-            table.add_row(*_step_cells(share, one, one["time_ratio"], one["flops_ratio"], on_gpu, single=single))
+            is_noise = _is_noise(one["time_ratio_interval"])
+            noise += [share] if is_noise else []
+            table.add_row(*_step_cells(share, one, on_gpu), style="dim" if is_noise else "")
         yield table
+        if noise:
+            yield Text(f"within noise of the dense step: {', '.join(noise)} frozen", style="dim")
     yield ""
+
+
+def _interval_legend(result: Result) -> Iterator[str]:
+    """Yield what the intervals are, where the rounds were enough for any."""
+    confidence = result["measurements"][0]["time_ratio_confidence"]
+    if confidence is None:
+        yield "interval: needs more than one round, one of 95 % needs six"
+        return
+    yield f"interval: of the median, by the order of the rounds' ratios; {100 * confidence:.1f} % of such"
+    yield "intervals hold it, at least; within noise where it covers 1"
+    if confidence < _CUSTOMARY:
+        yield "--rounds 6 gives an interval of 95 %"
+
+
+def _is_noise(interval: Sequence[float] | None) -> bool:
+    return interval is not None and interval[0] <= 1 <= interval[1]
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return MISSING if interval is None else "–".join(map(_ratio, interval))
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 _ORDERS = {"random": "a share of every layer at random", "front": "layer after layer from the input"}
@@ -148,21 +179,20 @@ def _step_table(title: str, on_gpu: bool, *, header: bool) -> Table:
         header_style="dim", padding=(0, 1, 0, 0),
     )  # fmt: skip
     widths = {
-        "frozen": 6, "step ms": 7, "±": 5, "time": 5, "FLOPs": 5, "saved MB": 8, "forward": 7, "backward": 8,
+        "frozen": 6, "step ms": 7, "time": 5, "interval": 11, "FLOPs": 5, "saved": 5, "forward": 7, "backward": 8,
         "optim.": 6, "rows": 5,
     }  # fmt: skip
-    for name, width in (widths | ({"peak MB": 7} if on_gpu else {})).items():
+    for name, width in (widths | ({"peak": 5} if on_gpu else {})).items():
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     return table
 
 
-def _step_cells(share: str, times: Result, time: float, flops: float, on_gpu: bool, *, single: bool) -> list[str]:
-    first, third = times["step_ms_quartiles"]
-    spread = MISSING if single else _short((third - first) / 2)
+def _step_cells(share: str, times: Result, on_gpu: bool) -> list[str]:
     parts = [_short(times[f"{part}_ms"]) for part in _PARTS]
     peak = [_megabytes(times["peak_memory_bytes"])] if on_gpu else []
     saved = _megabytes(times["saved_for_backward_bytes"])
-    return [share, _short(times["step_ms"]), spread, f"{time:.3f}", f"{flops:.3f}", saved, *parts, *peak]
+    ratios = [_ratio(times["time_ratio"]), _interval(times["time_ratio_interval"]), f"{times['flops_ratio']:.3f}"]
+    return [share, _short(times["step_ms"]), *ratios, saved, *parts, *peak]
 
 
 def _layers(detailed: Result) -> Iterator[RenderableType]:

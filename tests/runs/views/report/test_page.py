@@ -28,12 +28,12 @@ HOSTILE = (
     *("$x^{$", "$\\frac{", "_hidden", "\\", "%s", "{0}", "var(--ink)", "#fe01f0", "url(#a)", "", " ", "\x00\x1b[2J"),
     *("\u202ereversed", "\ud800", "a\nb", "字" * 80, "x" * 5000, "&lt;b&gt;", "javascript:alert(1)"),
 )
-VOID = {"meta", "br", "img", "link", "hr"}
+VOID = {"meta", "br", "wbr", "img", "link", "hr"}
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "p", "nav", "a", "main", "section"),
     *("div", "article", "dl", "dt", "dd", "b", "small", "ul", "li", "table", "caption", "thead", "tbody", "tr", "th"),
     *("td", "figure", "figcaption", "details", "summary", "strong", "footer", "svg", "desc", "defs", "g", "path"),
-    *("use", "text", "clippath", "rect", "mask", "image", "circle", "line"),
+    *("span", "wbr", "code", "use", "text", "clippath", "rect", "mask", "image", "circle", "line"),
 }
 
 
@@ -132,7 +132,8 @@ def test_numbers_are_those_of_the_comparison(runs: list[Run]) -> None:
         assert number == str(compared.rows.index(row) + 1)
         spread = f" ± {format_flops(row.flops_paper.std, row.flops_paper.mean)}" if row.flops_paper.std else ""
         assert paper == f"{format_flops(row.flops_paper.mean)}{spread} {row.flops_paper_percent:.1f}%"
-        assert executed == f"{format_flops(row.flops_executed.mean)} {row.flops_executed_percent:.1f}%"
+        assert row.flops_executed.mean == 1500
+        assert executed == f"0.0015M {row.flops_executed_percent:.1f}%"  # in the unit of the paper's 138.94M
         assert final.startswith(f"{row.final.mean:.2f} ± {row.final.std:.2f}")
         assert best.startswith(f"{row.best.mean:.2f} ± {row.best.std:.2f}")
         assert seconds == f"{row.seconds.mean:.1f} ± {row.seconds.std:.1f}"
@@ -264,10 +265,10 @@ def test_custom_metric_and_different_metrics(make_run: Callable[..., Run], recip
     run = make_run("own", metrics=[{"dice": 0.5 + epoch / 10} for epoch in range(3)])
     run.files.environment.write_text(json.dumps({"metric": "dice"}))
     own = read_run(run.path)
-    assert "dice by epoch" in page_of([own])
+    assert "Dice by epoch" in page_of([own])
     page = page_of([own, make_run("b", recipe(policy=BASELINE))], allow_differences=True)
     check_safe(page)
-    assert "dice by epoch" not in page
+    assert "Dice by epoch" not in page
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -330,7 +331,7 @@ def test_observations_beside_epochs(
         "2 runs of 2 configurations, 3 epochs and 12 observations",
         "mean of all epochs or observations",
         "By epoch",
-        "test_top1 by epoch",
+        "Test top-1 accuracy by epoch",
         "Velocity v by observation",
         "a neuron is frozen until the next observation",
         "Learning rate: 0.1; after epoch 1 0.01.",  # the same of both, one seen by epoch and one by fourths of it
@@ -352,7 +353,7 @@ def test_unfinished_observations_are_called_so(make_observed: Callable[..., Run]
     assert "unfinished after 8/12 observations; its numbers are of those observations." in told
     assert "1 run of 1 configuration, 8 observations" in told
     assert "per sample and iteration, mean of all observations" in told
-    assert "<td>8 of 12</td>" in told
+    assert ">8 of 12</td>" in told
 
 
 def test_observations_are_drawn_whatever_they_say(
@@ -364,4 +365,4 @@ def test_observations_are_drawn_whatever_they_say(
     for name, rows in (("tiny", tiny), ("large", large), ("untold", untold), ("one", [{}])):
         page = page_of([make_observed(name, metrics=rows)])
         check_safe(page)
-        assert f"test_top1 by {'observation' if name == 'untold' else 'epoch'}" in page
+        assert f"Test top-1 accuracy by {'observation' if name == 'untold' else 'epoch'}" in page

@@ -47,7 +47,7 @@ NEQ = replace(
     flops_paper=Summary(84.81e6, 0.554e6, 3),
     flops_paper_percent=61.04,
     final=Summary(92.961, 0.21, 3),
-    final_difference=Difference(0.11, 0.25, "paired", 3, ""),
+    final_difference=Difference(0.11, 0.25, "paired", 3, "", (-0.4, 0.62)),
     best=Summary(92.9, 0.1, 3),
     best_difference=Difference(-0.1, 0.5, "paired", 3, ""),
     flops_training_percent=81.2,
@@ -169,6 +169,7 @@ def test_csv_has_numbers_in_full_and_nothing_for_the_unknown() -> None:
     assert (baseline["is_baseline"], baseline["final_difference"], baseline["best_test"]) == ("true", "", "")
     assert (single["final_std"], single["final_why_no_p"], single["seconds_mean"]) == ("", "n too small", "")
     assert single["unfinished"] == "12/250"
+    assert (neq["final_low"], neq["final_high"], neq["best_low"], single["final_low"]) == ("-0.4", "0.62", "", "")
 
 
 def test_csv_text_is_quoted_and_no_formula() -> None:

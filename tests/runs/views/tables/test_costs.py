@@ -39,7 +39,7 @@ def measurement(mode: str, order: str, share: float, **changes: Any) -> dict[str
     own = {
         "frozen_fraction": share, "backward": mode, "order": order, "frozen": 5, "dense_step_ms": 1000.0,
         "time_ratio": 0.8124, "flops_ratio": 0.8, "dense_saved_for_backward_bytes": 88_000_000, "layers": LAYERS,
-        "dense_peak_memory_bytes": None,
+        "dense_peak_memory_bytes": None, "time_ratio_interval": [0.8011, 0.8342], "time_ratio_confidence": 0.96875,
     }  # fmt: skip
     return {**TIMES, **own, **changes}
 
@@ -49,7 +49,8 @@ def result(**changes: Any) -> dict[str, Any]:
         "recipe": "mine", "model": "resnet18", "neurons": 10600, "data": "ImageNet", "synthetic_data": True,
         "batch_size": 16, "image_shape": [3, 224, 224], "optimizer": "sgd", "precision": "fp32", "compile": False,
         "device": "cpu (2 threads)", "threads": 2, "versions": {"neq": "0.1.0", "torch": "2.15.0"},
-        "channels_last": True, "channels_last_ms": 800.0, "contiguous_ms": 912.3, "rounds": 5, "steps_per_round": 1,
+        "channels_last": True, "channels_last_ms": 800.0, "contiguous_ms": 912.3, "rounds": 6,
+        "channels_last_ratio_interval": [0.85, 0.91], "channels_last_ratio_confidence": 0.96875, "steps_per_round": 1,
         "dense": {**TIMES, "step_ms": 1234.5},
         "measurements": [measurement("exact", order, share) for order in ("random", "front") for share in (0.0, 0.5)],
     }  # fmt: skip
@@ -71,14 +72,14 @@ def test_the_circumstances_come_first() -> None:
         "device     cpu (2 threads)",
         "versions   neq 0.1.0, torch 2.15.0",
         "format     channels_last, the faster one of the dense step: contiguous 912 ms,",
-        "           channels_last 800 ms",
-        "n          5 rounds, everything by turns",
+        "           channels_last 800 ms, ratio 0.850–0.910",
+        "n          6 rounds, everything by turns",
         "",
     ]
     other = printed(
         result(
-            channels_last=False, channels_last_ms=None, contiguous_ms=None, rounds=1, steps_per_round=4,
-            synthetic_data=False, compile=True, device="cuda (NVIDIA H100)",
+            channels_last=False, channels_last_ms=None, contiguous_ms=None, rounds=1, channels_last_ratio_interval=None,
+            steps_per_round=4, synthetic_data=False, compile=True, device="cuda (NVIDIA H100)",
         )
     )  # fmt: skip
     assert "format     contiguous, as the recipe says" in other
@@ -92,22 +93,57 @@ def test_steps_by_mode_and_order() -> None:
     lines = printed(result())
     assert lines[10:19] == [
         "dense, plain PyTorch",
-        "frozen step ms     ±  time FLOPs saved MB forward backward optim.  rows",
-        "          1234  10.0 1.000 1.000     61.4     300      500   11.3  1.12",
+        "frozen step ms  time    interval FLOPs saved forward backward optim.  rows",
+        "          1234 1.000           – 1.000  61.4     300      500   11.3  1.12",
         "exact, a share of every layer at random",
-        "     0     812  10.0 0.812 0.800     61.4     300      500   11.3  1.12",
-        "   0.5     812  10.0 0.812 0.800     61.4     300      500   11.3  1.12",
+        "     0     812 0.812 0.801–0.834 0.800  61.4     300      500   11.3  1.12",
+        "   0.5     812 0.812 0.801–0.834 0.800  61.4     300      500   11.3  1.12",
         "exact, layer after layer from the input",
-        "     0     812  10.0 0.812 0.800     61.4     300      500   11.3  1.12",
-        "   0.5     812  10.0 0.812 0.800     61.4     300      500   11.3  1.12",
+        "     0     812 0.812 0.801–0.834 0.800  61.4     300      500   11.3  1.12",
+        "   0.5     812 0.812 0.801–0.834 0.800  61.4     300      500   11.3  1.12",
     ]
+    assert not any("within noise of" in line for line in lines)
+    assert "interval: of the median, by the order of the rounds' ratios; 96.9 % of such" in lines
+    assert not any("--rounds 6" in line for line in lines)
 
 
-def test_one_step_has_no_spread() -> None:
-    row = next(line for line in printed(result(rounds=1)) if line.split()[:1] == ["0.5"])
-    assert row.split()[:4] == ["0.5", "812", "–", "0.812"]
-    row = next(line for line in printed(result(rounds=1, steps_per_round=2)) if line.split()[:1] == ["0.5"])
-    assert row.split()[2] == "10.0"
+def test_what_the_rounds_do_not_tell_from_the_dense_step_is_called_noise() -> None:
+    """The same dense kernels came to 0.851 and 1.295 of the dense step."""
+    found = [
+        measurement("exact", "random", 0.0, time_ratio=0.851, time_ratio_interval=[0.79, 1.12]),
+        measurement("exact", "random", 0.25, time_ratio=1.295, time_ratio_interval=[1.0, 1.41]),
+        measurement("exact", "random", 0.5, time_ratio=0.75, time_ratio_interval=[0.7, 0.999]),
+        measurement("exact", "front", 0.5),
+    ]
+    lines = printed(result(measurements=found))
+    told = [line for line in lines if line.startswith("within noise")]
+    assert told == ["within noise of the dense step: 0, 0.25 frozen"]
+    place = lines.index(told[0])
+    assert [line.split()[:1] for line in lines[place - 3 : place]] == [["0"], ["0.25"], ["0.5"]]
+    out = StringIO()
+    Console(file=out, width=80, force_terminal=True, color_system="standard").print(
+        render_bench(result(measurements=found), 0.5)
+    )
+    grey = [line for line in out.getvalue().splitlines() if line.startswith("\x1b[2m") and "0.800" in line]
+    assert [("0.851" in line, "1.295" in line) for line in grey] == [(True, False), (False, True)]
+
+
+def test_formats_in_a_near_tie_are_called_noise() -> None:
+    near = printed(result(channels_last=False, channels_last_ratio_interval=[0.98, 1.01]))
+    assert "format     contiguous, for the two are within noise: contiguous 912 ms," in near
+
+
+def test_few_rounds_say_how_little_they_tell() -> None:
+    few = [measurement("exact", "random", 0.5, time_ratio_confidence=0.75)]
+    lines = printed(result(rounds=3, measurements=few))
+    assert any(line.endswith("75.0 % of such") for line in lines)
+    assert "--rounds 6 gives an interval of 95 %" in lines
+    one = [measurement("exact", "random", 0.5, time_ratio_interval=None, time_ratio_confidence=None)]
+    lines = printed(result(rounds=1, measurements=one))
+    row = next(line for line in lines if line.split()[:1] == ["0.5"])
+    assert row.split()[:4] == ["0.5", "812", "0.812", "–"]
+    assert "interval: needs more than one round, one of 95 % needs six" in lines
+    assert not any("within noise" in line for line in lines)
 
 
 def test_truncated_is_called_an_approximation_where_it_is_measured() -> None:
@@ -148,14 +184,19 @@ def test_eighty_columns_are_enough() -> None:
         "row_keeping_ms": 1234.5, "saved_for_backward_bytes": 71e9, "peak_memory_bytes": 81e9,
         "step_ms_quartiles": [10000.0, 13000.0],
     }  # fmt: skip
-    one = {**measurement("truncated", "random", 0.25), **huge, "time_ratio": 10.123}
+    one = {
+        **measurement("truncated", "random", 0.25),
+        **huge,
+        "time_ratio": 10.123,
+        "time_ratio_interval": [9.5, 123.4],
+    }
     lines = printed(result(dense=huge, measurements=[one]), layers=0.25)
     assert max(map(len, lines)) <= 80
     row = next(line for line in lines if line.split()[:1] == ["0.25"])
     assert row.split() == [
-        "0.25", "12346", "1500", "10.123", "0.800", "71000", "23457", "34568", "4568", "1234", "81000"
+        "0.25", "12346", "10.12", "9.500–123", "0.800", "71000", "23457", "34568", "4568", "1234", "81000"
     ]  # fmt: skip
-    assert any(line.endswith("peak MB") for line in lines)
+    assert any(line.endswith("peak") for line in lines)
 
 
 def test_names_are_text() -> None:
