@@ -55,6 +55,11 @@ class Loaders:
         """Return how many batches such a pass has, in each process; ``len(train)`` is that of a whole epoch."""
         return self._sampler().steps(consumed)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether training images are read as they come, whatever is cached."""
+        return isinstance(self._sampler(), StreamedSampler)
+
     def position(self, consumed: int) -> Mapping[str, int] | None:
         """Return where in its files a pass over a stream is after ``consumed`` images; None of all other data."""
         return self._sampler().position(consumed)

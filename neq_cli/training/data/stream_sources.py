@@ -41,28 +41,40 @@ def _stream(
     section: DataSection, name: str, builder: Any, split: str, table: Any, keys: tuple[str, str], key: str
 ) -> RowStream:
     paths = [str(path) for path in builder.config.data_files.get(split, ())] if builder.config.data_files else []
-    length, told = _length(section, name, builder, split, paths, table, key)
+    counts = _counts(name, split, paths)
+    length, told = _length(section, name, builder, split, counts, table, key)
     files = [Path(path).name for path in paths]
     if len(files) != table.num_shards:  # a folder of images is read as if it were one
         files = [f"part {number}" for number in range(1, table.num_shards + 1)]
+        counts = None
     reader = RowReader(f"{name} {split}", files, section.pixel_range)
     buffer = int(section.kwargs.get("shuffle_buffer", _BUFFER))
-    return RowStream(reader, table.select_columns(list(keys)), keys, length=length, told=told, key=key, buffer=buffer)
+    return RowStream(
+        reader, table.select_columns(list(keys)), keys, length=length, told=told, key=key, buffer=buffer, counts=counts
+    )
+
+
+def _counts(name: str, split: str, paths: Sequence[str]) -> list[int] | None:
+    """Return how many rows each file has, where it lies on this machine and tells; else None."""
+    if not paths or not all(Path(path).suffix in _COUNTED and Path(path).is_file() for path in paths):
+        return None
+    try:
+        return [_COUNTED[Path(path).suffix](path) for path in paths]
+    except Exception as error:
+        raise RecipeValueError("data.name", f"{name} {split} cannot be read ({one_line(error)})") from error
 
 
 def _length(
-    section: DataSection, name: str, builder: Any, split: str, paths: Sequence[str], table: Any, key: str
+    section: DataSection, name: str, builder: Any, split: str, counts: Sequence[int] | None, table: Any, key: str
 ) -> tuple[int, str]:
     """Return how many rows there are, and what says so: the recipe, the files themselves, or their description."""
     given = section.kwargs.get(key)
     if given is not None:
         return int(given), f"data.kwargs.{key}"
-    if paths and all(Path(path).suffix in _COUNTED and Path(path).is_file() for path in paths):
-        try:
-            return sum(_COUNTED[Path(path).suffix](path) for path in paths), "what its files say of themselves"
-        except Exception as error:
-            raise RecipeValueError("data.name", f"{name} {split} cannot be read ({one_line(error)})") from error
-    if hasattr(builder, "BASE_FEATURE") and all(Path(path).is_file() for path in paths):
+    if counts is not None:
+        return sum(counts), "what its files say of themselves"
+    files = (builder.config.data_files or {}).get(split, ())
+    if hasattr(builder, "BASE_FEATURE") and all(Path(path).is_file() for path in files):
         # Images in folders: names alone are read.
         with quietly():
             return sum(batch.num_rows for batch in table.with_format("arrow").iter(batch_size=1000)), "its folder"

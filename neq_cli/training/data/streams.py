@@ -89,6 +89,7 @@ class RowStream:
         told: str,
         key: str,
         buffer: int,
+        counts: Sequence[int] | None = None,
     ) -> None:
         self.reader = reader
         self.table = table
@@ -97,6 +98,7 @@ class RowStream:
         self.told = told
         self.key = key
         self.buffer = buffer  # rows that are shuffled together
+        self.counts = counts  # rows of each file, where that is known
         self.held: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -107,13 +109,11 @@ class RowStream:
 
         Returns the last ``keep`` of them. RecipeValueError, one line, where they cannot be read.
         """
-        kept: list[Row] = []
+        order, kept = self.order(seed, 0), []
         try:
-            for number, row in enumerate(self.part(self.order(seed, 0), 0, count)):
-                # Every file is read from its beginning, so that what is held of it are its first rows.
-                self.held[row.file] = row.row + 1
-                if number >= count - keep:
-                    kept.append(row)
+            # Every file is read from its beginning, so that what is held of it are its first rows.
+            self.held = self._passed(order, count)
+            kept = list(self.part(order, count - keep, count))
         except DataError as error:
             raise RecipeValueError("data.name", str(error)) from error
         return HeldRows(self.reader, kept)
@@ -124,15 +124,17 @@ class RowStream:
         return files
 
     def part(self, order: Sequence[int], start: int, stop: int) -> Iterator[Row]:
-        """Yield the rows from ``start`` up to ``stop`` of files in ``order``, for which those before are read too.
+        """Yield the rows from ``start`` up to ``stop`` of files in ``order``.
 
         DataError where the split has fewer, or ends later than it should.
         """
-        with closing(self.rows(order)) as rows:
-            number = 0
-            for number, row in enumerate(islice(rows, stop), 1):
-                if number > start:
-                    yield row
+        passed = self._passed(order, start)
+        place = max(0, len(passed) - 1)
+        with closing(self.rows(order, place, passed.get(order[place], 0))) as rows:
+            number = start
+            for row in islice(rows, stop - start):
+                number += 1
+                yield row
             if number < stop:
                 raise self.ended(number)
             if stop == self.length and next(rows, None) is not None:
@@ -157,7 +159,39 @@ class RowStream:
         what = f"{self.reader.split} has {rows} rows, and {self.told} says {self.length}"
         return DataError(f"{what}; set data.kwargs.{self.key}={rows}")
 
+    def _passed(self, order: Sequence[int], count: int) -> dict[int, int]:
+        """Return of which files, in order, how many rows the first ``count`` are; DataError where there are fewer."""
+        passed: dict[int, int] = {}
+        left = count
+        for file in order:
+            if not left:
+                break
+            rows = self._count(file, left) if self.counts is None else self.counts[file]
+            passed[file] = min(rows, left)
+            left -= passed[file]
+        if left:
+            raise self.ended(count - left)
+        return passed
+
+    def _count(self, file: int, enough: int) -> int:
+        """Return how many rows a file has, or so many as are ``enough``."""
+        rows = 0
+        with closing(self._batches(file, 0)) as batches:
+            for _, batch in batches:
+                rows += batch.num_rows
+                if rows >= enough:
+                    break
+        return rows
+
     def _rows_of(self, file: int, start: int) -> Iterator[Row]:
+        with closing(self._batches(file, start)) as batches:
+            for first, batch in batches:
+                columns = (batch.column(key).to_pylist() for key in self.keys)
+                for number, (cell, label) in enumerate(zip(*columns, strict=True), first):
+                    yield Row(file, number, cell, label)
+
+    def _batches(self, file: int, start: int) -> Generator[tuple[int, Any], None, None]:
+        """Yield rows from ``start`` on as Arrow has them, none of which is copied, with the number of the first."""
         _let_threads_end()
         number = 0
         shard = self.table.shard(len(self.reader.files), file).with_format("arrow")
@@ -165,11 +199,9 @@ class RowStream:
         with closing(shard.iter(batch_size=_READ_TOGETHER)) as batches:
             while (batch := self._next(batches, file, number)) is not None:
                 skipped = min(max(start - number, 0), batch.num_rows)
-                number += skipped
-                columns = (batch.column(key).slice(skipped).to_pylist() for key in self.keys)
-                for cell, label in zip(*columns, strict=True):
-                    yield Row(file, number, cell, label)
-                    number += 1
+                if skipped < batch.num_rows:
+                    yield number + skipped, batch.slice(skipped)
+                number += batch.num_rows
 
     def _next(self, batches: Iterator[Any], file: int, number: int) -> Any:
         try:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +24,7 @@ from neq_cli.events import EpochRecord, Pause
 from neq_cli.recipe import DataSection, Recipe
 from neq_cli.training.batches.loaders import Loaders, make_loaders
 from neq_cli.training.batches.sampling import ALONE, Share
+from neq_cli.training.batches.streaming import StreamedSampler
 from neq_cli.training.checks import check_section
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.streams import RowStream
@@ -252,6 +257,19 @@ def test_a_pass_goes_on_anywhere_and_reads_no_file_before_its_block(
     assert same(passed(resumed, 5, 16), passed(straight, 5)[2:])
 
 
+def test_the_next_block_is_read_while_this_one_is_made_use_of(tables: Path) -> None:
+    sampler = loaders_of(load_data(section(), 3), 1).train.sampler
+    assert isinstance(sampler, StreamedSampler)
+    keys = iter(sampler)
+    next(keys)
+    until = time.monotonic() + 20
+    while sampler._begun[-1]["block"] < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert sampler._begun[-1]["block"] == 2  # the second has been read, the third has not
+    keys.close()  # type: ignore[attr-defined]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stream")]
+
+
 def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
 
@@ -422,8 +440,6 @@ def test_classes_are_told_by_the_column_or_the_recipe(tmp_path: Path) -> None:
 
 def test_a_number_of_rows_that_nothing_tells_is_asked_for(tmp_path: Path) -> None:
     """As of a set of the hub without a description, whose files are not here."""
-    import tarfile
-
     (tmp_path / "tars").mkdir()
     for part, start in (("train", 0), ("test", 30)):
         with tarfile.open(tmp_path / "tars" / f"{part}-0.tar", "w") as archive:
@@ -439,10 +455,19 @@ def test_a_number_of_rows_that_nothing_tells_is_asked_for(tmp_path: Path) -> Non
         "description tell; give a number"
     )
     assert said(section({**asked, "train_length": 20}, **keys)).startswith("data.kwargs.test_length: how many rows has")
-    data = load_data(section({**asked, "train_length": 20, "test_length": 20}, **keys), 3)
-    loaders = loaders_of(data, 1)
-    assert numbers(loaders.test) == list(range(30, 50))
-    assert sorted(numbers(passed(loaders, 1)) + numbers(loaders.probe)) == list(range(20))
+    told = section({**asked, "train_length": 20, "test_length": 20}, **keys)
+    splits = [{"name": part, "num_examples": 20, "num_bytes": 1} for part in ("train", "test")]
+    for described in (False, True):
+        if described:
+            (tmp_path / "tars" / "README.md").write_text(
+                f"---\n{json.dumps({'dataset_info': {'splits': splits}})}\n---\n"
+            )
+            told = section(asked, **keys)
+        loaders = loaders_of(load_data(told, 3), 1)
+        assert numbers(loaders.test) == list(range(30, 50))
+        assert sorted(numbers(passed(loaders, 1)) + numbers(loaders.probe)) == list(range(20))
+        shared = [loaders_of(load_data(told, 3), 1, share=Share(rank, 2)) for rank in (0, 1)]
+        assert [numbers(one.test) for one in shared] == [list(range(30, 40)), list(range(40, 50))]
 
 
 def test_rows_that_are_sorted_by_class_are_noted(tmp_path: Path) -> None:
