@@ -224,11 +224,14 @@ def _time_shares(session: Session, past: Sequence[Mapping[str, float | int]]) ->
     fewer = "lower data.probe_size"
     fewer = fewer if session.started.unit == EPOCH else f"raise probe_every, or {fewer}"
     faster = "augment less"
-    if session.trainer.loaders.place == "none":
+    loaders = session.trainer.loaders
+    if loaders.place == "none" or loaders.streamed:
         cores = usable_cores()
         faster = (
             f"raise data.workers ({cores} cores here)"
             if data.workers < cores
+            else "keep the set on disk (data.kwargs.streaming=false), or store smaller images"
+            if loaders.streamed
             else "keep decoded images (data.cache), or use smaller ones"
         )
     return (

@@ -218,7 +218,8 @@ def _read(images: Images, decoding: Decoding) -> Iterator[tuple[Tensor, ...]]:
     """
     processes = _processes(len(images), decoding)
     size = max(1, decoding.batch_size * decoding.workers // processes) if processes else decoding.batch_size
-    batches = in_batches(_Fixed(images), size, processes, decoding.seed, collate_fn=_as_it_is, persistent_workers=False)
+    options = {"sampler": images.keys, "collate_fn": _as_it_is, "persistent_workers": False}
+    batches = in_batches(_Fixed(images), size, processes, decoding.seed, **options)
     for number, batch in enumerate(batches, 1):
         decoding.startup.count(READING, min(number * size, len(images)), len(images))
         yield batch
@@ -240,7 +241,7 @@ class _Fixed(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, ...]:
+    def __getitems__(self, positions: Sequence[Any]) -> tuple[Tensor, ...]:
         images, targets = self.images.fixed(positions)
         if isinstance(images, Tensor):
             return images, targets

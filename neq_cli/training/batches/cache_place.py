@@ -76,10 +76,11 @@ def _not_kept(why: str) -> Choice:
 
 
 def _cached(data: Data, place: str, processes: int) -> str:
-    apart = ", and training images in sizes of their own" if data.train.differ else ""
+    apart = ", and training images in sizes of their own" if data.train.differ and not data.train.streamed else ""
     each = " in each process" if processes > 1 else ""
     read = ", but test images, which differ in size, are read every time" if data.test.differ else ""
-    return f"data.cache: {place}, {readable(_all_bytes(data))}{each}{apart}{read}"
+    passing = " of test and probe images, and training images are streamed" if data.train.streamed else ""
+    return f"data.cache: {place}, {readable(_all_bytes(data))}{each}{passing}{apart}{read}"
 
 
 def _each(processes: int) -> str:
@@ -115,8 +116,8 @@ def _is_there(images: Images) -> bool:
 
 
 def _bytes(data: Data, images: Images) -> int:
-    if images.differ:
-        return 0  # not known before all are decoded
+    if images.differ or (images.streamed and images is data.train):
+        return 0  # not kept, or not known before all are decoded
     if isinstance(images, ImagesInMemory) and images.unchanged:
         return len(images) * images.images[0].nbytes
     if images.whole_pixels is not None and data.image_shape is not None:

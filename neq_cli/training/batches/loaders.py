@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,9 +15,11 @@ from neq_cli.recipe.values import Cache
 from neq_cli.training.batches.cache import CachedBatches, CachedSeparately, Decoding
 from neq_cli.training.batches.cache_place import choose_cache
 from neq_cli.training.batches.sampling import ALONE, Share, ShuffledSampler
+from neq_cli.training.batches.streaming import StreamedSampler
 from neq_cli.training.batches.workers import Batches, in_batches
 from neq_cli.training.data.images import CachedItems, Images, ImagesInMemory, ReadImages
 from neq_cli.training.data.parts import Data
+from neq_cli.training.data.streamed_images import StreamedImages
 from neq_cli.training.startup import Startup
 
 _KEPT_BYTES = 2**28  # a probe set up to this size stays in memory: it is read every epoch
@@ -52,6 +55,19 @@ class Loaders:
         """Return how many batches such a pass has, in each process; ``len(train)`` is that of a whole epoch."""
         return self._sampler().steps(consumed)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether training images are read as they come, whatever is cached."""
+        return isinstance(self._sampler(), StreamedSampler)
+
+    def position(self, consumed: int) -> Mapping[str, int] | None:
+        """Return where in its files a pass over a stream is after ``consumed`` images; None of all other data."""
+        return self._sampler().position(consumed)
+
+    def go_on_at(self, position: Mapping[str, int] | None) -> None:
+        """Begin the pass that a ``position`` is of there, and read nothing of what comes before."""
+        self._sampler().go_on_at(position)
+
     def _sampler(self) -> ShuffledSampler:
         sampler = self.train.sampler
         assert isinstance(sampler, ShuffledSampler)
@@ -81,7 +97,10 @@ def make_loaders(
     _check_sizes(data, batch_size, share.processes)
     data = replace(data, probe=_part(data.probe, share), test=_part(data.test, share))
     choice = choose_cache(data, cache, device, share.local_processes)
-    shuffled = ShuffledSampler(len(data.train), seed, batch_size, share)
+    if isinstance(data.train, StreamedImages):
+        shuffled: ShuffledSampler = StreamedSampler(data.train, seed, batch_size, share)
+    else:
+        shuffled = ShuffledSampler(len(data.train), seed, batch_size, share)
     startup = Startup() if startup is None else startup
     reading = Decoding(batch_size, workers, seed, share.local_processes, startup)
     # The probe set is so small that starting workers for it takes longer than reading it.
@@ -134,6 +153,8 @@ def _part(images: Images, share: Share) -> Images:
 def _cached(
     images: Images, place: torch.device, device: torch.device, reading: Decoding, sampler: ShuffledSampler
 ) -> Passes:
+    if images.streamed:
+        return _read(images, reading, device, sampler)  # they do not come again in this order
     if not images.scales_at_random:
         return CachedBatches(images, place, device, reading, sampler)
     if isinstance(images, ReadImages):
@@ -146,7 +167,8 @@ def _read(
 ) -> Batches:
     # Images in memory are prepared in the main process, which is faster than handing them over, unless it scales them.
     workers = 0 if isinstance(images, ImagesInMemory) and not images.resizes else reading.workers
-    order: dict[str, Any] = {"sampler": sampler, "drop_last": sampler is not None}
+    keys = images.keys if sampler is None and isinstance(images, Images) else sampler
+    order: dict[str, Any] = {"sampler": keys, "drop_last": sampler is not None}
     chosen = images.batches(reading.batch_size) if sampler is None and isinstance(images, Images) else None
     if chosen is not None:
         order = {"batch_sampler": chosen}

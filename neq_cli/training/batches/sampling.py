@@ -6,7 +6,7 @@ epoch alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,13 @@ class ShuffledSampler(Sampler[Key]):
     def steps(self, consumed: int = 0) -> int:
         """Return how many steps are left of an epoch of whose images all processes have taken ``consumed``."""
         return max(0, self.size - consumed) // (self.batch_size * self.share.processes)
+
+    def position(self, consumed: int) -> Mapping[str, int] | None:
+        """Return what finds the place again that a pass has come to, beside the numbers; None: they are enough."""
+        return None
+
+    def go_on_at(self, position: Mapping[str, int] | None) -> None:
+        """Make use of a ``position`` in the pass that it is of."""
 
     def begin(self) -> tuple[Tensor, Tensor]:
         """Begin the next epoch; returns order and draws as ``shuffled`` does, of what this process trains on."""

@@ -21,17 +21,14 @@ GREY_STATISTICS: Statistics = ((0.5,), (0.5,))
 _MNIST_STATISTICS: Statistics = ((0.1307,), (0.3081,))
 HUB = "hf/NAME"
 """How the catalogue calls all data sets that Hugging Face's library reads."""
+STREAM_ARGUMENTS = ("shuffle_buffer", "train_length", "test_length")
+"""What is for hf/NAME with ``streaming`` alone: rows that are shuffled together, and how many the splits have."""
 _OWN_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
     "digits": (),
     "COCO": (),
     "segmentation_folder": ("num_classes",),
-    HUB: ("config", "revision", "train_split", "test_split", "num_classes"),
+    HUB: ("config", "revision", "train_split", "test_split", "num_classes", "streaming", *STREAM_ARGUMENTS),
 }
-# Batches, the probe and what is held out are drawn by number, and a run goes on at any step of an epoch.
-_NO_STREAMS = (
-    "a stream has no numbered images to draw from, so that a run could not be resumed exactly; remove it: the set is "
-    "fetched once, and read from disk, not held in memory"
-)
 _TRANSFORMS = ("transform", "target_transform", "transforms", "loader", "is_valid_file")
 
 
@@ -128,13 +125,26 @@ def kwargs_problems(section: DataSection) -> list[tuple[str, str]]:
     name = find_name(section.name or "")
     if name in _OWN_ARGUMENTS:
         taken = _OWN_ARGUMENTS[name]
-        if name == HUB and "streaming" in section.kwargs:
-            return [("streaming", _NO_STREAMS)]
         what = f"{name} takes {', '.join(taken) or 'no arguments'}; remove it"
-        return [(argument, what) for argument in section.kwargs if argument not in taken]
+        unknown = [(argument, what) for argument in section.kwargs if argument not in taken]
+        return unknown + (_stream_problems(section.kwargs) if name == HUB else [])
     kind = getattr(datasets, "ImageFolder" if name == "image_folder" else name)
     supplied = {"root", "download", *_TRANSFORMS, *CATALOGUE[name].train}
     return check_kwargs(kind, section.kwargs, supplied=supplied, forwards_to=classes_above(kind), name=name)
+
+
+def _stream_problems(kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    streaming = kwargs.get("streaming", False)
+    if not isinstance(streaming, bool):
+        return [("streaming", f"{streaming!r} is neither true nor false")]
+    given = [argument for argument in STREAM_ARGUMENTS if argument in kwargs]
+    if not streaming:
+        return [(argument, "is for streams; remove it, or set data.kwargs.streaming=true") for argument in given]
+    return [
+        (argument, f"{kwargs[argument]!r} is not a number of rows above 0")
+        for argument in given
+        if not _counts([kwargs[argument]]) or isinstance(kwargs[argument], bool)
+    ]
 
 
 def classes_above(kind: type) -> list[type]:

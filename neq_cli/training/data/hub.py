@@ -1,11 +1,9 @@
-"""Data sets in folders of tables, or of the Hugging Face hub, by the library `datasets` (its extra); never streamed."""
+"""Data sets in folders of tables, or of the Hugging Face hub, by the library `datasets` (its extra)."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,9 @@ from neq_cli.recipe import DataSection
 from neq_cli.training.data.mask_sources import OR_VALIDATION, classes_in, given_classes
 from neq_cli.training.data.opened import Source
 from neq_cli.training.data.pixels import Range
+from neq_cli.training.data.quiet import quietly
 from neq_cli.training.data.rows import Rows
+from neq_cli.training.data.stream_sources import streamed_source
 from neq_cli.training.errors import of_the_disk
 from neq_cli.training.models.libraries import imported
 
@@ -29,7 +29,6 @@ _LAYOUT = (
 _SAVED = ("dataset_dict.json", "state.json")
 """Files that tell a folder that save_to_disk wrote."""
 _TEXTS = ("string", "large_string", "string_view")
-_TALKING = ("datasets", "huggingface_hub", "filelock", "fsspec")
 
 
 def open_hub(section: DataSection) -> Source:
@@ -39,7 +38,7 @@ def open_hub(section: DataSection) -> Source:
     """
     name = str(section.name)
     library = imported("datasets", name, key="data.name", library="datasets")
-    splits = _splits(library, section, name)
+    splits, streaming = _splits(library, section, name)
     train, test, untested = _chosen(section, name, list(splits))
     tables = {split: splits[split] for split in (train, test)}
     columns = _columns(section, name, tables[train].features)
@@ -47,6 +46,12 @@ def open_hub(section: DataSection) -> Source:
         if any(table.features.get(column) != tables[train].features[column] for table in tables.values()):
             what = f"the splits '{train}' and '{test}' of {name} differ in the column '{column}'; make them alike"
             raise RecipeValueError("data.name", what)
+    if streaming is not None:
+        if columns.masks:
+            what = f"'{columns.label}' of {name} holds masks, which are not streamed; remove it"
+            raise RecipeValueError("data.kwargs.streaming", what)
+        source = streamed_source(section, name, streaming, tables, (columns.image, columns.label))
+        return replace(source, untested=untested)
     notes: tuple[str, ...] = ()
     labels, classes = ({}, ()) if columns.masks else _labels(name, tables, columns.label)
     opened = {
@@ -61,8 +66,8 @@ def open_hub(section: DataSection) -> Source:
     return Source(name, opened[train], opened[test], classes, notes, untested)
 
 
-def _splits(library: Any, section: DataSection, name: str) -> dict[str, Any]:
-    """Return the splits by their names, as tables on disk."""
+def _splits(library: Any, section: DataSection, name: str) -> tuple[dict[str, Any], Any]:
+    """Return the splits by their names, as tables on disk and None; or as streams and the builder that made them."""
     source = name.removeprefix("hf/")
     folder = Path(source).expanduser()
     local = folder.is_dir()
@@ -72,15 +77,28 @@ def _splits(library: Any, section: DataSection, name: str) -> dict[str, Any]:
         mend = "set HF_HUB_OFFLINE=1 to take it from Hugging Face's cache alone, or name a folder"
         raise RecipeValueError("data.download", f"false, and {name} is the hub's; {mend}")
     config, revision = section.kwargs.get("config"), section.kwargs.get("revision")
+    saved, builder = local and any((folder / file).is_file() for file in _SAVED), None
+    streaming = section.kwargs.get("streaming", False)
+    if saved and streaming:
+        what = f"save_to_disk wrote {name}, which is read where it lies without being held in memory; remove it"
+        raise RecipeValueError("data.kwargs.streaming", what)
+    place = str(folder.absolute()) if local else source
     try:
-        with _quietly(library):
-            if local and any((folder / file).is_file() for file in _SAVED):
+        with quietly():
+            if saved:
                 made = library.load_from_disk(str(folder))
+            elif streaming:
+                builder = library.load_dataset_builder(place, config, revision=revision)
+                made = builder.as_streaming_dataset()
             else:
-                made = library.load_dataset(str(folder.absolute()) if local else source, config, revision=revision)
+                made = library.load_dataset(place, config, revision=revision)
     except Exception as error:
         raise _unread(name, folder if local else None, error) from error
-    return dict(made) if isinstance(made, dict) else {"train": made}
+    splits = dict(made) if isinstance(made, dict) else {"train": made}
+    if builder is not None and any(split.features is None for split in splits.values()):
+        what = f"the stream of {name} does not tell its columns before it is read; remove it"
+        raise RecipeValueError("data.kwargs.streaming", what)
+    return splits, builder
 
 
 def _unread(name: str, folder: Path | None, error: Exception) -> RecipeValueError:
@@ -99,23 +117,6 @@ def _unread(name: str, folder: Path | None, error: Exception) -> RecipeValueErro
         f"no folder '{source}', nor could it be had from the Hugging Face hub ({said}); check the name, or where there "
         f"is no network, `hf download --repo-type dataset {source} --local-dir FOLDER` elsewhere and name hf/FOLDER",
     )
-
-
-@contextmanager
-def _quietly(library: Any) -> Iterator[None]:
-    """Keep the library's log and progress bars off the screen: what matters of them becomes an error."""
-    loggers = [logging.getLogger(name) for name in _TALKING]
-    levels, hidden = [logger.level for logger in loggers], library.utils.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    library.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if not hidden:
-            library.enable_progress_bars()
 
 
 def _chosen(section: DataSection, name: str, there: Sequence[str]) -> tuple[str, str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from neq_cli.training.data.pixels import Range, as_tensor, cannot_be_used
 from neq_cli.training.data.transforms import Preparation, drawn_from
@@ -26,6 +26,7 @@ class Images(Dataset[tuple[Tensor, Any]]):
     """
 
     masked = False  # whether targets are masks, not labels
+    streamed = False  # whether they come in an order of their own, and are not kept
     collate: Any = None  # makes a batch of what it yields, where torch's own way is not enough
 
     def __init__(self, indices: Tensor, preparation: Preparation, *, augmented: bool) -> None:
@@ -70,6 +71,11 @@ class Images(Dataset[tuple[Tensor, Any]]):
     @property
     def whole_pixels(self) -> int | None:
         """Pixels of all images together where they are not as large as those that are probed, None else."""
+        return None
+
+    @property
+    def keys(self) -> Sampler[Any] | None:
+        """What is asked for, one after the other, where that is not positions."""
         return None
 
     def batches(self, batch_size: int) -> list[list[int]] | None:

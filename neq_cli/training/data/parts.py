@@ -23,6 +23,9 @@ from neq_cli.training.data.opened import Source, Stored
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
 from neq_cli.training.data.sources import open_source
 from neq_cli.training.data.splits import hold_out, known_labels, split
+from neq_cli.training.data.streamed_images import StreamedImages
+from neq_cli.training.data.streamed_parts import StreamPart, divided
+from neq_cli.training.data.streams import RowStream
 from neq_cli.training.data.transforms import Mixing, Preparation
 from neq_cli.training.errors import DataError
 
@@ -114,10 +117,15 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
     for part, dataset in (("training", source.train), ("test", source.test)):
         if len(dataset) == 0 and (part == "training" or section.validation is None):
             raise RecipeValueError("data", f"{source.name} has no {part} images")
-    source, kept, tested = _held_out(section, source, seed)
-    probed = kept
-    if not tested_only:
-        kept, probed = (kept[chosen] for chosen in split(len(kept), section.probe_size, seed))
+    if isinstance(source.train, RowStream):
+        source, train_part, test_part = divided(section, source, seed, tested_only=tested_only)
+        kept, tested, probed = torch.empty(0), torch.empty(0), torch.arange(len(source.train))
+    else:
+        source, kept, tested = _held_out(section, source, seed)
+        probed = kept
+        if not tested_only:
+            kept, probed = (kept[chosen] for chosen in split(len(kept), section.probe_size, seed))
+        train_part, test_part = source.train, source.test
     if source.as_it_is:
         return _as_it_is(section, source, kept, probed, tested)
     own = section.entrypoint is not None
@@ -141,9 +149,9 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
         probe: Images = MaskedImages(source.train, probed, preparation, **options)
         test: Images = MaskedImages(source.test, tested, preparation, whole=True, **options)
     else:
-        train = _images(source, source.train, kept, preparation, value_range, augmented=True)
+        train = _images(source, train_part, kept, preparation, value_range, augmented=True)
         probe = _images(source, source.train, probed, preparation, value_range, augmented=False)
-        test = _images(source, source.test, tested, preparation, value_range, augmented=False)
+        test = _images(source, test_part, tested, preparation, value_range, augmented=False)
     first = probe.fixed([0])[0][0]
     channels, height, width = first.shape
     for images in (train, probe, test):
@@ -260,6 +268,16 @@ def _named(source: Source) -> Iterator[None]:
 def _images(
     source: Source, part: Any, indices: Tensor, preparation: Preparation, value_range: Range | None, *, augmented: bool
 ) -> Images:
+    if isinstance(part, StreamPart):  # which has its numbers itself
+        return StreamedImages(
+            part.stream,
+            part.order,
+            part.numbers,
+            preparation,
+            name=source.name,
+            classes=len(source.classes),
+            augmented=augmented,
+        )
     if isinstance(part, Stored):
         return ImagesInMemory(part.images, part.labels, indices, preparation, augmented=augmented)
     return ReadImages(

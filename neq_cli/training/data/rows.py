@@ -49,7 +49,7 @@ class Rows:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self._table[index]
         image_key, mask_key = self._keys
-        image = read_opened(_file(row[image_key]), self._value_range)
+        image = read_opened(opened_cell(row[image_key]), self._value_range)
         return image, _picture(row[mask_key]) if self.targets is None else int(self.targets[index])
 
     @property
@@ -76,7 +76,7 @@ class Rows:
 
     def _size(self, index: int) -> tuple[int, int]:
         try:
-            with Image.open(_file(self._table[index][self._keys[0]])) as image:
+            with Image.open(opened_cell(self._table[index][self._keys[0]])) as image:
                 return image.height, image.width
         except Exception as error:
             raise self._cannot_be_used(index, 0, error) from error
@@ -107,13 +107,14 @@ class _Places(Sequence[Any]):
         return f"{self._split}, row {index}{', its mask' if mask else ''}" + (f" ({name})" if name else "")
 
 
-def _file(cell: Cell) -> BinaryIO:
+def opened_cell(cell: Cell) -> BinaryIO:
+    """Return the file of a cell, open. ValueError where it holds none."""
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("no image in this row")
     return io.BytesIO(Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"])
 
 
 def _picture(cell: Cell) -> Any:
-    with Image.open(_file(cell)) as opened:
+    with Image.open(opened_cell(cell)) as opened:
         opened.load()
         return opened

@@ -16,12 +16,26 @@ _HELD_OUT = 0x7F4A7C159E3779B9
 
 def split(size: int, probe_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the sorted indices that are trained on and those that are probed; together 0 to ``size`` - 1."""
+    check_probe(probe_size, size)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return order[probe_size:].sort().values, order[:probe_size].sort().values
+
+
+def check_probe(probe_size: int, size: int) -> None:
+    """Raise RecipeValueError where so many probe images leave none of ``size`` to train on."""
     if probe_size >= size:
         raise RecipeValueError(
             "data.probe_size", f"{probe_size} probe images of {size} training images leave none to train on; lower it"
         )
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    return order[probe_size:].sort().values, order[:probe_size].sort().values
+
+
+def count_held_out(size: int, share: float) -> int:
+    """Return how many of ``size`` are tested, as ``hold_out`` has it. RecipeValueError where either part is empty."""
+    count = int(size * share + 0.5)
+    if not 0 < count < size:
+        none, mend = ("none", "raise it") if count == 0 else ("all", "lower it")
+        raise RecipeValueError("data.validation", f"{share:g} of {size} training images is {none} of them; {mend}")
+    return count
 
 
 def hold_out(size: int, share: float, seed: int, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -32,10 +46,7 @@ def hold_out(size: int, share: float, seed: int, labels: Tensor | None = None) -
     """
     # Evenly spaced in an order that is random within every class: so each class gives its share, whatever its size.
     before = (torch.arange(size + 1).double() * share + 0.5).long()
-    count = int(before[-1])
-    if not 0 < count < size:
-        none, mend = ("none", "raise it") if count == 0 else ("all", "lower it")
-        raise RecipeValueError("data.validation", f"{share:g} of {size} training images is {none} of them; {mend}")
+    count_held_out(size, share)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed ^ _HELD_OUT))
     if labels is not None:
         order = order[labels[order].argsort(stable=True)]

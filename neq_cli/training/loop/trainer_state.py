@@ -30,6 +30,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "scaler": trainer.step.scaler.state_dict(),
         "freezer": trainer.freezer.state_dict(),
         "so_far": None if so_far is None else so_far.to_plain(),
+        "stream": None if so_far is None else trainer.loaders.position(so_far.pass_images),  # plain numbers
         "processes": trainer.processes.gathered(own),
     }
 
@@ -51,6 +52,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     trainer.so_far = None
     if state["so_far"] is not None:
         trainer.so_far = RunningEpoch(totals=_own_totals(trainer, own), **state["so_far"])
+        trainer.loaders.go_on_at(state.get("stream"))  # which runs of earlier versions lack, and can do without
     if trainer.processes.rank < len(own):  # else it goes on with the numbers of its own seed
         restore_random_states(own[trainer.processes.rank]["random"])
 

@@ -396,10 +396,6 @@ def test_the_library_says_nothing_and_is_left_as_it_was(
     ("values", "says"),
     [
         (
-            {"name": "hf/set", "kwargs": {"streaming": True}},
-            "data.kwargs.streaming: a stream has no numbered images to draw from",
-        ),
-        (
             {"name": "hf/set", "kwargs": {"split": "train"}},
             "data.kwargs.split: hf/NAME takes config, revision, train_split,",
         ),
