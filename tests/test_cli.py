@@ -24,7 +24,7 @@ from neq_cli.commands.app import app
 
 VERBS = (
     *("train", "inspect", "compare", "evaluate", "predict", "flops", "bench", "validate", "recipes", "init", "schema"),
-    "export",
+    *("list", "export"),
 )
 SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
 CHECKOUT = Path(__file__).parents[1]
