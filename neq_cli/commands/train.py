@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from neq_cli.commands.shared import DeviceOption, Overrides, RecipeArgument, load, one_of_several, with_device
+from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
     from neq_cli.recipe.load import LoadedRecipe
@@ -31,6 +32,10 @@ def train(
         bool, typer.Option("--resume", help="go on with the run in DIR, or with the recipe's newest unfinished one")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="build everything, train nothing")] = False,
+    show_batch: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="draw the first batch as the model sees it into this .png, train nothing"),
+    ] = None,
 ) -> None:
     """Train a recipe, with neurons freezing and thawing, into a run directory.
 
@@ -39,6 +44,12 @@ def train(
     from neq_cli.runs.store.paths import check_available, default_run_directory
     from neq_cli.runs.views.live.progress import Silent, choose_progress
 
+    if show_batch is not None:
+        if resume or dry_run or output is not None or one_of_several():
+            what = "draws a batch by one process and trains nothing; leave out -o, --resume, --dry-run and torchrun"
+            raise NeqError(f"neq train: --show-batch {what}")
+        _draw_batch(recipe, with_device(overrides, device), show_batch)
+        return
     began = time.perf_counter()
     first = True  # whether this is the process that speaks for all
     if one_of_several():
@@ -58,6 +69,16 @@ def train(
     run_directory = train_into(loaded, output, shown, resume=resume, loading=loading)
     if first and not sys.stdout.isatty():
         print(run_directory)
+
+
+def _draw_batch(recipe: str, overrides: list[str], file: Path) -> None:
+    """Draw the first training batch into a file, and print its name."""
+    from neq_cli.jobs.show_batch import check_picture
+    from neq_cli.jobs.show_batch import show_batch as draw
+
+    check_picture(file)
+    draw(load(recipe, overrides), file)
+    print(file)
 
 
 def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:

@@ -26,7 +26,7 @@ def summary_lines(file: str, recipe: Mapping[str, Any], summary: Mapping[str, An
 
 def _model(summary: Mapping[str, Any]) -> str:
     parameters = summary["parameters"]
-    return summary["model"] + ("" if parameters is None else f": {parameters:,} parameters")
+    return f"{summary['model']}" + ("" if parameters is None else f": {parameters:,} parameters")
 
 
 def _neurons(summary: Mapping[str, Any]) -> str:
