@@ -25,7 +25,7 @@ from neq_cli.runs.store.run import read_run
 
 VERBS = (
     *("train", "inspect", "compare", "evaluate", "predict", "flops", "bench", "validate", "recipes", "init", "schema"),
-    "export",
+    *("list", "export"),
 )
 SHORT = ("data.probe_size=1000", "model.name=resnet8", "model.kwargs.width=4")
 CHECKOUT = Path(__file__).parents[1]
@@ -319,7 +319,7 @@ def test_recipes_init_and_validate(capsys: pytest.CaptureFixture[str], tmp_path:
     assert capsys.readouterr().out.split() == [
         "mine/entrypoint.yaml", "mine/entrypoint_model.py", "mine/neq.schema.json",
     ]  # fmt: skip
-    assert call("validate", "mine/entrypoint.yaml", "epochs=3") == 0
+    assert call("validate", "mine/entrypoint.yaml", "epochs=3", "--resolved") == 0
     (tmp_path / "resolved.yaml").write_text(capsys.readouterr().out)
     assert "epochs: 3\n" in (tmp_path / "resolved.yaml").read_text()
     assert "already" in complaint(capsys, "init", "entrypoint", "mine")

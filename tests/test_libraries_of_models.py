@@ -119,7 +119,7 @@ def test_timms_sizes_are_told_by_validate_and_weights_come_from_the_users_cache(
     (snapshot.parents[1] / "refs/main").write_text("abc")
     source = {name: tensor.numpy() for name, tensor in timm.create_model("test_vit").state_dict().items()}
     save_file(source, snapshot / "model.safetensors")
-    checked = ran(neq("validate", "mine.yaml"))
+    checked = ran(neq("validate", "mine.yaml", "--resolved"))
     assert checked.text == (
         "note: data: image_size 160, which timm/test_vit is configured for; the recipe may give others\n"
     )

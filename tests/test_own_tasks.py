@@ -345,7 +345,7 @@ def test_every_command_copes(name: str, runs: Callable[..., Path], neq: Callable
     assert "in the metric's unit" in words
     result("export", run, "-o", tmp_path / "weights.safetensors")
     assert load_file(tmp_path / "weights.safetensors").keys() == load_file(run / "weights.safetensors").keys()
-    assert f"task: {load_recipe(name).recipe.task}" in result("validate", name, *SETTINGS[name])
+    assert f"task: {load_recipe(name).recipe.task}" in result("validate", name, *SETTINGS[name], "--resolved")
     counted = json.loads(result("flops", name, *SETTINGS[name], "--json"))
     assert counted["flops_paper_dense"] == float(table(run)[0]["flops_paper_dense"])
     options = ("--fractions", "0.5", "--modes", "exact", "--orders", "front", "--rounds", "1", "--json")

@@ -132,7 +132,7 @@ def check(arguments: list[str]) -> None:
             pytest.importorskip("optuna")
         assert ended("sweep", recipe, *(given["axes"] or []), *search, "--dry-run") == 0
     elif context.info_name in WITH_RECIPE:
-        assert ended("validate", recipe, *(given["overrides"] or [])) == 0
+        assert ended("validate", recipe, *(given["overrides"] or []), "--resolved") == 0
     else:
         assert recipe in shipped_names()
 

@@ -46,6 +46,7 @@ COMMANDS = {
     "flops": (("flops", "rich.yaml"), "neq_cli.training.estimate", "estimate_flops"),
     "validate": (("validate", "rich.yaml"), "neq_cli.recipe.load", "load_recipe"),
     "inspect": (("inspect", "run"), "neq_cli.runs.store.run", "read_run"),
+    "list": (("list", "."), "neq_cli.runs.store.folders", "find_runs"),
     "compare": (("compare", "run"), "neq_cli.runs.store.run", "read_run"),
     "report": (("report", "run", "-o", "page.html"), "neq_cli.runs.store.run", "read_run"),
     "export": (("export", "run", "-o", "weights.safetensors"), "neq_cli.runs.store.run", "read_run"),

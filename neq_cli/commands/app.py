@@ -15,6 +15,7 @@ from neq_cli.commands.evaluate import evaluate
 from neq_cli.commands.export import export
 from neq_cli.commands.flops import flops
 from neq_cli.commands.inspect import inspect
+from neq_cli.commands.list import list_runs
 from neq_cli.commands.predict import predict
 from neq_cli.commands.recipes import init, recipes
 from neq_cli.commands.report import report
@@ -82,7 +83,8 @@ def _common(
 for command, example in (
     (train, "neq train digits epochs=5 policy.epsilon=0.005"),
     (inspect, "neq inspect runs/digits/20260131-120000-s1 --layer 'layer2.*'"),
-    (compare, "neq compare runs/digits/* runs/digits-baseline/* --markdown"),
+    (list_runs, "neq list runs/digits"),
+    (compare, "neq compare runs/digits runs/digits-baseline --markdown"),
     (report, "neq report runs/digits/* runs/digits-baseline/* -o report.html --svg figures"),
     (evaluate, "neq evaluate runs/digits/20260131-120000-s1 -o confusion.png"),
     (predict, "neq predict runs/digits/20260131-120000-s1 seven.png scans --top 3"),
@@ -95,4 +97,4 @@ for command, example in (
     (schema, "neq schema -o neq.schema.json"),
     (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
 ):
-    app.command(cls=Command, epilog=f"Example: {example}")(command)
+    app.command(example.split()[1], cls=Command, epilog=f"Example: {example}")(command)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from neq_cli.commands.completion import changes, recipes_and_files
-from neq_cli.errors import NeqError
+from neq_cli.complaints import complain
+from neq_cli.errors import NeqError, RunDirectoryError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from neq_cli.runs.store.run import Run
     from neq_cli.runs.views.live.progress import Mode
 
+_NOTES = 5
+"""Runs that are left out, each with a note of its own."""
 
 RecipeArgument = Annotated[
     str,
@@ -32,9 +35,31 @@ Overrides = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
+
+
+def _newest(context: typer.Context, path: Path | None) -> Path | None:
+    """Return the run that a RUN_DIR means, of a folder of runs the newest one, which a note names."""
+    if path is None or context.resilient_parsing:
+        return path
+    from neq_cli.runs.store.brief import newest
+
+    run, said = newest(path)
+    if said:
+        complain(f"note: {said}")
+    return run
+
+
+RunDirectory = Annotated[
+    Path,
+    typer.Argument(metavar="RUN_DIR", help="the folder of a run, or of several: the newest of them", callback=_newest),
+]
 TrainedArgument = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR|FILE", help="the folder of a run, or a .safetensors file of its weights")
+    Path,
+    typer.Argument(
+        metavar="RUN_DIR|FILE",
+        help="the folder of a run, or of several: the newest of them; or a .safetensors file of weights",
+        callback=_newest,
+    ),
 ]
 WeightsOption = Annotated[
     Literal["best", "last", "final"] | None,
@@ -45,9 +70,12 @@ RecipeOption = Annotated[
     typer.Option(metavar="RECIPE", help="of a file that does not tell its own", autocompletion=recipes_and_files),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-RunDirectories = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs")]
+RunDirectories = Annotated[
+    list[Path], typer.Argument(metavar="RUN_DIR...", help="the folders of the runs, or folders that hold some")
+]
 BaselineOption = Annotated[
-    Path | None, typer.Option(metavar="RUN_DIR", help="the run to compare with; default the baseline policy's")
+    Path | None,
+    typer.Option(metavar="RUN_DIR", help="the run to compare with; default the baseline policy's", callback=_newest),
 ]
 AllowDifferences = Annotated[bool, typer.Option("--allow-differences", help="also where data, model or epochs differ")]
 
@@ -73,10 +101,35 @@ def load(
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Return the runs in these folders; RunDirectoryError where one is none."""
+    """Return the runs in these folders, of a folder of runs all that can be read; RunDirectoryError where one is none.
+
+    Of a folder of runs, those that are damaged or have no finished epoch yet are left out, and notes say so.
+    """
+    from neq_cli.runs.store.folders import runs_of_folder
     from neq_cli.runs.store.run import read_run
 
-    return [read_run(path) for path in paths]
+    runs: list[Run] = []
+    left_out: list[str] = []
+    for path in paths:
+        inside = runs_of_folder(path)
+        if not inside:
+            runs.append(read_run(path))
+        for run in inside:
+            try:
+                runs.append(read_run(run))
+            except RunDirectoryError as error:
+                left_out.append(str(error))
+    if left_out and not runs:
+        raise RunDirectoryError(f"{left_out[0]}{_others(len(left_out) - 1)}")
+    for line in left_out[:_NOTES]:
+        complain(f"note: left out: {line}")
+    if len(left_out) > _NOTES:
+        complain(f"note: left out: {len(left_out) - _NOTES} more; `neq list` shows them")
+    return runs
+
+
+def _others(count: int) -> str:
+    return f" (and {count} more that cannot be read)" if count else ""
 
 
 def show(content: RenderableType, narrowest: int = 80) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from neq_cli.commands.shared import DeviceOption, Overrides, RecipeArgument, load, one_of_several, with_device
+from neq_cli.errors import NeqError
 
 if TYPE_CHECKING:
     from neq_cli.recipe.load import LoadedRecipe
@@ -32,6 +33,10 @@ def train(
         bool, typer.Option("--resume", help="go on with the run in DIR, or with the recipe's newest unfinished one")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="build everything, train nothing")] = False,
+    show_batch: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="draw the first batch as the model sees it into this .png, train nothing"),
+    ] = None,
 ) -> None:
     """Train a recipe, with neurons freezing and thawing, into a run directory.
 
@@ -40,6 +45,12 @@ def train(
     from neq_cli.runs.store.paths import check_available, default_run_directory
     from neq_cli.runs.views.live.progress import Silent, choose_progress
 
+    if show_batch is not None:
+        if resume or dry_run or output is not None or one_of_several():
+            what = "draws a batch by one process and trains nothing; leave out -o, --resume, --dry-run and torchrun"
+            raise NeqError(f"neq train: --show-batch {what}")
+        _draw_batch(recipe, with_device(overrides, device), show_batch)
+        return
     began = time.perf_counter()
     first = True  # whether this is the process that speaks for all
     if one_of_several():
@@ -72,13 +83,23 @@ def train(
 def _command_to_go_on(recipe: str, overrides: Sequence[str] | None, device: str | None, progress: str) -> list[str]:
     """Return the words of the command line that goes on with the run whose directory comes behind them.
 
-    None under torchrun, whose own part of the line is not known here.
+    No words under torchrun, whose own part of the line is not known here.
     """
     if one_of_several():
         return []
     options = [*(["--device", device] if device else []), *(["--progress", progress] if progress != "auto" else [])]
     neq = ["python", "-m", "neq_cli"] if Path(sys.argv[0]).name == "__main__.py" else ["neq"]
     return [*neq, "train", recipe, *(overrides or ()), *options, "--resume", "-o"]
+
+
+def _draw_batch(recipe: str, overrides: list[str], file: Path) -> None:
+    """Draw the first training batch into a file, and print its name."""
+    from neq_cli.jobs.show_batch import check_picture
+    from neq_cli.jobs.show_batch import show_batch as draw
+
+    check_picture(file)
+    draw(load(recipe, overrides), file)
+    print(file)
 
 
 def _show_plan(loaded: LoadedRecipe, run_directory: Path) -> None:

@@ -94,6 +94,14 @@ def estimated_coverage(loaded: LoadedRecipe) -> dict[str, Any]:
         return estimate_coverage(loaded.recipe).to_dict()
 
 
+def summarised(loaded: LoadedRecipe) -> dict[str, Any]:
+    """Return what ``loaded`` comes to, in the plain values of ``Summary``; its data is opened where it lies here."""
+    from neq_cli.training.summary import summarise
+
+    with located(loaded):
+        return summarise(loaded.recipe).to_dict()
+
+
 def estimated_flops(loaded: LoadedRecipe) -> dict[str, Any]:
     """Return the fields of ``FlopsEstimate`` for ``loaded``; notes only where there are any."""
     from neq_cli.training.estimate import estimate_flops

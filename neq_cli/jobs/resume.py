@@ -12,7 +12,9 @@ from neq_cli.errors import NeqError, RecipeError, RunDirectoryError
 from neq_cli.jobs.earlier_kernels import Earlier
 from neq_cli.recipe import Problem, Recipe
 from neq_cli.recipe.load import LoadedRecipe
+from neq_cli.runs.store.brief import read_brief
 from neq_cli.runs.store.content import parse_content
+from neq_cli.runs.store.folders import runs_of_folder
 from neq_cli.runs.store.paths import check_resumable
 from neq_cli.runs.store.resumable import ANEW, differences, ended_at_rest, merged, newest_unfinished, stored_recipe
 from neq_cli.runs.store.run import Run, read_run
@@ -22,6 +24,9 @@ from neq_cli.text import counted, format_metric, printable
 
 if TYPE_CHECKING:
     from neq_cli.training.session import Session
+
+_MOST_TOLD = 5
+"""Runs of a folder that a line tells."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, st
     That is ``chosen`` where it is given, else the newest one of the recipe's name and seed, an unfinished one first.
     """
     if chosen is not None:
+        _refuse_folder_of_runs(chosen)
         check_resumable(chosen)
         path = chosen if chosen.exists() or chosen.is_symlink() else None
         name = str(chosen)
@@ -64,6 +70,17 @@ def find_run(loaded: LoadedRecipe, chosen: Path | None) -> tuple[Path | None, st
         path = found.path if found is not None else None
         name = f"{loaded.name} with seed {loaded.recipe.seed}" if path is None else str(path)
     return path, f"nothing to resume of {name}; beginning" if path is None else f"resuming {name}"
+
+
+def _refuse_folder_of_runs(path: Path) -> None:
+    """Raise RunDirectoryError where ``path`` holds runs: which of them is to train on is not for neq to guess."""
+    briefs = sorted(map(read_brief, runs_of_folder(path)), key=lambda brief: brief.order, reverse=True)
+    if not briefs:
+        return
+    told = [f"{printable(brief.path)} ({brief.status.state})" for brief in briefs[:_MOST_TOLD]]
+    more = f" and {len(briefs) - len(told)} more" if len(briefs) > len(told) else ""
+    what = f"{printable(path)}: holds {counted(len(briefs), 'run')}, and is none itself: {', '.join(told)}{more}"
+    raise RunDirectoryError(f"{what}; give the one to go on with by -o, or leave -o out for the newest unfinished one")
 
 
 def open_run(loaded: LoadedRecipe, path: Path, processes: int) -> tuple[RunWriter, Start]:

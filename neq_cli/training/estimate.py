@@ -14,7 +14,7 @@ from neq_cli.freezing.anatomy import Anatomy
 from neq_cli.freezing.coverage import Coverage, coverage_of
 from neq_cli.recipe import FrontPolicy, Recipe, StochasticPolicy
 from neq_cli.training.data.catalogue import class_count
-from neq_cli.training.data.parts import load_data
+from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.loop.calling import probe_call
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.machine.device import seed_everything
@@ -44,8 +44,8 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
     front by schedule are averaged over the epochs; the sets of any other policy are known only to training, so it
     counts as dense. Raises RecipeError where the data does not tell the size of its images.
     """
-    model, sample = _outline(recipe)
-    anatomy = _look(recipe, model, sample)
+    model, sample = outline(recipe)
+    anatomy = look(recipe, model, sample)
     dense = anatomy.flops(dict.fromkeys(anatomy.neurons.layers, 1.0))
     recipe, notes = match(recipe, model, sample, matched_flops, recipe.epochs)
     paper, executed = dense.paper, dense.executed
@@ -70,11 +70,11 @@ def estimate_flops(recipe: Recipe, matched_flops: float | None = None) -> FlopsE
 
 def estimate_coverage(recipe: Recipe) -> Coverage:
     """Return what share of the recipe's model are neurons, built as ``estimate_flops`` does."""
-    model, sample = _outline(recipe)
-    return coverage_of(_look(recipe, model, sample), dict(model.named_parameters()))
+    model, sample = outline(recipe)
+    return coverage_of(look(recipe, model, sample), dict(model.named_parameters()))
 
 
-def _look(recipe: Recipe, model: nn.Module, sample: Sample) -> Anatomy:
+def look(recipe: Recipe, model: nn.Module, sample: Sample) -> Anatomy:
     """Return what a look at ``model`` tells; NeqError, one line, where it does not take what the data has."""
     try:
         return sample.anatomy(model, recipe.exclude)
@@ -86,17 +86,22 @@ def _look(recipe: Recipe, model: nn.Module, sample: Sample) -> Anatomy:
         raise misfit(model, recipe.data.name or "the data", sample.batch.shape[1:], error) from error
 
 
-def _outline(recipe: Recipe) -> tuple[nn.Module, Sample]:
-    """Return the recipe's model, on the meta device where it can be, and one sample of what it takes."""
-    task = build_task(recipe.task, recipe.label_smoothing, class_count(recipe.data)) if recipe.task_is_own else None
-    if task is None or probe_call(task) is None:
-        model = build_on_meta(recipe.model, class_count(recipe.data), recipe.task)
-        shape = images_shape(recipe.data, model)
+def outline(recipe: Recipe, data: Data | None = None) -> tuple[nn.Module, Sample]:
+    """Return the recipe's model, on the meta device where it can be, and one sample of what it takes.
+
+    ``data`` is the recipe's where it is open already. RecipeValueError where the recipe alone does not tell enough.
+    """
+    classes = class_count(recipe.data) if data is None else data.num_classes
+    task = build_task(recipe.task, recipe.label_smoothing, classes) if recipe.task_is_own else None
+    if (task is None or probe_call(task) is None) and (data is None or not data.as_it_is):
+        model = build_on_meta(recipe.model, classes, recipe.task)
+        shape = images_shape(recipe.data, model) if data is None else data.image_shape
         if shape is not None:
             return model, Sample(torch.zeros((1, *shape), device="meta"))
-    if recipe.data.entrypoint is None:
+    if data is None and recipe.data.entrypoint is None:
         raise RecipeValueError("data.image_size", "the images' size is not known without opening them; give it")
-    data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
+    if data is None:
+        data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
     task = build_task(recipe.task, recipe.label_smoothing, data.num_classes)
     seed_everything(recipe.seed, deterministic=False)
     model = build_model(recipe.model, data.num_classes, recipe.task)

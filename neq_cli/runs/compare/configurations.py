@@ -70,6 +70,15 @@ def disagreements(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
     return found
 
 
+def by_question(runs: Sequence[Run]) -> list[list[Run]]:
+    """Return the runs in groups that may be compared: recipes agree in data, model, task and epochs."""
+    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        asked = {key: value for key, value in content(run).items() if not key.startswith("environment.")}
+        found.setdefault(tuple(sorted(asked.items())), []).append(run)
+    return list(found.values())
+
+
 def roots_of_unknown_content(runs: Sequence[Run]) -> list[str]:
     """Return the folders that may hold different data: no dataset's name and no record tells what is in them."""
     unnamed = [run for run in runs if run.setting("data.name") in (None, "image_folder")]

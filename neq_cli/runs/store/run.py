@@ -158,7 +158,7 @@ def read_run(path: str | Path) -> Run:
     if not untold and not _is_count(epochs):
         raise damaged(files.recipe, f"epochs: {printable(repr(epochs), 60)} is not a whole number above 0")
     environment = read_json(files.environment) if _is_there(files.environment) else {}
-    status = _read_status(files.status)  # before the metrics, so that a run read as finished is read whole
+    status = read_status(files.status)  # before the metrics, so that a run read as finished is read whole
     metrics = read_metrics(files.metrics) if _is_there(files.metrics) else ()
     if not metrics:
         mend = "wait for its first" if status.state == "running" else "train it further or anew"
@@ -194,7 +194,8 @@ def _check_is_run(files: RunFiles) -> None:
         raise unreadable(files.root, error) from error
 
 
-def _read_status(path: Path) -> RunStatus:
+def read_status(path: Path) -> RunStatus:
+    """Return what a status.json says, checked as ``RunStatus`` tells. RunDirectoryError where it is damaged."""
     if not _is_there(path):
         return RunStatus("unknown", "")
     status = read_json(path)

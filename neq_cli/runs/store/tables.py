@@ -6,6 +6,7 @@ What was torn when the run was killed is left out; all else must be whole.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def read_metrics(path: Path) -> tuple[dict[str, Number], ...]:
             raise damaged(path, f"more than {_MOST_CELLS} cells", line)
         metrics.append(row)
     return tuple(metrics)
+
+
+def read_columns(path: Path, wanted: Sequence[str]) -> dict[str, list[Number]]:
+    """Return those of the columns ``wanted`` that metrics.csv has, and "epoch"; the others' cells are not looked at."""
+    rows = read_table(path)
+    columns = _columns(path, next(rows, None), METRICS_NEEDED)
+    found: dict[str, list[Number]] = {name: [] for name in ("epoch", *wanted) if name in columns}
+    places = [(name, columns.index(name), values) for name, values in found.items()]
+    for line, cells in rows:
+        _check_width(path, line, columns, cells)
+        for name, place, values in places:
+            values.append(parse_number(path, line, name, cells[place]))
+        if found["epoch"][-1] != len(found["epoch"]):
+            raise damaged(path, f"epoch {found['epoch'][-1]} after epoch {len(found['epoch']) - 1}", line)
+        if len(found["epoch"]) >= _MOST_CELLS:
+            raise damaged(path, f"more than {_MOST_CELLS} rows", line)
+    return found
 
 
 def read_layers(path: Path, epoch: int) -> tuple[LayerRow, ...]:

@@ -94,7 +94,7 @@ def make_loaders(
     random state. Raises RecipeValueError where the training or the probe images are too few, or where ``cache`` cannot
     be had.
     """
-    _check_sizes(data, batch_size, share.processes)
+    check_sizes(data, batch_size, share.processes)
     data = replace(data, probe=_part(data.probe, share), test=_part(data.test, share))
     choice = choose_cache(data, cache, device, share.local_processes)
     if isinstance(data.train, StreamedImages):
@@ -130,7 +130,8 @@ def tested_once(data: Data, batch_size: int, workers: int, seed: int, device: to
     return _read(data.test, Decoding(batch_size, workers, seed), device)
 
 
-def _check_sizes(data: Data, batch_size: int, processes: int) -> None:
+def check_sizes(data: Data, batch_size: int, processes: int) -> None:
+    """Raise RecipeValueError where the training or the probe images are too few for so many ``processes``."""
     if batch_size * processes > len(data.train):
         where = f" in each of {processes} processes" if processes > 1 else ""
         raise RecipeValueError(

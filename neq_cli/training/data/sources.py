@@ -35,6 +35,9 @@ from neq_cli.training.data.own_datasets import open_entrypoint
 from neq_cli.training.data.pixels import as_tensor, read_image
 from neq_cli.training.errors import of_the_disk
 
+MAY_FETCH = "set data.download=true, or data.root to where it is"
+"""What mends the lack of data that could be downloaded, and may not be."""
+
 
 def open_source(section: DataSection, *, own_task: bool = False, tested_only: bool = False) -> Source:
     """Open what ``section`` names, downloading where it may. RecipeValueError, one line, for all that can go wrong.
@@ -181,7 +184,7 @@ def _torchvision_part(section: DataSection, kind: type[Any], hidden: Hidden, arg
     if "download" not in accepted_arguments(kind, classes_above(kind))[0]:
         mend = "torchvision cannot download it; put its files there as torchvision's documentation says"
     elif not section.download:
-        mend = "set data.download=true, or data.root to where it is"
+        mend = MAY_FETCH
     else:
         try:
             root.mkdir(parents=True, exist_ok=True)
