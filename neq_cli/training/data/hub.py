@@ -17,7 +17,7 @@ from neq_cli.training.data.opened import Source
 from neq_cli.training.data.pixels import Range
 from neq_cli.training.data.quiet import quietly
 from neq_cli.training.data.rows import Rows
-from neq_cli.training.data.stream_sources import streamed_source
+from neq_cli.training.data.stream_sources import TEXTS, streamed_source
 from neq_cli.training.errors import of_the_disk
 from neq_cli.training.models.libraries import imported
 
@@ -28,7 +28,6 @@ _LAYOUT = (
 )
 _SAVED = ("dataset_dict.json", "state.json")
 """Files that tell a folder that save_to_disk wrote."""
-_TEXTS = ("string", "large_string", "string_view")
 
 
 def open_hub(section: DataSection) -> Source:
@@ -161,7 +160,7 @@ def _columns(section: DataSection, name: str, features: Mapping[str, Any]) -> _C
     if _kind(features[image]) != "Image":
         raise RecipeValueError("data.image_key", f"'{image}' of {name} holds no images; it has {listed}")
     kind = _kind(features[label])
-    if kind not in ("Image", "ClassLabel", "bool", *_TEXTS) and not kind.lstrip("u").startswith("int"):
+    if kind not in ("Image", "ClassLabel", "bool", *TEXTS) and not kind.lstrip("u").startswith("int"):
         raise RecipeValueError("data.label_key", f"'{label}' of {name} holds no classes; it has {listed}")
     return _Columns(image, label, masks=kind == "Image")
 
@@ -198,7 +197,7 @@ def _labels(name: str, tables: Mapping[str, Any], column: str) -> tuple[dict[str
     }
     feature = next(iter(tables.values())).features[column]
     classes = tuple(map(str, getattr(feature, "names", None) or ()))
-    if _kind(feature) in _TEXTS:
+    if _kind(feature) in TEXTS:
         classes = tuple(sorted(set(next(iter(values.values()))) - {None}))
         numbers = {text: number for number, text in enumerate(classes)}
         values = {split: [numbers.get(text) for text in texts] for split, texts in values.items()}

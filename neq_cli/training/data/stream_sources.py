@@ -14,7 +14,8 @@ from neq_cli.training.data.streams import RowReader, RowStream
 
 _BUFFER = 1000
 """Rows that are shuffled together unless the recipe says otherwise."""
-_TEXTS = ("string", "large_string", "string_view")
+TEXTS = ("string", "large_string", "string_view")
+"""What the library calls the types of texts."""
 
 
 def streamed_source(
@@ -116,7 +117,7 @@ def _classes(section: DataSection, name: str, feature: Any, column: str) -> tupl
             what = f"'{column}' of {name} tells its classes; remove it"
             raise RecipeValueError("data.kwargs.num_classes", what)
         return names or ("0", "1")
-    if kind in _TEXTS:
+    if kind in TEXTS:
         what = f"'{column}' of {name} holds texts, which are classes once all are read"
         raise RecipeValueError("data.label_key", f"{what}; cast it to ClassLabel, or remove data.kwargs.streaming")
     if given is None:
