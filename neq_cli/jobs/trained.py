@@ -20,6 +20,7 @@ from neq_cli.runs.store.untrusted import Number
 from neq_cli.text import escaped
 
 if TYPE_CHECKING:
+    from neq_cli.training.data.picture import Known
     from neq_cli.training.loop.checkpoint import Weights
 
 WhichWeights = Literal["best", "last", "final"]
@@ -62,6 +63,18 @@ def find_trained(
     if which is not None and run_directory != given:
         raise NeqError(f"{_shown(given)}: is one file of weights; give {_shown(run_directory)} for --weights {which}")
     return _of_run(run_directory, given if run_directory != given else None, which, overrides)
+
+
+def known_images(content: Content) -> Known:
+    """Return what a run tells of its data, as far as images are prepared by it."""
+    from neq_cli.training.data.picture import Known
+
+    return Known(
+        classes=content.classes,
+        image_shape=content.image_shape,
+        statistics=content.statistics,
+        normalised=content.statistics is not None if content.tells_statistics else None,
+    )
 
 
 def _of_run(directory: Path, file: Path | None, which: WhichWeights | None, overrides: Sequence[str]) -> Trained:
