@@ -73,6 +73,6 @@ for command, example in (
     (recipes, "neq recipes"),
     (init, "neq init digits my-experiment"),
     (schema, "neq schema -o neq.schema.json"),
-    (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
+    (export, "neq export runs/digits/20260131-120000-s1 -o digits.onnx"),
 ):
     app.command(epilog=f"Example: {example}")(command)

@@ -33,7 +33,7 @@ Overrides = Annotated[
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps or auto; the same as device=...")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="the folder of a run")]
 TrainedArgument = Annotated[
-    Path, typer.Argument(metavar="RUN_DIR|FILE", help="the folder of a run, or a .safetensors file of its weights")
+    Path, typer.Argument(metavar="RUN_DIR|FILE", help="the folder of a run, or a file of its weights")
 ]
 WeightsOption = Annotated[
     Literal["best", "last", "final"] | None,

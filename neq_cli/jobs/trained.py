@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from neq_cli.training.loop.checkpoint import Weights
 
 WhichWeights = Literal["best", "last", "final"]
+INSTEAD_OF_GRAPH = "give the run, or what `neq export` writes of it as .safetensors or .pt"
+TORCH_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+"""Of files that `torch` or `torch.jit` has written, state dicts and graphs alike; what is in one tells which."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,7 @@ def _chosen(run: Run, kinds: Mapping[str, Path], which: WhichWeights | None) -> 
 
 
 def _of_file(file: Path, recipe: str | None, overrides: Sequence[str]) -> Trained:
-    from neq_cli.training.loop.checkpoint import read_weights_whole
-
-    weights = read_weights_whole(file)
+    weights = _read(file)
     if recipe is not None:
         loaded = load(recipe, overrides, warn=False)
     elif "recipe_yaml" in weights.metadata:
@@ -120,6 +121,19 @@ def _of_file(file: Path, recipe: str | None, overrides: Sequence[str]) -> Traine
         raise RecipeError([f"{_shown(file)}: does not tell the recipe it was trained by; give it: --recipe RECIPE"])
     name = weights.metadata.get("recipe", loaded.name)
     return Trained(name, file, "file", weights, loaded, content_in(weights.metadata, file))
+
+
+def _read(file: Path) -> Weights:
+    """Return the weights of a file by its suffix; NeqError for a graph, which is no state_dict of a model."""
+    if file.suffix == ".onnx":
+        raise NeqError(f"{_shown(file)}: is a graph for ONNX runtimes; {INSTEAD_OF_GRAPH}")
+    if file.suffix in TORCH_SUFFIXES:
+        from neq_cli.training.loop.torch_file import read_torch
+
+        return read_torch(file)
+    from neq_cli.training.loop.checkpoint import read_weights_whole
+
+    return read_weights_whole(file)
 
 
 def _refuse_python(recipe_yaml: str, file: Path) -> None:
