@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from neq_cli.training.loop.checkpoint import Weights
 
 WhichWeights = Literal["best", "last", "final"]
-INSTEAD_OF_GRAPH = "give the run, or what `neq export` writes of it as .safetensors or .pt"
 TORCH_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 """Of files that `torch` or `torch.jit` has written, state dicts and graphs alike; what is in one tells which."""
 
@@ -125,15 +124,12 @@ def _of_file(file: Path, recipe: str | None, overrides: Sequence[str]) -> Traine
 
 def _read(file: Path) -> Weights:
     """Return the weights of a file by its suffix; NeqError for a graph, which is no state_dict of a model."""
+    from neq_cli.training.loop.checkpoint import read_weights_whole
+    from neq_cli.training.loop.torch_file import INSTEAD_OF_GRAPH, read_torch
+
     if file.suffix == ".onnx":
         raise NeqError(f"{_shown(file)}: is a graph for ONNX runtimes; {INSTEAD_OF_GRAPH}")
-    if file.suffix in TORCH_SUFFIXES:
-        from neq_cli.training.loop.torch_file import read_torch
-
-        return read_torch(file)
-    from neq_cli.training.loop.checkpoint import read_weights_whole
-
-    return read_weights_whole(file)
+    return read_torch(file) if file.suffix in TORCH_SUFFIXES else read_weights_whole(file)
 
 
 def _refuse_python(recipe_yaml: str, file: Path) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 import neq_cli
 from neq_cli import Freezer, NEq, Recorder
 from neq_cli.errors import NeqError
+from neq_cli.jobs.trained import find_trained
 from neq_cli.training.models.cifar_resnet import cifar_resnet
 
 CLASSES = ("ant", "bee", "cow")
@@ -236,6 +237,17 @@ def test_damage_is_one_line(place: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "weights.safetensors").unlink()
     assert mistake(run) == f"{run}: not there, and no other weights; train it further or anew"
+
+
+def test_a_runs_trackers_need_not_be_here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = shutil.copytree(place / "folder", tmp_path / "run")
+    text = (run / "recipe.yaml").read_text()
+    assert text.count("track: []") == 1
+    (run / "recipe.yaml").write_text(text.replace("track: []", "track: [wandb]"))
+    monkeypatch.setattr("neq_cli.jobs.tracking.libraries.missing", lambda tracker: f"'{tracker}' is not installed")
+    with pytest.raises(NeqError, match="'wandb' is not installed"):
+        find_trained(run)
+    assert same(neq_cli.load(run), neq_cli.load(place / "folder").state_dict())
 
 
 def test_an_earlier_run_tells_less_and_loads_as_well(place: Path, tmp_path: Path) -> None:

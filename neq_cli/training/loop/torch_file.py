@@ -18,6 +18,7 @@ from neq_cli.text import escaped
 from neq_cli.training.loop.checkpoint import Weights, told_epoch
 from neq_cli.training.loop.tensor_file import damaged
 
+INSTEAD_OF_GRAPH = "give the run, or what `neq export` writes of it as .safetensors or .pt"
 _EXTRA = "/extra/"
 _GRAPH = "/constants.pkl"  # which TorchScript's archives alone have
 _LONGEST_TEXT = 2**24  # bytes
@@ -58,8 +59,7 @@ def _texts(path: Path) -> dict[str, str]:
         return {}
     with zipfile.ZipFile(path) as archive:
         if f"{_root(archive)}{_GRAPH}" in archive.namelist():
-            mend = "give the run, or what `neq export` writes of it as .safetensors or .pt"
-            raise NeqError(f"{escaped(str(path))}: is a TorchScript graph, for torch.jit.load; {mend}")
+            raise NeqError(f"{escaped(str(path))}: is a TorchScript graph, for torch.jit.load; {INSTEAD_OF_GRAPH}")
         start = f"{_root(archive)}{_EXTRA}"
         texts = [info for info in archive.infolist() if info.filename.startswith(start)]
         if len(texts) > _MOST_TEXTS or any(info.file_size > _LONGEST_TEXT for info in texts):
