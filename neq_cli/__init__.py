@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neq_cli.freed_memory import keep_freed_memory
     from neq_cli.freezing import Baseline, Budget, Freezer, Front, NEq, Observation, Policy, Stochastic
+    from neq_cli.jobs.loading import load
     from neq_cli.jobs.notebook import train
     from neq_cli.jobs.recorder import Recorder
     from neq_cli.runs.store.run import Run, read_run
@@ -26,6 +27,7 @@ __all__ = [
     "Stochastic",
     "__version__",
     "keep_freed_memory",
+    "load",
     "read_run",
     "train",
 ]
@@ -33,6 +35,7 @@ _HOMES = {
     "Recorder": "neq_cli.jobs.recorder",
     "Run": "neq_cli.runs.store.run",
     "keep_freed_memory": "neq_cli.freed_memory",
+    "load": "neq_cli.jobs.loading",
     "read_run": "neq_cli.runs.store.run",
     "train": "neq_cli.jobs.notebook",
 }

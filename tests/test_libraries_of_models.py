@@ -72,6 +72,9 @@ def test_a_run_is_interrupted_resumed_to_the_bit_and_exported(
     assert {name: tensor.tolist() for name, tensor in exported.items()} == {
         name: tensor.tolist() for name, tensor in trained.items()
     }
+    for graph in ("graph.ts", "graph.onnx"):  # which the command tries beside the model before it is kept
+        if graph == "graph.ts" or (find_spec("onnxscript") and find_spec("onnxruntime")):
+            assert ran(neq("export", "run", "-o", graph)).result == f"{graph}\n"
     # As any other file of weights, it is what a run may start from.
     shape = f"{model[:-1]}, checkpoint: weights.safetensors}}"
     again = neq("train", "mine.yaml", f"model={shape}", "--dry-run")

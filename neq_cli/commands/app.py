@@ -95,6 +95,6 @@ for command, example in (
     (recipes, "neq recipes"),
     (init, "neq init digits my-experiment"),
     (schema, "neq schema -o neq.schema.json"),
-    (export, "neq export runs/digits/20260131-120000-s1 -o digits.safetensors"),
+    (export, "neq export runs/digits/20260131-120000-s1 -o digits.onnx"),
 ):
     app.command(example.split()[1], cls=Command, epilog=f"Example: {example}")(command)

@@ -57,7 +57,7 @@ TrainedArgument = Annotated[
     Path,
     typer.Argument(
         metavar="RUN_DIR|FILE",
-        help="the folder of a run, or of several: the newest of them; or a .safetensors file of weights",
+        help="the folder of a run, or of several: the newest of them; or a file of weights",
         callback=_newest,
     ),
 ]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 from neq_cli.jobs.prepare import located
-from neq_cli.jobs.trained import Trained, WhichWeights, find_trained
+from neq_cli.jobs.trained import Trained, WhichWeights, find_trained, known_images
 from neq_cli.runs.store.disk import atomic_write, writing
 from neq_cli.text import escaped
 
 if TYPE_CHECKING:
-    from neq_cli.training.prediction import Known, Mask, Predictor
+    from neq_cli.training.prediction import Mask, Predictor
 
 Prediction = dict[str, Any]
 """What `neq predict --json` prints of an image."""
@@ -47,7 +47,7 @@ def predict(
             raise NeqError(f"-o: {section.task} makes no masks; leave it out")
         _check_masks(paths, masks)
     with located(trained.loaded):
-        predictor = Predictor(section, trained.weights.tensors, trained.place, _known(trained))
+        predictor = Predictor(section, trained.weights.tensors, trained.place, known_images(trained.content))
         if predictor.masked:
             found = [_shares(trained, mask, masks) for mask in predictor.masks(paths)]
         else:
@@ -58,18 +58,6 @@ def predict(
         more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
         complain(f"note: scaled to {size}, the size of the run's images: from {', '.join(sizes[:3])}{more}")
     return found
-
-
-def _known(trained: Trained) -> Known:
-    from neq_cli.training.prediction import Known
-
-    content = trained.content
-    return Known(
-        classes=content.classes,
-        image_shape=content.image_shape,
-        statistics=content.statistics,
-        normalised=content.statistics is not None if content.tells_statistics else None,
-    )
 
 
 def _scores(trained: Trained, predictor: Predictor, paths: Sequence[Path], top: int) -> Iterator[Prediction]:

@@ -20,9 +20,12 @@ from neq_cli.runs.store.untrusted import Number
 from neq_cli.text import escaped
 
 if TYPE_CHECKING:
+    from neq_cli.training.data.picture import Known
     from neq_cli.training.loop.checkpoint import Weights
 
 WhichWeights = Literal["best", "last", "final"]
+TORCH_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+"""Of files that `torch` or `torch.jit` has written, state dicts and graphs alike; what is in one tells which."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ def find_trained(
     return _of_run(run_directory, given if run_directory != given else None, which, overrides)
 
 
+def known_images(content: Content) -> Known:
+    """Return what a run tells of its data, as far as images are prepared by it."""
+    from neq_cli.training.data.picture import Known
+
+    return Known(
+        classes=content.classes,
+        image_shape=content.image_shape,
+        statistics=content.statistics,
+        normalised=content.statistics is not None if content.tells_statistics else None,
+    )
+
+
 def _of_run(directory: Path, file: Path | None, which: WhichWeights | None, overrides: Sequence[str]) -> Trained:
     from neq_cli.training.loop.checkpoint import read_weights_whole
 
@@ -95,9 +110,7 @@ def _chosen(run: Run, kinds: Mapping[str, Path], which: WhichWeights | None) -> 
 
 
 def _of_file(file: Path, recipe: str | None, overrides: Sequence[str]) -> Trained:
-    from neq_cli.training.loop.checkpoint import read_weights_whole
-
-    weights = read_weights_whole(file)
+    weights = _read(file)
     if recipe is not None:
         loaded = load(recipe, overrides, warn=False)
     elif "recipe_yaml" in weights.metadata:
@@ -107,6 +120,16 @@ def _of_file(file: Path, recipe: str | None, overrides: Sequence[str]) -> Traine
         raise RecipeError([f"{_shown(file)}: does not tell the recipe it was trained by; give it: --recipe RECIPE"])
     name = weights.metadata.get("recipe", loaded.name)
     return Trained(name, file, "file", weights, loaded, content_in(weights.metadata, file))
+
+
+def _read(file: Path) -> Weights:
+    """Return the weights of a file by its suffix; NeqError for a graph, which is no state_dict of a model."""
+    from neq_cli.training.loop.checkpoint import read_weights_whole
+    from neq_cli.training.loop.torch_file import INSTEAD_OF_GRAPH, read_torch
+
+    if file.suffix == ".onnx":
+        raise NeqError(f"{_shown(file)}: is a graph for ONNX runtimes; {INSTEAD_OF_GRAPH}")
+    return read_torch(file) if file.suffix in TORCH_SUFFIXES else read_weights_whole(file)
 
 
 def _refuse_python(recipe_yaml: str, file: Path) -> None:

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as images_functional
 
 from neq_cli.errors import NeqError, one_line
 from neq_cli.recipe import DataSection, Recipe
-from neq_cli.training.data.catalogue import Shape, Statistics, sample_shape
-from neq_cli.training.data.catalogue import statistics as statistics_of
+from neq_cli.training.data.catalogue import sample_shape
 from neq_cli.training.data.mask_sources import SUFFIXES
-from neq_cli.training.data.masks import MaskPreparation
-from neq_cli.training.data.pixels import as_tensor, read_image
-from neq_cli.training.data.transforms import Preparation
+from neq_cli.training.data.picture import Known, UnknownPreparation, transform_of
+from neq_cli.training.data.pixels import read_image
 from neq_cli.training.errors import DataError
 from neq_cli.training.evaluation import on_device, start_device, trained_model
 from neq_cli.training.loop.calling import forward_of
 from neq_cli.training.loop.step import autocast_of, moved_to
 from neq_cli.training.loop.tasks import build_task
 from neq_cli.training.machine.full_memory import full_memory_named
-from neq_cli.training.models.build import first_convolution, misfit
+from neq_cli.training.models.build import channels_of, misfit
 from neq_cli.training.models.outputs import main_output, scaled_to
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of the images that weights were trained on; ``statistics`` None: not told."""
-
-    classes: int | None = None
-    image_shape: Shape | None = None
-    statistics: Statistics | None = None
-    normalised: bool | None = None  # None: not told
 
 
 @dataclass(frozen=True)
@@ -116,10 +102,13 @@ class Predictor:
         self.device = start_device(recipe)
         model = trained_model(recipe, weights, known.classes, place)
         self.shape = known.image_shape or sample_shape(recipe.data)
-        self.channels = self.shape[0] if self.shape is not None else _channels(model)
+        self.channels = self.shape[0] if self.shape is not None else channels_of(model)
         if self.channels not in (1, 3):
             raise NeqError(f"neq predict: the run's images have {self.channels} channels, and files are read in 1 or 3")
-        self.preparation = _preparation(recipe, known, self.channels, masked=self.masked)
+        try:
+            self.transform = transform_of(recipe, known, self.channels, self.shape)
+        except UnknownPreparation as error:
+            raise UnknownPreparation(f"neq predict: {error}") from error
         self.model = on_device(recipe, model, self.device)
         task = build_task(recipe.task, recipe.label_smoothing, known.classes or 1)
         self.call = forward_of(task, self.model)
@@ -127,33 +116,11 @@ class Predictor:
 
     def prepared(self, path: Path) -> Tensor:
         """Return what the network sees of an image, [1, channels, height, width]."""
-        images = self._read(path).unsqueeze(0)
-        if isinstance(self.preparation, MaskPreparation):
-            image, _ = self.preparation.whole(images[0], torch.zeros(images.shape[-2:], dtype=torch.uint8))
-            return self.preparation.finished(image.unsqueeze(0))
-        return self._sized(path, images).test(images)
-
-    def _sized(self, path: Path, images: Tensor) -> Preparation:
-        """Return the preparation; of data of one size, one that scales whatever has another."""
-        if self.preparation.size is not None or self.shape is None or images.shape[-2:] == self.shape[1:]:
-            return self.preparation
-        height, width = images.shape[-2:]
-        side = self.shape[1]
-        if side != self.shape[2]:
-            wanted = f"{self.shape[2]}x{side}"
-            raise NeqError(f"{path}: {width}x{height} pixels, and the run's images are {wanted}; scale it before")
-        self.scaled[f"{width}x{height}"] = None
-        return replace(self.preparation, image_size=side)
-
-    def _read(self, path: Path) -> Tensor:
-        read = read_image(path, self.recipe.data.pixel_range)
-        if self.channels == 1 and isinstance(read, Image.Image):
-            return as_tensor(read.convert("L"))
-        image = as_tensor(read)
-        if self.channels == 3:
-            return image
-        grey = bool((image == image[:1]).all())
-        return image[:1] if grey else images_functional.rgb_to_grayscale(image)
+        pixels = self.transform.pixels(path)
+        if self.transform.scales(pixels):
+            height, width = pixels.shape[-2:]
+            self.scaled[f"{width}x{height}"] = None
+        return self.transform.prepared(pixels, str(path)).unsqueeze(0)
 
     @full_memory_named("prediction")
     def scores(self, paths: Sequence[Path], top: int) -> Iterator[Scores]:
@@ -172,7 +139,7 @@ class Predictor:
     def masks(self, paths: Sequence[Path]) -> Iterator[Mask]:
         """Yield the class of every pixel of each image, in the image's own height and width."""
         for path in paths:
-            own = self._read(path).shape[-2:]
+            own = self.transform.pixels(path).shape[-2:]
             image = self.prepared(path)
             classes = scaled_to(self._outputs(image), image).argmax(1)
             if classes.shape[-2:] != own:  # a class is never between two others
@@ -186,23 +153,3 @@ class Predictor:
                 return main_output(self.call(self.model, inputs, inputs))
         except RuntimeError as error:
             raise misfit(self.model, "these files", images.shape[1:], error) from error
-
-
-def _channels(model: nn.Module) -> int:
-    first = first_convolution(model)
-    return 3 if first is None else first.in_channels
-
-
-def _preparation(recipe: Recipe, known: Known, channels: int, *, masked: bool) -> Preparation:
-    """Return how the run's test images were prepared."""
-    section = recipe.data
-    if section.entrypoint is not None and not known.normalised:
-        why = "prepares images itself" if known.normalised is False else "may prepare images itself, which is not told"
-        raise NeqError(f"neq predict: {section.entrypoint} {why}; call the model in Python with what it makes of them")
-    mean, std = known.statistics if known.statistics is not None else statistics_of(section, channels)
-    if len(mean) != channels:
-        raise NeqError(f"neq predict: data.mean has {len(mean)} numbers, and the run's images have {channels} channels")
-    options: dict[str, Any] = {"interpolation": section.interpolation, "mean": mean, "std": std}
-    if masked:
-        return MaskPreparation(section.image_size, section.augment, base_size=section.base_size, **options)
-    return Preparation(section.image_size, section.augment, **options)

@@ -203,19 +203,23 @@ class MaskPreparation(Preparation):
     base_size: int | None = None
 
     @property
+    def shorter(self) -> int | None:
+        return self.base_size or self.image_size
+
+    @property
     def scales_at_random(self) -> bool:
         return self.augment == "segmentation"
 
     def whole(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return both scaled: what tests see."""
-        side = self.base_size or self.image_size
+        side = self.shorter
         if side is None or min(image.shape[-2:]) == side:
             return image, mask
         return _plain(v2.Resize(side, _interpolation(self.interpolation), antialias=True)(*_joint(image, mask)))
 
     def whole_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width that ``whole`` scales an image of this size to."""
-        side = self.base_size or self.image_size
+        side = self.shorter
         if side is None or min(height, width) == side:
             return height, width
         longer = int(side * max(height, width) / min(height, width))

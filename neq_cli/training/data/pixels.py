@@ -43,10 +43,15 @@ def read_image(path: Path | str, value_range: Range | None = None) -> Any:
 def read_opened(file: BinaryIO, value_range: Range | None = None) -> Any:
     """Return the image in an open file as ``read_image`` does. Raises whatever is wrong with it."""
     with Image.open(file) as opened:
-        if value_range is None and opened.mode not in _WIDE:
-            return opened.convert("RGB")
-        image = as_tensor(opened, value_range)
-        return image if len(image) == 3 else image.repeat(3, 1, 1)
+        return in_colour(opened, value_range)
+
+
+def in_colour(picture: Image.Image, value_range: Range | None = None) -> Any:
+    """Return a picture of Pillow's as ``read_image`` does that of a file. ValueError where its range is not known."""
+    if value_range is None and picture.mode not in _WIDE:
+        return picture.convert("RGB")
+    image = as_tensor(picture, value_range)
+    return image if len(image) == 3 else image.repeat(3, 1, 1)
 
 
 def cannot_be_used(path: Path | str, error: Exception) -> DataError:

@@ -61,6 +61,12 @@ class Preparation:
         return _IMAGENET_SIZE if self.image_size is None and self.cuts_from_larger else self.image_size
 
     @property
+    def shorter(self) -> int | None:
+        """Pixels that the shorter side of a test image is scaled to, before its middle is cut; None: not scaled."""
+        size = self.size
+        return round(size * _IMAGENET_RESIZE) if size is not None and self.cuts_from_larger else size
+
+    @property
     def cuts_from_larger(self) -> bool:
         """Whether images are prepared as ImageNet's are: cut from larger ones, at random to train and to test."""
         return self.augment in ("imagenet", "randaugment")
@@ -130,9 +136,8 @@ class Preparation:
         size = self.size
         if size is None or (tuple(images.shape[-2:]) == (size, size) and not self.cuts_from_larger):
             return images
-        shorter = round(size * _IMAGENET_RESIZE) if self.cuts_from_larger else size
         mode = v2.InterpolationMode(self.interpolation)
-        resized = images_functional.resize(images, [shorter], interpolation=mode, antialias=True)
+        resized = images_functional.resize(images, [self.shorter], interpolation=mode, antialias=True)
         cut: Tensor = images_functional.center_crop(resized, [size, size])
         return cut
 

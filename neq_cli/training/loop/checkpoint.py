@@ -87,8 +87,7 @@ def read_weights_whole(path: Path) -> Weights:
     """Return what ``read_weights`` does, with what else the file tells of it."""
     metadata, tensors = read_tensors(path)
     if "structure" not in metadata:
-        told = metadata.get("epoch", "")
-        return Weights(tensors, metadata, int(told) if re.fullmatch("[0-9]{1,9}", told) else None)
+        return Weights(tensors, metadata, told_epoch(metadata))
     state = _state(path, metadata, tensors)
     model, averaged = (state.get(key) for key in ("model", "averaged")) if isinstance(state, dict) else (None, None)
     prefix = ""
@@ -101,6 +100,12 @@ def read_weights_whole(path: Path) -> Weights:
         raise damaged(path, "its model is not one of tensors")
     epoch: Any = state.get("epoch") if state.get("so_far") is None else None
     return Weights(weights, metadata, epoch if type(epoch) is int else None)
+
+
+def told_epoch(metadata: Mapping[str, str]) -> int | None:
+    """Return the epoch that the text beside plain weights tells; None where it tells none."""
+    told = metadata.get("epoch", "")
+    return int(told) if re.fullmatch("[0-9]{1,9}", told) else None
 
 
 def restore_formats(optimizer: Optimizer) -> None:

@@ -186,6 +186,12 @@ def first_convolution(model: nn.Module) -> nn.Conv2d | None:
     return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
 
 
+def channels_of(model: nn.Module) -> int:
+    """Return how many channels its images have, for all that the model tells: 3 where no convolution meets them."""
+    first = first_convolution(model)
+    return 3 if first is None else first.in_channels
+
+
 def _mend(model: nn.Module, channels: int, error: Exception) -> str:
     """Say what to change: the first convolution tells whether channels or sizes disagree, if the error may say that."""
     if not isinstance(error, RuntimeError | ValueError | AssertionError | IndexError):

@@ -286,6 +286,7 @@ def test_export_of_a_strangers_run(run: Path, tmp_path: Path, monkeypatch: pytes
     assert export("last", "last.safetensors") == (0, "")
     assert read_weights(tmp_path / "last.safetensors").keys() == STATE["model"].keys()  # type: ignore[attr-defined]
     assert export("final", "final.safetensors") == (0, "")
+    assert export("final", "final.pt") == (0, "")
     for junk in (b"", b"\x80\x02junk", forged(*BOMBS["one tensor a million times"]())):
         (run / "checkpoints" / "best.safetensors").write_bytes(junk)
         code, said = export("best", "best.safetensors")
@@ -293,4 +294,4 @@ def test_export_of_a_strangers_run(run: Path, tmp_path: Path, monkeypatch: pytes
         assert said.count("\n") == 1
         assert said.strip().isprintable()
         assert not (tmp_path / "best.safetensors").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "final.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"last.safetensors", "final.safetensors", "final.pt"}
