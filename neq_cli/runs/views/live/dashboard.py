@@ -104,8 +104,7 @@ class Dashboard:
             if self.view is None:
                 yield Segment(self._starting()[: options.max_width])
                 return
-            # What comes below the last frame would push its head off the screen.
-            height = max(options.size.height - self._below, LOWEST_LAST)
+            height = height_above(self._below, options.size.height)
             lines = self._painter.frame(self.view, options.max_width, height, self._clock())
         yield from segments_of(lines)
 
@@ -113,6 +112,11 @@ class Dashboard:
         if self._preparing is None:
             return STARTING
         return f"{STARTING}: {self._preparing.text}, {time_text(self._clock() - self._preparing_since)}"
+
+
+def height_above(below: int, height: int) -> int:
+    """Return how high a frame is, so that what comes below the last one does not push its head off the screen."""
+    return max(height - below, min(LOWEST_LAST, height))
 
 
 def segments_of(lines: Sequence[Line]) -> Iterator[Segment]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from neq_cli.runs.views.live.dashboard import LOWEST_LAST, SteadyLive, print_whole, rows_of, said_last, segments_of
+from neq_cli.runs.views.live.dashboard import SteadyLive, height_above, print_whole, rows_of, said_last, segments_of
 from neq_cli.runs.views.live.progress import Mode, can_show_frames
 from neq_cli.runs.views.live.run_view import clock
 from neq_cli.runs.views.live.sweep_frame import sweep_frame
@@ -145,8 +145,7 @@ class SweepOverview:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._state is None:
             return
-        # What comes below the last frame would push its head off the screen.
-        height = max(options.size.height - self._below, LOWEST_LAST)
+        height = height_above(self._below, options.size.height)
         yield from segments_of(sweep_frame(self._state, options.max_width, height, self._now))
 
 

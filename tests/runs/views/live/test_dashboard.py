@@ -437,7 +437,7 @@ def test_the_screen_shows_the_frame_through_records_messages_and_resizing() -> N
         assert screen.history[-1] == "saved [bold]checkpoint[/bold]"
         assert screen.text()[-1] == " saved [bold]checkpoint[/bold]"
 
-        for width, height in ((120, 40), (40, 10), (200, 60), (80, 24)):
+        for width, height in ((120, 40), (40, 10), (20, 3), (200, 60), (80, 24)):
             terminal.console.size = (width, height)
             screen.resize(width, height)
             show_all(dashboard, run[10:20])
