@@ -57,7 +57,7 @@ class StreamedSampler(ShuffledSampler):
 
     def go_on_at(self, position: Mapping[str, int] | None) -> None:
         """Begin the pass of that epoch there; from its first file on, which is as exact, where none is given."""
-        self._place = position
+        self._begun, self._place = [], position
 
     def _blocks(self, consumed: int, end: int) -> Generator[Block, None, None]:
         """Yield the blocks that reach beyond ``consumed``."""

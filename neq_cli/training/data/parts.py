@@ -117,9 +117,11 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
     for part, dataset in (("training", source.train), ("test", source.test)):
         if len(dataset) == 0 and (part == "training" or section.validation is None):
             raise RecipeValueError("data", f"{source.name} has no {part} images")
+    kept: Any  # numbers of images: tensors, or ranges of a stream's, which may have more than memory does
+    tested: Any
     if isinstance(source.train, RowStream):
         source, train_part, test_part = divided(section, source, seed, tested_only=tested_only)
-        kept, tested, probed = torch.empty(0), torch.empty(0), torch.arange(len(source.train))
+        kept, tested, probed = train_part.numbers, test_part.numbers, torch.arange(len(source.train))
     else:
         source, kept, tested = _held_out(section, source, seed)
         probed = kept
@@ -268,16 +270,9 @@ def _named(source: Source) -> Iterator[None]:
 def _images(
     source: Source, part: Any, indices: Tensor, preparation: Preparation, value_range: Range | None, *, augmented: bool
 ) -> Images:
-    if isinstance(part, StreamPart):  # which has its numbers itself
-        return StreamedImages(
-            part.stream,
-            part.order,
-            part.numbers,
-            preparation,
-            name=source.name,
-            classes=len(source.classes),
-            augmented=augmented,
-        )
+    if isinstance(part, StreamPart):
+        options: dict[str, Any] = {"name": source.name, "classes": len(source.classes), "augmented": augmented}
+        return StreamedImages(part.stream, part.order, part.numbers, preparation, **options)
     if isinstance(part, Stored):
         return ImagesInMemory(part.images, part.labels, indices, preparation, augmented=augmented)
     return ReadImages(

@@ -73,7 +73,7 @@ def _length(
     if given is not None:
         return int(given), f"data.kwargs.{key}"
     if counts is not None:
-        return sum(counts), "what its files say of themselves"
+        return sum(counts), "its files"
     files = (builder.config.data_files or {}).get(split, ())
     if hasattr(builder, "BASE_FEATURE") and all(Path(path).is_file() for path in files):
         # Images in folders: names alone are read.

@@ -139,7 +139,7 @@ class RowStream:
                 raise self.ended(number)
             if stop == self.length and next(rows, None) is not None:
                 raise DataError(
-                    f"{self.reader.split} has more than the {self.length} rows that {self.told} says; "
+                    f"{self.reader.split} has more rows than the {self.length} of {self.told}; "
                     f"correct data.kwargs.{self.key}"
                 )
 
@@ -156,7 +156,7 @@ class RowStream:
 
     def ended(self, rows: int) -> DataError:
         """Return the error for a split that has ``rows``, fewer than was told."""
-        what = f"{self.reader.split} has {rows} rows, and {self.told} says {self.length}"
+        what = f"{self.reader.split} has {rows} rows, not the {self.length} of {self.told}"
         return DataError(f"{what}; set data.kwargs.{self.key}={rows}")
 
     def _passed(self, order: Sequence[int], count: int) -> dict[int, int]:

@@ -217,6 +217,11 @@ def test_several_processes_have_together_the_steps_of_one(tables: Path) -> None:
     assert len({len(part) for part in parts}) == 1
     steps = [part[step : step + 3] for step in range(0, len(parts[0]), 3) for part in parts]
     assert [number for step in steps for number in step] == expected
+    for loaders in shared:  # which go on where one process was
+        loaders.go_on_at(alone.position(18))
+    parts = [numbers(passed(loaders, 2, 18)) for loaders in shared]
+    steps = [part[step : step + 3] for step in range(0, len(parts[0]), 3) for part in parts]
+    assert [number for step in steps for number in step] == expected[18:]
     assert [number for loaders in shared for number in numbers(loaders.test)] == tested
     probed = [number for loaders in shared for number in numbers(loaders.probe)]
     assert probed == numbers(alone.probe)
@@ -359,7 +364,7 @@ def test_a_length_is_believed_until_the_stream_ends(tables: Path, length: int) -
     with pytest.raises(DataError) as caught:
         passed(loaders, 1)
     assert str(caught.value) == (
-        f"hf/set train has {TRAIN} rows, and data.kwargs.train_length says {length}; "
+        f"hf/set train has {TRAIN} rows, not the {length} of data.kwargs.train_length; "
         f"set data.kwargs.train_length={TRAIN}"
     )
 
@@ -369,9 +374,11 @@ def test_all_of_the_test_part_is_tested_or_none(tables: Path, length: int) -> No
     loaders = loaders_of(load_data(section({**STREAM, "test_length": length}), 3))
     with pytest.raises(DataError) as caught:
         list(loaders.test)
-    assert str(caught.value).startswith("hf/set test has ")
-    assert f"data.kwargs.test_length says {length}" in str(caught.value) or length < TEST
-    assert "data.kwargs.test_length" in str(caught.value)
+    few = f"hf/set test has more rows than the {length} of data.kwargs.test_length; correct data.kwargs.test_length"
+    many = (
+        f"hf/set test has {TEST} rows, not the {length} of data.kwargs.test_length; set data.kwargs.test_length={TEST}"
+    )
+    assert str(caught.value) == (few if length < TEST else many)
 
 
 def test_parts_can_be_sent_to_another_process_without_the_stream(tables: Path) -> None:
