@@ -37,8 +37,14 @@ def whole(value: object, limit: int = LONGEST_TEXT) -> str:
 
 def folder(path: object, limit: int = LONGEST_TEXT) -> str:
     """Return a path whose folders stay whole: lines end after a slash."""
-    parts = printable(path, limit).split("/")
-    return "/<wbr>".join(element("span", text(part), class_="name") if part else "" for part in parts)
+    *folders, last = printable(path, limit).split("/")
+    pieces = [whole(f"{part}/", limit + 1) if part else "/" for part in folders]
+    return "<wbr>".join([*pieces, *([whole(last, limit)] if last else [])])
+
+
+def command(line: str, limit: int = LONGEST_TEXT) -> str:
+    """Return a command line, whose lines end between words and after slashes."""
+    return element("code", " ".join(map(folder, printable(line, limit).split(" "))))
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -44,8 +46,12 @@ def key_in_words(key: str) -> str:
     return known or _apart(key.removeprefix("packages.").replace(".", ", "), _LONGEST_NAME)
 
 
-def command_line(argv: object) -> str | None:
-    """Return what was typed, to be typed again in a shell; None where ``argv`` is no list of words."""
+def command_line(written: str) -> str | None:
+    """Return what was typed, to be typed again in a shell; None where ``written`` is no JSON list of words."""
+    try:
+        argv = json.loads(written)
+    except ValueError:
+        return None
     if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
         return None
     program = PurePath(argv[0]).name
@@ -57,7 +63,7 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     parts = [run.path.parts for run in runs]
     names = ["/".join(each[-1:]) or str(run.path) for each, run in zip(parts, runs, strict=True)]
     for depth in range(2, max(map(len, parts), default=0) + 1):
-        twice = {name for name in names if names.count(name) > 1}
+        twice = {name for name, count in Counter(names).items() if count > 1}
         if not twice:
             break
         names = ["/".join(each[-depth:]) if name in twice else name for name, each in zip(names, parts, strict=True)]

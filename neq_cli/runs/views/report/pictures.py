@@ -198,7 +198,7 @@ def _one_line(keys: Sequence[Line]) -> str:
 
 def _numbers(keys: Sequence[Line]) -> str:
     *first, last = (str(key.number) for key in keys)
-    return f"{', '.join(first)} and {last}"
+    return f"Configurations {', '.join(first)} and {last}"
 
 
 def updated_neurons(run: Run) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ import numpy as np
 from neq_cli.events import OBSERVATION
 from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings, written
 from neq_cli.runs.compare.curves import Configuration, Study
-from neq_cli.runs.views.report.html import bullets, details, element, folder, swatch, table, text, whole
+from neq_cli.runs.views.report.html import bullets, command, details, element, folder, swatch, table, text, whole
 from neq_cli.runs.views.report.names import command_line, key_in_words, metric_in_words, run_names
 from neq_cli.runs.views.report.pictures import line
 from neq_cli.runs.views.tables.comparison import (
@@ -31,6 +31,7 @@ from neq_cli.text import MISSING, counted, format_metric
 _MOST_KEYS = 200
 _MOST_RUNS = 500
 _MOST_NOTES = 50
+_LONGEST_COMMAND = 1000
 _MOST_NAMES = 12  # of runs beside a note or a value
 _SAID_ELSEWHERE = ("notes", "unit", "rows_planned")  # of environment.json
 
@@ -84,7 +85,7 @@ def _cell(cell: Cell) -> str:
 def recipe_tables(the_study: Study) -> str:
     """Return the keys in which the recipes differ, then all keys of each."""
     flats = [settings(configuration.runs[0]) for configuration in the_study.configurations]
-    numbers = [whole(configuration.number) for configuration in the_study.configurations]
+    numbers = [str(configuration.number) for configuration in the_study.configurations]
     heads = ("key", "value", "configurations")
     parts = [_differences("Keys in which the recipes differ", heads, numbers, flats, whole, _written)]
     common = {key: value for key, value in flats[0].items() if all(flat.get(key) == value for flat in flats)}
@@ -92,15 +93,14 @@ def recipe_tables(the_study: Study) -> str:
     return "".join([*parts, details(f"Keys that all share ({len(common)})", alike)])
 
 
-def _written(value: str) -> str:
+def _written(key: str, value: str) -> str:
     return text(value if value == UNSET else written(value))
 
 
 def environment_tables(the_study: Study) -> str:
     """Return what differs between the runs' environments, then what they share."""
     flats = [_flat(run.environment) for run in the_study.runs]
-    names = list(map(whole, run_names(the_study.runs)))
-    heads = ("what", "is", "in runs")
+    heads, names = ("what", "is", "in runs"), run_names(the_study.runs)
     parts = [_differences("What differs between the runs' environments", heads, names, flats, _key, _value)]
     common = {key: value for key, value in flats[0].items() if all(flat.get(key) == value for flat in flats)}
     alike = _key_table("The same in all runs", ("what", "is"), common, _key, _value)
@@ -111,16 +111,10 @@ def _key(key: str) -> str:
     return whole(key_in_words(key))
 
 
-def _value(value: str) -> str:
-    """Write a value; a command line as it is typed."""
-    if value.startswith("["):
-        try:
-            typed = command_line(json.loads(value))
-        except ValueError:  # a text that begins so
-            typed = None
-        if typed is not None:
-            return element("code", text(typed))
-    return text(value)
+def _value(key: str, value: str) -> str:
+    """Write a value; the command line as it is typed."""
+    typed = command_line(value) if key == "argv" else None
+    return text(value) if typed is None else command(typed, _LONGEST_COMMAND)
 
 
 def notes(the_study: Study) -> str:
@@ -140,13 +134,14 @@ def _of_runs(names: Sequence[str], all_runs: int) -> str:
     """Return which runs a note is of; nothing where there is but one run."""
     if len(names) == all_runs:
         return f"(all {all_runs} runs)" if all_runs > 1 else ""
-    return f"({_listed(list(map(whole, names)))})"
+    return f"({_listed(names, 'run')})"
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Return HTML names, those of the first runs where there are many."""
-    more = f" and {counted(len(names) - _MOST_NAMES, 'more run')}" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+def _listed(names: Sequence[str], what: str) -> str:
+    """Return the names, those of the first where there are many; no line begins with a comma."""
+    *first, last = names[:_MOST_NAMES]
+    more = f" and {counted(len(names) - _MOST_NAMES, f'more {what}')}" if len(names) > _MOST_NAMES else ""
+    return " ".join([*(whole(f"{name},") for name in first), whole(last)]) + more
 
 
 def runs_table(the_study: Study) -> str:
@@ -170,8 +165,10 @@ def runs_table(the_study: Study) -> str:
     return table(caption, names, rows[:_MOST_RUNS])
 
 
-Written = Callable[[str], str]
-"""Writes a key or a value as HTML."""
+KeyWritten = Callable[[str], str]
+"""Writes a key as HTML."""
+ValueWritten = Callable[[str, str], str]
+"""Writes the value of a key as HTML."""
 
 
 def _differences(
@@ -179,19 +176,19 @@ def _differences(
     heads: Sequence[str],
     names: Sequence[str],
     flats: Sequence[Mapping[str, str]],
-    key_written: Written,
-    value_written: Written,
+    key_written: KeyWritten,
+    value_written: ValueWritten,
 ) -> str:
     """Return a table with a row for each value of a key in which ``flats`` differ, which are those of ``names``."""
-    keys = differing_keys(flats)
+    keys, what = differing_keys(flats), heads[-1].split()[-1].removesuffix("s")
     rows = []
     for key in keys[:_MOST_KEYS]:
         values: dict[str, list[str]] = {}
         for name, flat in zip(names, flats, strict=True):
             values.setdefault(flat.get(key, UNSET), []).append(name)
         for place, (value, whose) in enumerate(values.items()):
-            shown = UNSET if value == UNSET else value_written(value)
-            rows.append([key_written(key) if place == 0 else "", shown, _listed(whose)])
+            shown = UNSET if value == UNSET else value_written(key, value)
+            rows.append([key_written(key) if place == 0 else "", shown, _listed(whose, what)])
     if not rows:
         return element("p", f"{caption}: none.")
     more = f"; {len(keys) - _MOST_KEYS} more are left out" if len(keys) > _MOST_KEYS else ""
@@ -199,9 +196,9 @@ def _differences(
 
 
 def _key_table(
-    caption: str, heads: Sequence[str], values: Mapping[str, str], key_written: Written, value_written: Written
+    caption: str, heads: Sequence[str], values: Mapping[str, str], key_written: KeyWritten, value_written: ValueWritten
 ) -> str:
-    rows = [[key_written(key), value_written(value)] for key, value in values.items()]
+    rows = [[key_written(key), value_written(key, value)] for key, value in values.items()]
     more = f"; {len(rows) - _MOST_KEYS} keys more are left out" if len(rows) > _MOST_KEYS else ""
     return table(caption + more, heads, rows[:_MOST_KEYS], "values")
 

@@ -129,7 +129,7 @@ def test_a_note_of_several_runs_stands_once_with_their_names(three: list[Run]) -
     assert [note.text for note in notes] == [
         f"{shared} (all 6 runs)", "of one (b1)", "of some (n1, n2, e1, e2)",
     ]  # fmt: skip
-    assert [each.text for each in notes[2].all("span", kind="name")] == ["n1", "n2", "e1", "e2"]
+    assert [each.text for each in notes[2].all("span", kind="name")] == ["n1,", "n2,", "e1,", "e2"]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -158,7 +158,10 @@ def test_the_environment_is_what_differs_and_then_what_is_the_same(make_run: Cal
         ["numpy", "2.1", "s1"], ["", "2.2", "s2"],
         ["changes not committed", "false", "s1"], ["", "true", "s2"],
     ]  # fmt: skip
-    assert [code.text for code in differs.all("code")] == [f"{typed}1", f"{typed}2"]
+    codes = differs.all("code")
+    assert [code.text for code in codes] == [f"{typed}1", f"{typed}2"]
+    # No word of it is broken, but for a path after a slash.
+    assert [each.text for each in codes[0].all("span", kind="name")] == f"{typed}1".split()
     assert same.one("caption").text == "The same in all runs"
     rows = [[cell.text for cell in row.all("th", "td")] for row in same.one("tbody").all("tr")]
     assert [row for row in rows if row[0] in ("git commit", "torch", "Python")] == [
@@ -175,7 +178,10 @@ def test_names_of_runs_are_whole_and_tell_runs_apart(make_run: Callable[..., Run
     for run, cell in zip(runs, cells, strict=True):
         assert cell.text == str(run.path)
         # A line may end after a slash; what lies between two of them is one piece.
-        assert [each.text for each in cell.all("span", kind="name")] == list(run.path.parts[1:])
+        assert [each.text for each in cell.all("span", kind="name")] == [
+            *(f"{part}/" for part in run.path.parts[1:-1]),
+            run.path.name,
+        ]
         assert len(cell.all("wbr")) == len(run.path.parts) - 1
 
 
@@ -206,15 +212,15 @@ def test_every_cell_of_a_card_says_its_column(three: list[Run]) -> None:
 def test_points_on_one_spot_and_lines_on_one_line_are_told(three: list[Run]) -> None:
     page = page_of(three)
     points, curves = section(page, "flops"), section(page, "epochs")
-    assert "2 and 3 lie on one spot, or nearly so." in points.text
+    assert "Configurations 2 and 3 lie on one spot, or nearly so." in points.text
     for picture in [figure.one("svg") for figure in points.all("figure")]:
         numbers = [
             text for text in (each.text for each in picture.all("text")) if re.fullmatch(r"[123](, [123])*", text)
         ]
         assert numbers == ["1", "2, 3"]
     told = {each.one("p", kind="title").text: each.text for each in curves.all("figure")}
-    assert "2 and 3 lie on one line." in told["Paper FLOPs by epoch"]
-    assert "1, 2 and 3 lie on one line." in told["Updated neurons by epoch"]
+    assert "Configurations 2 and 3 lie on one line." in told["Paper FLOPs by epoch"]
+    assert "Configurations 1, 2 and 3 lie on one line." in told["Updated neurons by epoch"]
     assert all("lie on one spot" not in words for words in told.values())
 
 
