@@ -124,7 +124,7 @@ def check(arguments: list[str]) -> None:
     context = parsed(arguments)
     given = context.params
     recipe = given.get("recipe") or given.get("name")
-    if recipe is None or recipe in PLACEHOLDERS:
+    if recipe is None or recipe in PLACEHOLDERS or given.get("data"):
         return
     if context.info_name == "sweep":
         search = ["--sampler", "optuna", "--trials", str(given["trials"])] if given["trials"] else []

@@ -93,7 +93,7 @@ for command, example in (
     (sweep, "neq sweep digits policy.epsilon=0.001,0.01 seed=1,2,3 --jobs 2"),
     (validate, "neq validate resnet32-cifar10 epochs=100"),
     (recipes, "neq recipes"),
-    (init, "neq init digits my-experiment"),
+    (init, "neq init --data ~/data/pets pets.yaml"),
     (schema, "neq schema -o neq.schema.json"),
     (export, "neq export runs/digits/20260131-120000-s1 -o digits.onnx"),
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,38 +28,64 @@ def list_recipes() -> list[ShippedRecipe]:
     return [ShippedRecipe(recipe.name, recipe.path, recipe.recipe.description) for recipe in loaded]
 
 
-def copy_recipe(name: str, destination_directory: Path | str, *, schema: bool = False) -> list[Path]:
-    """Copy a shipped recipe, and the Python files its entrypoints name, into a folder; return the paths written.
+def copy_recipe(name: str, destination: Path | str, *, schema: bool = False) -> list[Path]:
+    """Copy a shipped recipe, and the Python files its entrypoints name; return the paths written.
 
-    The folder is made where it is missing. With ``schema``, the schema of recipes is laid beside them, where none is
-    yet, and the recipe's first line names it to editors. Raise ``NeqError`` where ``name`` is unknown or a file is
-    there already, in which case nothing is written.
+    ``destination`` is a folder, or what the copy is to be called where it ends in .yaml: see ``place_of``. Raise
+    ``NeqError`` where ``name`` is unknown, and as ``write_recipe`` does.
     """
     known = shipped_names()
     if name not in known:
         raise NeqError(f"{name}: no recipe of that name; known: {', '.join(known)}{did_you_mean(name, known)}")
     recipe = shipped_directory() / f"{name}.yaml"
-    sources = [recipe, *python_files(load_recipe(str(recipe)).recipe, recipe.parent)]
-    destination = Path(destination_directory).expanduser()
+    beside = python_files(load_recipe(str(recipe)).recipe, recipe.parent)
+    target = place_of(destination, recipe.name)
+    return write_recipe(target, recipe.read_bytes(), {file.name: file.read_bytes() for file in beside}, schema=schema)
+
+
+def place_of(destination: Path | str, name: str) -> Path:
+    """Return the file that ``destination`` means: itself where it ends in .yaml or .yml, else ``name`` in it."""
+    path = Path(destination).expanduser()
     try:
-        copies = {destination / source.name: source.read_bytes() for source in sources}
-        for copy in copies:
-            if copy.exists() or copy.is_symlink():
-                raise NeqError(f"{copy}: is there already; move it away, or copy to another folder")
+        return path if path.suffix in (".yaml", ".yml") and not path.is_dir() else path / name
+    except OSError:  # no permission to look: writing there says so
+        return path / name
+
+
+def write_recipe(
+    path: Path, content: bytes, beside: Mapping[str, bytes] | None = None, *, schema: bool = False
+) -> list[Path]:
+    """Write a recipe, and files ``beside`` it by their names; return the paths written.
+
+    The folder is made where it is missing. With ``schema``, the schema of recipes is laid beside them, where none is
+    yet, and the recipe's first line names it to editors. Raise ``NeqError`` where a file is there already, in which
+    case nothing is written, or the disk refuses.
+    """
+    folder = path.parent
+    files = {path: content, **{folder / name: other for name, other in (beside or {}).items()}}
+    try:
+        check_new(*files)
         if schema:
-            copies[destination / recipe.name] = with_first_line(recipe.read_bytes())
-            laid = destination / NAME
+            files[path] = with_first_line(content)
+            laid = folder / NAME
             if refuse_foreign(laid, "move it away, or give --no-schema") is Found.NOTHING:
-                copies[laid] = schema_text().encode()
-        destination.mkdir(parents=True, exist_ok=True)
-        for copy, content in copies.items():
-            with copy.open("xb") as file:  # never over a file that came in between
-                file.write(content)
+                files[laid] = schema_text().encode()
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, written in files.items():
+            with file.open("xb") as opened:  # never over a file that came in between
+                opened.write(written)
     except OSError as error:
         raise NeqError(
-            f"{destination}: cannot be written to: {(error.strerror or str(error)).lower()}; choose another folder"
+            f"{folder}: cannot be written to: {(error.strerror or str(error)).lower()}; choose another folder"
         ) from None
-    return list(copies)
+    return list(files)
+
+
+def check_new(*files: Path) -> None:
+    """Raise NeqError where one of the files is there already. OSError."""
+    for file in files:
+        if file.exists() or file.is_symlink():
+            raise NeqError(f"{file}: is there already; move it away, or choose another name or folder")
 
 
 def python_files(recipe: Recipe, directory: Path) -> list[Path]:

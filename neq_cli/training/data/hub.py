@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ _LAYOUT = (
 )
 _SAVED = ("dataset_dict.json", "state.json")
 """Files that tell a folder that save_to_disk wrote."""
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def open_hub(section: DataSection) -> Source:
@@ -63,6 +65,16 @@ def open_hub(section: DataSection) -> Source:
         what = f"is for masks, and '{columns.label}' of {name} holds labels; remove it"
         raise RecipeValueError("data.kwargs.num_classes", what)
     return Source(name, opened[train], opened[test], classes, notes, untested)
+
+
+def holds_tables(folder: Path) -> bool:
+    """Whether a folder, or one in it, holds files that ``hf/FOLDER`` reads and an image folder has none of. OSError."""
+    folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    return any(
+        entry.name in (*_SAVED, *_METADATA) or entry.name.endswith((".parquet", ".arrow"))
+        for place in folders
+        for entry in os.scandir(place)
+    )
 
 
 def _splits(library: Any, section: DataSection, name: str) -> tuple[dict[str, Any], Any]:

@@ -93,6 +93,11 @@ def tested_folder(root: Path) -> Path | None:
     return next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
 
 
+def holds_masks(part: Path) -> bool:
+    """Whether the folder of a part is laid out as one of images with masks."""
+    return (part / "images").is_dir() and (part / "masks").is_dir()
+
+
 def open_folder(
     root: Path,
     kwargs: Mapping[str, Any],

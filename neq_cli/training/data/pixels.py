@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional
 from neq_cli.errors import one_line
 from neq_cli.training.errors import DataError, of_the_disk
 
+_GREY = ("1", "L", "LA", "La")
 Range = tuple[float, float]
 """The pixel values that become 0 and 1."""
 
@@ -52,6 +54,21 @@ def in_colour(picture: Image.Image, value_range: Range | None = None) -> Any:
         return picture.convert("RGB")
     image = as_tensor(picture, value_range)
     return image if len(image) == 3 else image.repeat(3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image before it is decoded."""
+
+    height: int
+    width: int
+    grey: bool
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Return the header of the image in an open file. Raises whatever is wrong with it."""
+    with Image.open(file) as opened:
+        return Header(opened.height, opened.width, opened.mode in (*_GREY, *_WIDE))
 
 
 def cannot_be_used(path: Path | str, error: Exception) -> DataError:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.training.data.masks import MOST_CLASSES, as_mask
-from neq_cli.training.data.pixels import Range, read_opened
+from neq_cli.training.data.pixels import Header, Range, read_header, read_opened
 
 Cell = Mapping[str, Any] | None
 """What a column of images holds in a row: ``bytes`` of a file and its ``path``, one of which may be None."""
@@ -56,7 +56,8 @@ class Rows:
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every image, from its header. Raises RecipeValueError where one cannot be read."""
         if self._sizes is None:
-            self._sizes = [self._size(index) for index in range(len(self))]
+            headers = map(self.header, range(len(self)))
+            self._sizes = [(header.height, header.width) for header in headers]
         return self._sizes
 
     def largest_class(self, ignore_index: int) -> int:
@@ -74,10 +75,10 @@ class Rows:
                 raise RecipeValueError("data.name", f"{self.samples[index][1]}: {said}")
         return largest
 
-    def _size(self, index: int) -> tuple[int, int]:
+    def header(self, index: int) -> Header:
+        """Return what an image's file says before it is decoded. Raises RecipeValueError where it cannot be read."""
         try:
-            with Image.open(opened_cell(self._table[index][self._keys[0]])) as image:
-                return image.height, image.width
+            return read_header(opened_cell(self._table[index][self._keys[0]]))
         except Exception as error:
             raise self._cannot_be_used(index, 0, error) from error
 
