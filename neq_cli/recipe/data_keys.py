@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from neq_cli.recipe.values import (
     RESULT,
     SURROUNDINGS,
+    AtOdds,
     Augment,
     BelowOne,
     Cache,
@@ -117,14 +118,19 @@ class DataSection(Section):
     def _consistent(self) -> DataSection:
         exactly_one_source(self.name, self.entrypoint)
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel"
+            raise AtOdds(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel",
+                "mean",
+                "std",
             )
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
-            raise ValueError(f"value_range {self.value_range} is not from a lower to a higher value; turn it round")
+            said = f"value_range {self.value_range} is not from a lower to a higher value; turn it round"
+            raise AtOdds(said, "value_range")
         if self.base_size is not None and self.image_size is not None and self.base_size < self.image_size:
-            raise ValueError(
-                f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it"
+            raise AtOdds(
+                f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it",
+                "base_size",
+                "image_size",
             )
         return self
 

@@ -74,9 +74,17 @@ Device = Annotated[
 ]
 
 
+class AtOdds(ValueError):
+    """What validators of a section raise of values that do not go together: those of ``keys``."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        self.keys = keys
+        super().__init__(message)
+
+
 def exactly_one_source(name: str | None, entrypoint: str | None) -> None:
     """Raise ValueError where not one of both is given; sections that name something in either way ask it."""
     if name is None and entrypoint is None:
-        raise ValueError("neither name nor entrypoint is given; write one of them")
+        raise AtOdds("neither name nor entrypoint is given; write one of them", "name", "entrypoint")
     if name is not None and entrypoint is not None:
-        raise ValueError("both name and entrypoint are given; remove one of them")
+        raise AtOdds("both name and entrypoint are given; remove one of them", "name", "entrypoint")

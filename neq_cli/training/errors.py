@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from neq_cli.errors import TrainingError
+from neq_cli.errors import FreezingError, RecipeError, RecipeValueError, TrainingError
 
 if TYPE_CHECKING:
     from neq_cli.recipe import Recipe
 
+_KEYS_OF_THE_METHOD = ("exclude", "model", "optimizer", "policy")
 _OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOENT, errno.EIO, errno.EMFILE, errno.ENFILE),
@@ -29,6 +30,13 @@ class DataError(TrainingError):
 
 def of_the_disk(error: BaseException) -> bool:
     """Whether a file, its folder or the room for it is to blame, and not what it holds, nor a network."""
+
+
+def of_the_recipe(error: FreezingError) -> RecipeError:
+    """Return what the method finds wrong as an error of the recipe: of the key that its message begins with."""
+    key, _, reason = str(error).partition(": ")
+    return RecipeValueError(key, reason) if key in _KEYS_OF_THE_METHOD else RecipeError([str(error)])
+
     return isinstance(error, OSError) and error.errno in _OF_THE_DISK
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neq_cli.errors import FreezingError, RecipeError, RecipeValueError
+from neq_cli.errors import FreezingError, RecipeValueError
 from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer, Policy
@@ -22,6 +22,7 @@ from neq_cli.training.batches.loaders import Loaders, make_loaders
 from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.catalogue import Shape
 from neq_cli.training.data.parts import Data, load_data
+from neq_cli.training.errors import of_the_recipe
 from neq_cli.training.loop.course import Course
 from neq_cli.training.loop.optimizers import build_optimizer
 from neq_cli.training.loop.schedules import Schedule, scheduler_notes
@@ -235,7 +236,7 @@ def _make_freezer(
                 sample=sample.batch if sample.given else None,
             )
     except FreezingError as error:
-        raise RecipeError([str(error)]) from error
+        raise of_the_recipe(error) from error
 
 
 def _seed_apart(recipe: Recipe, processes: Processes) -> None:

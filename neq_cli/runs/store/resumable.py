@@ -11,7 +11,7 @@ from neq_cli.errors import RunDirectoryError
 from neq_cli.recipe.describe import shown
 from neq_cli.recipe.keys import MAY_CHANGE, Problem, Recipe
 from neq_cli.recipe.policy_keys import StochasticPolicy, matched_run
-from neq_cli.recipe.validate import validate
+from neq_cli.recipe.validate import Wrong, validate
 from neq_cli.runs.store.paths import STATES, RunFiles, is_hidden, recipe_folder
 from neq_cli.runs.store.status import parse_time
 from neq_cli.runs.store.untrusted import damaged, read_json, read_yaml
@@ -80,7 +80,7 @@ def stored_recipe(path: Path) -> Recipe:
     file = RunFiles(path).recipe
     recipe, problems = validate(read_yaml(file))
     if recipe is None:
-        key, message = next(iter(problems.items()), ((), "not a recipe"))
+        key, (message, _) = next(iter(problems.items()), ((), Wrong("not a recipe")))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise damaged(file, printable(f"{'.'.join(map(str, key))}: {message}", 300) + more)
     return recipe

@@ -79,12 +79,14 @@ def test_what_neq_sets_itself_is_refused(kwargs: dict[str, Any]) -> None:
         (
             "resnet18",
             {"groups": 2},
-            "model.kwargs: resnet18 cannot be built: ValueError: BasicBlock only supports groups=1 and base_width=64",
+            "model.kwargs.groups: resnet18 cannot be built: ValueError: BasicBlock only supports groups=1 and "
+            "base_width=64",
         ),
         (
             "resnet20",
             {"width": "wide"},
-            "model.kwargs: resnet20 cannot be built: ValueError: width is 'wide'; it must be a whole number above 0",
+            "model.kwargs.width: resnet20 cannot be built: ValueError: width is 'wide'; it must be a whole number "
+            "above 0",
         ),
     ],
 )

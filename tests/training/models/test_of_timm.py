@@ -77,7 +77,7 @@ def test_on_the_meta_device_it_is_the_same_network_without_numbers(name: str) ->
             "model.kwargs.pretrained: is not for a recipe's kwargs; say model.weights=DEFAULT for timm's weights",
         ),
         ("test_vit", {"checkpoint_path": "x"}, "or give a file as model.checkpoint"),
-        ("test_vit", {"embed_dim": 7}, "model.kwargs: timm/test_vit cannot be built: "),
+        ("test_vit", {"embed_dim": 7}, "model.kwargs.embed_dim: timm/test_vit cannot be built: "),
     ],
 )
 def test_what_timm_does_not_have_is_one_line(name: str, kwargs: dict[str, Any], says: str) -> None:

@@ -92,7 +92,12 @@ def test_on_the_meta_device_it_is_the_same_network_without_numbers(name: str, ta
             "ViTConfig; did you mean 'hidden_size'?",
         ),
         ("vit", {"dtype": "float16"}, "classification", "model.kwargs.dtype: is not for a recipe's kwargs; say precis"),
-        ("vit", {"hidden_act": "reluu"}, "classification", "model.kwargs: transformers/vit cannot be built: "),
+        (
+            "vit",
+            {"hidden_act": "reluu"},
+            "classification",
+            "model.kwargs.hidden_act: transformers/vit cannot be built: ",
+        ),
         ("vit", {"num_labels": 3}, "classification", "model.kwargs.num_labels: 3 outputs for data of 10 classes; lea"),
     ],
 )
