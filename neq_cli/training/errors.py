@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from neq_cli.errors import FreezingError, RecipeError, RecipeValueError, TrainingError
+from neq_cli.errors import FreezingError, NeqError, RecipeError, RecipeValueError, TrainingError
 
 if TYPE_CHECKING:
     from neq_cli.recipe import Recipe
@@ -18,18 +18,16 @@ _OF_THE_DISK = {
 
 
 class DataError(TrainingError):
-    """An image that could not be read or does not fit the others, met while training.
+    """An image that could not be read or does not fit the others, met while training: a mistake in what was given.
 
     A worker process hands its exception over as text with the traceback in front; only the last line is the message.
     """
 
+    exit_code = NeqError.exit_code
+
     def __init__(self, message: str) -> None:
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         super().__init__(message.rpartition(name)[2].strip() if message.startswith("Caught ") else message)
-
-
-def of_the_disk(error: BaseException) -> bool:
-    """Whether a file, its folder or the room for it is to blame, and not what it holds, nor a network."""
 
 
 def of_the_recipe(error: FreezingError) -> RecipeError:
@@ -37,6 +35,9 @@ def of_the_recipe(error: FreezingError) -> RecipeError:
     key, _, reason = str(error).partition(": ")
     return RecipeValueError(key, reason) if key in _KEYS_OF_THE_METHOD else RecipeError([str(error)])
 
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether a file, its folder or the room for it is to blame, and not what it holds, nor a network."""
     return isinstance(error, OSError) and error.errno in _OF_THE_DISK
 
 
