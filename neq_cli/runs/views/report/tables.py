@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from neq_cli.events import OBSERVATION
-from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings, written
+from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings_together, written
 from neq_cli.runs.compare.curves import Configuration, Study
 from neq_cli.runs.store.run import Run
 from neq_cli.runs.views.report.html import bullets, details, element, swatch, table, text
@@ -83,7 +83,7 @@ def _cell(cell: Cell) -> str:
 
 def recipe_tables(the_study: Study) -> str:
     """Return the keys in which the recipes differ, then all keys of each."""
-    flats = [settings(configuration.runs[0]) for configuration in the_study.configurations]
+    flats = settings_together([configuration.runs[0] for configuration in the_study.configurations])
     numbered = [
         (str(configuration.number), flat) for configuration, flat in zip(the_study.configurations, flats, strict=True)
     ]
