@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from neq_cli.recipe.values import (
     RESULT,
@@ -15,6 +15,7 @@ from neq_cli.recipe.values import (
     Augment,
     BelowOne,
     Cache,
+    Channels,
     Count,
     Entrypoint,
     NotNegative,
@@ -81,6 +82,12 @@ class DataSection(Section):
     ignore_index: Annotated[int, RESULT] = Field(
         default=255, description="value of masks that is neither learnt nor measured"
     )
+    channels: Annotated[Channels, RESULT] = Field(
+        default="auto",
+        description="1: grey, colours are made so; 3: grey is repeated; auto: as many as the model takes, where it "
+        "tells, else as the data has, three of files",
+        examples=[1],
+    )
     value_range: Annotated[PixelRange | None, RESULT] = Field(
         default=None,
         description="pixel values that become black and white; null: those of their type, such as 0 and 65535",
@@ -114,6 +121,13 @@ class DataSection(Section):
         default_factory=dict, description="further arguments of the dataset or callable", examples=["{split: digits}"]
     )
 
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which Python has for 1 and 0
+            raise ValueError(f"{str(value).lower()} is not 1, 3 or auto")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
         exactly_one_source(self.name, self.entrypoint)
@@ -138,6 +152,11 @@ class DataSection(Section):
     def folder(self) -> Path:
         """``root`` with ~ and $VARIABLES expanded."""
         return Path(os.path.expandvars(self.root)).expanduser()
+
+    @property
+    def asked_channels(self) -> int | None:
+        """How many channels images are brought to, None where they keep those that they come in."""
+        return None if self.channels == "auto" else self.channels
 
     @property
     def pixel_range(self) -> tuple[float, float] | None:

@@ -60,6 +60,7 @@ Task = Annotated[
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[Positive], Field(min_length=1)]
 PixelRange = Annotated[list[float], Field(min_length=2, max_length=2), Words("list of two numbers, low and high")]
+Channels = Annotated[Literal["auto"] | Literal[1, 3], Words("1, 3 or auto", ("auto",))]
 Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
 BackwardMode = Literal["exact", "truncated", "dense"]
 Snapshot = Literal["device", "cpu"]

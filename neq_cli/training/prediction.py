@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.transforms.v2 import functional as images_functional
 
 from neq_cli.errors import NeqError, one_line
 from neq_cli.recipe import DataSection, Recipe
 from neq_cli.training.data.catalogue import Shape, Statistics, sample_shape
 from neq_cli.training.data.catalogue import statistics as statistics_of
+from neq_cli.training.data.channels import in_channels
 from neq_cli.training.data.mask_sources import SUFFIXES
 from neq_cli.training.data.masks import MaskPreparation
-from neq_cli.training.data.pixels import as_tensor, read_image
+from neq_cli.training.data.pixels import read_image
 from neq_cli.training.data.transforms import Preparation
 from neq_cli.training.errors import DataError
 from neq_cli.training.evaluation import on_device, start_device, trained_model
@@ -146,14 +145,7 @@ class Predictor:
         return replace(self.preparation, image_size=side)
 
     def _read(self, path: Path) -> Tensor:
-        read = read_image(path, self.recipe.data.pixel_range)
-        if self.channels == 1 and isinstance(read, Image.Image):
-            return as_tensor(read.convert("L"))
-        image = as_tensor(read)
-        if self.channels == 3:
-            return image
-        grey = bool((image == image[:1]).all())
-        return image[:1] if grey else images_functional.rgb_to_grayscale(image)
+        return in_channels(read_image(path, self.recipe.data.pixel_range), self.channels)
 
     @full_memory_named("prediction")
     def scores(self, paths: Sequence[Path], top: int) -> Iterator[Scores]:

@@ -19,7 +19,7 @@ from neq_cli.training.data.parts import Data
 from neq_cli.training.errors import of_the_recipe
 from neq_cli.training.loop.calling import forward_of, parts_of, probe_call
 from neq_cli.training.loop.tasks import Task, checked_results
-from neq_cli.training.models.build import FITTED, check_fit
+from neq_cli.training.models.build import FITTED, check_fit, find_builder
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,16 @@ def check_together(recipe: Recipe, model: nn.Module, data: Data, task: Task) -> 
         what = f"and those of {data.name} are not; set it to false"
         raise RecipeValueError("cuda_graph", f"captures batches whose inputs and targets are a tensor each, {what}")
     only_images = call is None and not data.as_it_is
-    notes = check_fit(model, data, recipe.task) if only_images else ()
+    notes = check_fit(model, data, recipe.task, _classes_argument(recipe)) if only_images else ()
     if recipe.task_is_own or data.as_it_is:
         check_task(task, model, batch, data.name)
     return Sample(first_input(batch), notes=notes) if only_images else Sample(batch, call, given=True)
+
+
+def _classes_argument(recipe: Recipe) -> str | None:
+    """Return the argument that tells the model how many classes there are; None where it takes no such thing."""
+    builder = find_builder(recipe.model, recipe.task)
+    return builder.classes_argument if builder.classes_argument in builder.accepted else None
 
 
 def check_task(task: Task, model: nn.Module, batch: Any, name: str) -> None:

@@ -51,6 +51,7 @@ class Session:
     started: RunStarted
     data_content: Mapping[str, Any]  # what the data holds, wherever it lies: for the run directory
     matched_flops: float | None = None  # what the p was matched to, where that was found here
+    found: tuple[str, ...] = ()  # keys that the recipe leaves open, and that were found in the data
 
 
 @full_memory_named("before epoch 1")
@@ -80,6 +81,7 @@ def prepare(
         energy = energy_of(recipe, device, processes)
     with startup.part("opening the data"):
         data = _load_data(recipe, processes)
+    recipe, found = _with_found(recipe, data)
     loaders = make_loaders(
         data,
         recipe.batch_size,
@@ -151,7 +153,7 @@ def prepare(
         counted="items" if data.as_it_is else "img",
         unit=recipe.unit,
     )
-    return Session(recipe, trainer, started, data.content(), matched_flops)
+    return Session(recipe, trainer, started, data.content(), matched_flops, found)
 
 
 def _start_device(recipe: Recipe, processes: Processes, startup: Startup) -> torch.device:
@@ -265,6 +267,13 @@ def _load_data(recipe: Recipe, processes: Processes) -> Data:
         data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
     processes.wait()
     return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
+
+
+def _with_found(recipe: Recipe, data: Data) -> tuple[Recipe, tuple[str, ...]]:
+    """Return the recipe with how images are prepared, as it is used, and the keys of what it left open."""
+    used = data.used(recipe.data)
+    found = tuple(f"data.{key}" for key in type(used).model_fields if getattr(used, key) != getattr(recipe.data, key))
+    return recipe.model_copy(update={"data": used}), found
 
 
 def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:

@@ -64,6 +64,7 @@ WRONG = [
     ("data.mean", "[0.1, 0.2]", "2 given, and images have 1 channel(s)"),
     ("data.value_range", "[0, 16]", "is for images in files"),
     ("data.kwargs.split", "test", "digits takes no arguments"),
+    ("data.channels", "3", "3, but resnet8 takes 1, by model.kwargs.in_channels"),
     ("optimizer.name", "sdg", "no torch optimiser 'sdg'"),
     ("optimizer.momentum", "-1", "sgd refuses its arguments (ValueError: Invalid momentum value"),
     ("optimizer.nesterov", "true", "sgd refuses its arguments (ValueError: Nesterov"),

@@ -156,12 +156,15 @@ def _fails_without(builder: Builder, kwargs: Mapping[str, Any], argument: str) -
     return False
 
 
-def check_fit(model: nn.Module, data: Data, task: str | None = None) -> tuple[str, ...]:
-    """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
+def check_fit(
+    model: nn.Module, data: Data, task: str | None = None, classes_argument: str | None = None
+) -> tuple[str, ...]:
+    """Run one probe sample through ``model`` in eval mode; RecipeValueError where data and model do not fit.
 
     The output must be [1, at least num_classes], and of the image's height and width where the data has masks; or
-    smaller, where ``task``, the recipe's, is neq's own segmentation, which scales it up: a note says so. Runs where the
-    model is, which is left as it was.
+    smaller, where ``task``, the recipe's, is neq's own segmentation, which scales it up: a note says so. Another says
+    where a task of neq's own has more outputs than classes, and by which ``classes_argument`` of the model's it would
+    not. Runs where the model is, which is left as it was.
     """
     image = data.probe[0][0]
     shape = "x".join(str(size) for size in image.shape)
@@ -189,10 +192,18 @@ def check_fit(model: nn.Module, data: Data, task: str | None = None) -> tuple[st
             "give the model as many outputs as there are classes",
             FITTED,
         )
-    if given == size:
-        return ()
-    sizes = " for masks of ".join("x".join(map(str, sides)) for sides in (given, size))
-    return (f"task: the model's outputs are smaller than the masks, and scaled up to them, bilinearly: {sizes}",)
+    notes = []
+    own_task = task is not None and ":" in task
+    if data.num_classes is not None and outputs.shape[1] > data.num_classes and not own_task:
+        what = f"{outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}"
+        mend = f"model.kwargs.{classes_argument}={data.num_classes} leaves them out"
+        mend = "give the model one for each class" if classes_argument is None else mend
+        notes.append(f"model: {what}: the others are never right, and count in the loss until that is learnt; {mend}")
+    if given != size:
+        what = "the model's outputs are smaller than the masks, and scaled up to them, bilinearly"
+        sizes = " for masks of ".join("x".join(map(str, sides)) for sides in (given, size))
+        notes.append(f"task: {what}: {sizes}")
+    return tuple(notes)
 
 
 def misfit(model: nn.Module, name: str, shape: Sequence[int], error: Exception) -> RecipeValueError:
@@ -214,8 +225,9 @@ def _mend(model: nn.Module, channels: int, error: Exception) -> str:
         return f" ({place_in_code(error)})"  # a mistake in the model's own code
     first = first_convolution(model)
     if first is not None and first.in_channels != channels:
+        or_data = f", or data.channels={first.in_channels}" if first.in_channels in (1, 3) else ""
         return (
             f"; its first convolution expects {first.in_channels} channels and the data has {channels} "
-            "(model.kwargs.in_channels, in_chans or num_channels, whichever the model has)"
+            f"(model.kwargs.in_channels, in_chans or num_channels, whichever the model has{or_data})"
         )
     return "; try another data.image_size, or model.kwargs.img_size or image_size where the model has one"

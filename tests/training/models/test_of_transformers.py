@@ -153,7 +153,7 @@ def test_a_folder_gives_its_network_images_and_if_asked_its_weights(tmp_path: Pa
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if name in heads else source.state_dict()[name]), name
     defaults = find_builder(wanted, "classification").image_defaults(wanted)
-    assert defaults == ImageDefaults(8, (0.1, 0.2, 0.3), (0.4, 0.5, 1.0))
+    assert defaults == ImageDefaults(8, (0.1, 0.2, 0.3), (0.4, 0.5, 1.0), 3)
     same = build_model(wanted, 7, "classification")
     assert load_weights(same, wanted, "classification") == ()
 
