@@ -20,15 +20,20 @@ class RecipeError(NeqError):
 
 
 class RecipeValueError(RecipeError):
-    """A value of the recipe that cannot be used: ``key`` is its dotted path, ``reason`` what is wrong and the mend."""
+    """A value of the recipe that cannot be used: ``key`` is its dotted path, ``reason`` what is wrong and the mend.
 
-    def __init__(self, key: str, reason: str) -> None:
+    ``others`` are the keys that are to blame where it is not that one alone: what was changed of them on the command
+    line, else the first that is written.
+    """
+
+    def __init__(self, key: str, reason: str, others: Iterable[str] = ()) -> None:
         self.key = key
         self.reason = reason
+        self.others = tuple(others)
         super().__init__([f"{key}: {reason}"])
 
-    def __reduce__(self) -> tuple[type[RecipeValueError], tuple[str, str]]:
-        return type(self), (self.key, self.reason)
+    def __reduce__(self) -> tuple[type[RecipeValueError], tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.key, self.reason, self.others)
 
 
 class RunDirectoryError(NeqError):

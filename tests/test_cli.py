@@ -177,7 +177,7 @@ def test_neq_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "digits", "optimizer.name=lbfgs"], ["LBFGS", "use sgd"]),
         (["train", "digits", "batch_size=5000"], ["command line: batch_size=5000: 5000", "1388", "lower it"]),
         (["train", "digits", "data.probe_size=1438"], ["data.probe_size=1438: 1438 probe", "lower it"]),
-        (["train", "digits", "exclude=[nothing]"], ["exclude: 'nothing' matches no layer"]),
+        (["train", "digits", "exclude=[nothing]"], ["command line: exclude=[nothing]: 'nothing' matches no layer"]),
         (["train", "cifar10-folder", "data.root=missing"], ["command line: data.root=missing: no folder 'missing'"]),
         (["train", "digits", "model.checkpoint=missing.pt"], ["no file 'missing.pt'; give"]),
         (
@@ -215,7 +215,7 @@ def test_a_mistake_is_one_line(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_cuda_asked_for_and_absent(capsys: pytest.CaptureFixture[str]) -> None:
     line = complaint(capsys, "train", "digits", "--device", "cuda")
-    assert line == "command line: device=cuda: 'cuda', but no CUDA device is available; use device=auto"
+    assert line == "command line: --device cuda: 'cuda', but no CUDA device is available; use device=auto"
 
 
 def test_folders_without_images(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ def test_a_model_that_does_not_take_the_images_is_one_line(
         "epochs: 1\noptimizer: {name: sgd, lr: 0.1}\n"
     )
     line = complaint(capsys, command[0], "vit.yaml", *command[1:])
-    assert line.startswith("model: does not take an image of image_folder, 3x32x32: AssertionError: ")
+    assert line.startswith("vit.yaml:1: model: does not take an image of image_folder, 3x32x32: AssertionError: ")
     assert line.endswith("try another data.image_size, or model.kwargs.img_size or image_size where the model has one")
 
 

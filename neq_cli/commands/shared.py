@@ -82,7 +82,9 @@ AllowDifferences = Annotated[bool, typer.Option("--allow-differences", help="als
 
 def with_device(overrides: Sequence[str] | None, device: str | None) -> list[str]:
     """Return the overrides with what ``--device`` says."""
-    return [*(overrides or ()), *([f"device={device}"] if device else ())]
+    from neq_cli.recipe.document import Given
+
+    return [*(overrides or ()), *([Given(f"device={device}", f"--device {device}")] if device else ())]
 
 
 def load(

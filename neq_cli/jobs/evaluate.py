@@ -10,6 +10,7 @@ from pathlib import Path
 from neq_cli.errors import NeqError, did_you_mean
 from neq_cli.jobs.prepare import located
 from neq_cli.jobs.trained import Trained, WhichWeights, find_trained
+from neq_cli.recipe.document import Given
 from neq_cli.recipe.load import LoadedRecipe
 from neq_cli.runs.compare.evaluation import Evaluation, Pairs
 from neq_cli.text import escaped
@@ -94,9 +95,10 @@ def _check_keys(overrides: Sequence[str]) -> None:
             raise NeqError(f"command line: {escaped(override)}: evaluating goes by {known} alone{hint}")
 
 
-def _root(folder: Path) -> str:
+def _root(folder: Path) -> Given:
     text = str(folder)
-    return f"data.root={text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)}"
+    quoted = text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return Given(f"data.root={quoted}", f"--data {text}")
 
 
 def _check_folder(loaded: LoadedRecipe) -> None:

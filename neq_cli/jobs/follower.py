@@ -56,8 +56,9 @@ def about(session: Session) -> dict[str, Any]:
     """Return what environment.json says of the session: machine, versions, data and processes."""
     trainer = session.trainer
     matched = {} if session.matched_flops is None else {"matched_flops": session.matched_flops}
+    found = {"found": list(session.found)} if session.found else {}
     said = environment_of(trainer.freezer, trainer.device, trainer.processes.count)
-    return {**said, "data": dict(session.data_content), **matched, **trainer.energy.environment}
+    return {**said, "data": dict(session.data_content), **found, **matched, **trainer.energy.environment}
 
 
 def write_beginning(writer: RunWriter, session: Session, directory: Path) -> None:

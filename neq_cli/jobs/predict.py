@@ -11,6 +11,7 @@ from neq_cli.complaints import complain
 from neq_cli.errors import NeqError
 from neq_cli.jobs.prepare import located
 from neq_cli.jobs.trained import Trained, WhichWeights, find_trained, known_images
+from neq_cli.recipe.document import Given
 from neq_cli.runs.store.disk import atomic_write, writing
 from neq_cli.text import escaped
 
@@ -39,7 +40,8 @@ def predict(
     from neq_cli.training.prediction import Predictor, check_files, image_files
 
     paths = image_files(images)
-    trained = find_trained(given, which, recipe, [f"device={device}"] if device else [])
+    overrides = [Given(f"device={device}", f"--device {device}")] if device else []
+    trained = find_trained(given, which, recipe, overrides)
     section = trained.loaded.recipe
     check_files(paths, section.data)
     if masks is not None:

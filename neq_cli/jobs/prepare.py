@@ -151,7 +151,7 @@ def located(loaded: LoadedRecipe) -> Iterator[None]:
         with own_prints_on_stderr():
             yield
     except RecipeValueError as error:
-        raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+        raise RecipeError([loaded.problem(error.key, error.reason, error.others)]) from error
 
 
 def own_prints_on_stderr() -> redirect_stdout[TextIO]:

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from neq_cli.recipe.values import (
     RESULT,
     SURROUNDINGS,
+    AtOdds,
     Augment,
     BelowOne,
     Cache,
+    Channels,
     Count,
     Entrypoint,
     NotNegative,
@@ -80,6 +82,12 @@ class DataSection(Section):
     ignore_index: Annotated[int, RESULT] = Field(
         default=255, description="value of masks that is neither learnt nor measured"
     )
+    channels: Annotated[Channels, RESULT] = Field(
+        default="auto",
+        description="1: grey, colours are made so; 3: grey is repeated; auto: as many as the model takes, where it "
+        "tells, else as the data has, three of files",
+        examples=[1],
+    )
     value_range: Annotated[PixelRange | None, RESULT] = Field(
         default=None,
         description="pixel values that become black and white; null: those of their type, such as 0 and 65535",
@@ -113,18 +121,30 @@ class DataSection(Section):
         default_factory=dict, description="further arguments of the dataset or callable", examples=["{split: digits}"]
     )
 
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which Python has for 1 and 0
+            raise ValueError(f"{str(value).lower()} is not 1, 3 or auto")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSection:
         exactly_one_source(self.name, self.entrypoint)
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
-            raise ValueError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel"
+            raise AtOdds(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give each one value per channel",
+                "mean",
+                "std",
             )
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
-            raise ValueError(f"value_range {self.value_range} is not from a lower to a higher value; turn it round")
+            said = f"value_range {self.value_range} is not from a lower to a higher value; turn it round"
+            raise AtOdds(said, "value_range")
         if self.base_size is not None and self.image_size is not None and self.base_size < self.image_size:
-            raise ValueError(
-                f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it"
+            raise AtOdds(
+                f"base_size {self.base_size} is less than image_size {self.image_size}, which is cut from it; raise it",
+                "base_size",
+                "image_size",
             )
         return self
 
@@ -132,6 +152,11 @@ class DataSection(Section):
     def folder(self) -> Path:
         """``root`` with ~ and $VARIABLES expanded."""
         return Path(os.path.expandvars(self.root)).expanduser()
+
+    @property
+    def asked_channels(self) -> int | None:
+        """How many channels images are brought to, None where they keep those that they come in."""
+        return None if self.channels == "auto" else self.channels
 
     @property
     def pixel_range(self) -> tuple[float, float] | None:

@@ -76,7 +76,7 @@ def choices(annotation: Any, metadata: Sequence[Any] = ()) -> tuple[str, ...]:
     annotation, metadata = unwrapped(annotation, metadata)
     found = [choice for item in metadata if isinstance(item, Words) for choice in item.choices]
     if get_origin(annotation) is Literal:
-        found += get_args(annotation)
+        found += [word for word in get_args(annotation) if isinstance(word, str)]
     if get_origin(annotation) in UNIONS:
         found += [choice for member in get_args(annotation) for choice in choices(member)]
     return tuple(found)

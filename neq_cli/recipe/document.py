@@ -5,7 +5,7 @@ By hand, for the place of a value must survive overrides, which no YAML library'
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -15,9 +15,25 @@ from neq_cli.recipe.policy_keys import POLICIES
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
 
+class Given(str):
+    """``KEY=VALUE`` that was ``written`` in another way, such as "--device cuda"."""
+
+    __slots__ = ("written",)
+    written: str
+
+    def __new__(cls, text: str, written: str) -> Given:
+        """Return ``text``, which knows how it was written."""
+        given = super().__new__(cls, text)
+        given.written = written
+        return given
+
+    def __reduce__(self) -> tuple[type[Given], tuple[str, str]]:  # jobs of a cluster are pickled
+        return type(self), (str(self), self.written)
+
+
 @dataclass(frozen=True, eq=False)
 class Override:
-    """``KEY=VALUE`` from the command line: all of it as ``text``, and which one it is, from 0."""
+    """``KEY=VALUE`` from the command line: where it was written as ``text``, and which one it is, from 0."""
 
     text: str
     order: int
@@ -27,6 +43,7 @@ class Override:
 
 Place = int | Override  # a line of the file, from 1, or what took its place
 Located = tuple[Place, KeyPath, str]  # a problem: where, with which key, and the sentence
+_NOWHERE = object()
 
 
 @dataclass
@@ -37,12 +54,38 @@ class Document:
     places: dict[KeyPath, Place] = field(default_factory=dict)
     problems: list[Located] = field(default_factory=list)
 
-    def place(self, path: KeyPath) -> Place:
-        """Return where ``path`` was written; for a key that was not, where the section that misses it was."""
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.places:
-                return self.places[path[:length]]
-        return 1
+    def place(self, path: KeyPath, others: Iterable[KeyPath] = ()) -> Place:
+        """Return where ``path`` was written; for a key that was not, where the section that misses it was.
+
+        Of a section the part that was changed on the command line is to blame, though the rest stands in the file: of
+        several such changes all. So it is with ``others``, where the problem is with these keys, one beside the other;
+        where none of them was changed there, the first that is written.
+        """
+        keys = [self.written(key) for key in others] or [self.written(path)]
+        below = (place for written, place in self.places.items() if any(_is_in(written, key) for key in keys))
+        changes = sorted({place for place in below if isinstance(place, Override)}, key=lambda change: change.order)
+        if changes:
+            texts = " ".join(change.text for change in changes)
+            return Override(texts, changes[0].order) if len(changes) > 1 else changes[0]
+        known = [key for key in keys if key in self.places] or [self.written(path)]
+        return next((self.places[part] for part in _upward(known[0]) if part in self.places), 1)
+
+    def written(self, path: KeyPath) -> KeyPath:
+        """Return ``path`` as its keys are written: an entry of a list by its number."""
+        found: KeyPath = ()
+        value: Any = self.values
+        for key in path:
+            key = int(key) if isinstance(value, list) and str(key).isdecimal() else key
+            value = _inside(value, key)
+            found = (*found, key)
+        return found
+
+    def has(self, path: KeyPath) -> bool:
+        """Whether ``path`` is written anywhere, be it as null."""
+        value: Any = self.values
+        for key in self.written(path):
+            value = _inside(value, key)
+        return value is not _NOWHERE
 
     def override(self, texts: Iterable[str]) -> None:
         """Put the values of ``KEY=VALUE`` texts in place, in their order: the last of several for one key counts."""
@@ -57,17 +100,18 @@ class Document:
             self._set(override)
 
     def _read(self, text: str, order: int) -> Override | None:
+        place = text.written if isinstance(text, Given) else text
         key, equals, written = text.partition("=")
         path = tuple(key.split("."))
         if not equals or not all(path):
-            self.problems.append((Override(text, order, path), path, "not KEY=VALUE, such as policy.epsilon=0.005"))
+            self.problems.append((Override(place, order, path), path, "not KEY=VALUE, such as policy.epsilon=0.005"))
             return None
         try:
             read = read_yaml(written)
         except YamlSyntaxError as error:
-            self.problems.append((Override(text, order, path), path, error.message))
+            self.problems.append((Override(place, order, path), path, error.message))
             return None
-        override = Override(text, order, path, read.value)
+        override = Override(place, order, path, read.value)
         self.problems += [(override, (*path, *below), message) for _, below, message in read.problems]
         return override
 
@@ -117,3 +161,18 @@ class Document:
 
     def _forget(self, path: KeyPath) -> None:
         self.places = {other: place for other, place in self.places.items() if other[: len(path)] != path}
+
+
+def _upward(path: KeyPath) -> Iterator[KeyPath]:
+    """Yield ``path`` and the sections that it lies in, the nearest first."""
+    return (path[:length] for length in range(len(path), -1, -1))
+
+
+def _is_in(path: KeyPath, section: KeyPath) -> bool:
+    """Whether ``path`` is ``section``, or a key in it; all that there is, the whole recipe, is no section."""
+    return bool(section) and path[: len(section)] == section
+
+
+def _inside(value: Any, key: str | int) -> Any:
+    there = key in value if isinstance(value, dict) else isinstance(value, list) and key in range(len(value))
+    return value[key] if there else _NOWHERE

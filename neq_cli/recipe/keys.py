@@ -37,10 +37,14 @@ from neq_cli.text import counted
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with a recipe: ``key`` is a dotted path from its top ("optimizer.momentun"), "" the whole."""
+    """Something wrong with a recipe: ``key`` is a dotted path from its top ("optimizer.momentun"), "" the whole.
+
+    ``others`` are the keys that are to blame where it is not that one alone.
+    """
 
     key: str
     message: str
+    others: tuple[str, ...] = ()
 
 
 # Called with a section's name and the section, with "device" and its text, or with "" and the whole recipe.

@@ -12,12 +12,13 @@ from typing import Any
 
 from neq_cli.errors import RecipeError, RecipeValueError, did_you_mean
 from neq_cli.recipe.describe import shown
-from neq_cli.recipe.document import Document, Located, Override, Place
+from neq_cli.recipe.document import Document, Located
 from neq_cli.recipe.keys import CHANGES, Check, Recipe
+from neq_cli.recipe.places import line, lines, located
 from neq_cli.recipe.recorded import is_recorded
 from neq_cli.recipe.validate import valid_parts, validate
 from neq_cli.recipe.values import SURROUNDINGS
-from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml, write_yaml
+from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml, write_yaml
 from neq_cli.text import escaped
 
 Completion = Callable[[Recipe], tuple[Recipe, Sequence[str]]]
@@ -89,10 +90,9 @@ class LoadedRecipe:
         """Where the file lies, and with it the Python files that its entrypoints may name."""
         return self.path.parent
 
-    def problem(self, key: str, message: str) -> str:
-        """Return the line that tells a user of a problem with ``key``, and where it was written."""
-        path = tuple(key.split("."))
-        return escaped(_line(self.document.place(path), path, message, self.file))
+    def problem(self, key: str, message: str, others: Sequence[str] = ()) -> str:
+        """Return the line that tells of a problem with ``key``, or with ``others``, and where that was written."""
+        return line(located(self.document, key, message, others, self.recipe), self.file)
 
     def resolved_yaml(self) -> str:
         """Return the recipe with its overrides and defaults written out; see ``dump_recipe``."""
@@ -155,14 +155,14 @@ def _load(
 ) -> LoadedRecipe:
     recipe, problems = _checked(document, checks)
     if recipe is None or problems:
-        raise RecipeError(_lines(problems, file))
+        raise RecipeError(lines(problems, file))
     loaded = LoadedRecipe(recipe, path, file, document)
     if complete is None:
         return loaded
     try:
         completed, notes = complete(recipe)
     except RecipeValueError as error:
-        raise RecipeError([loaded.problem(error.key, error.reason)]) from error
+        raise RecipeError([loaded.problem(error.key, error.reason, error.others)]) from error
     return replace(loaded, recipe=completed, notes=tuple(notes))
 
 
@@ -200,11 +200,11 @@ def _read(text: str, file: str) -> Document:
     try:
         read = read_yaml(text)
     except YamlSyntaxError as error:
-        raise RecipeError(_lines([(error.line, (), error.message)], file)) from None
+        raise RecipeError(lines([(error.line, (), error.message)], file)) from None
     if not isinstance(read.value, dict):
         what = "empty" if read.value is None else f"{shown(read.value)} is no recipe"
         message = f"{what}; write keys such as model, data, epochs and optimizer"
-        raise RecipeError(_lines([(read.lines.get((), 1), (), message)], file))
+        raise RecipeError(lines([(read.lines.get((), 1), (), message)], file))
     return Document(read.value, dict(read.lines), list(read.problems))
 
 
@@ -212,8 +212,8 @@ def _checked(document: Document, checks: Sequence[Check]) -> tuple[Recipe | None
     recipe, wrong = validate(document.values)
     problems = list(document.problems)
     unread = {(place, path) for place, path, _ in problems}
-    located = [(document.place(path), path, message) for path, message in wrong.items()]
-    problems += [problem for problem in located if problem[:2] not in unread]
+    found = [(document.place(path, one.others), path, one.message) for path, one in wrong.items()]
+    problems += [problem for problem in found if problem[:2] not in unread]
     for name, part in valid_parts(document.values).items():
         problems += _run(checks, name, part, document)
     if recipe is not None and not problems:
@@ -222,28 +222,8 @@ def _checked(document: Document, checks: Sequence[Check]) -> tuple[Recipe | None
 
 
 def _run(checks: Sequence[Check], name: str, part: Any, document: Document) -> list[Located]:
-    located: list[Located] = []
-    for check in checks:
-        for problem in check(name, part):
-            path = tuple(problem.key.split(".")) if problem.key else ()
-            located.append((document.place(path), path, problem.message))
-    return located
-
-
-def _lines(problems: Sequence[Located], file: str) -> list[str]:
-    """Return one line per problem: the file's from top to bottom, then the command line's from left to right."""
-    ordered = sorted(problems, key=lambda problem: _order(problem[0]))
-    return list(dict.fromkeys(escaped(_line(*problem, file)) for problem in ordered))
-
-
-def _order(place: Place) -> tuple[int, int]:
-    return (1, place.order) if isinstance(place, Override) else (0, place)
-
-
-def _line(place: Place, path: KeyPath, message: str, file: str) -> str:
-    key = ".".join(map(str, path))
-    if not isinstance(place, Override):
-        return f"{file}:{place}: {key}: {message}" if key else f"{file}:{place}: {message}"
-    # An override names its key itself, unless the problem is with another that it brought about.
-    named = key in ("", ".".join(map(str, place.path)))
-    return f"command line: {place.text}: {message}" if named else f"command line: {place.text}: {key}: {message}"
+    return [
+        located(document, problem.key, problem.message, problem.others)
+        for check in checks
+        for problem in check(name, part)
+    ]

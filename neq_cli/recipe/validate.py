@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -12,22 +12,29 @@ from neq_cli.errors import did_you_mean
 from neq_cli.recipe.describe import Slot, choices, expected, section_at, shown, slot_at
 from neq_cli.recipe.keys import Recipe
 from neq_cli.recipe.policy_keys import POLICIES, PolicySection, policy_kind
-from neq_cli.recipe.values import Device, Section
+from neq_cli.recipe.values import AtOdds, Device, Section
 from neq_cli.recipe.yaml import KeyPath, YamlSyntaxError, read_yaml
 
-_MISSING = object()
+
+class Wrong(NamedTuple):
+    """What is wrong with a key, in a sentence, and the keys whose values it is about where that is a section's."""
+
+    message: str
+    others: tuple[KeyPath, ...] = ()
 
 
-def validate(values: Mapping[str, Any]) -> tuple[Recipe | None, dict[KeyPath, str]]:
-    """Return the recipe, None if any value is wrong, and one message for each key that is."""
+def validate(values: Mapping[str, Any]) -> tuple[Recipe | None, dict[KeyPath, Wrong]]:
+    """Return the recipe, None if any value is wrong, and what is wrong with each key that is."""
     try:
         return Recipe.model_validate(values), {}
     except ValidationError as error:
-        problems: dict[KeyPath, str] = {}
+        problems: dict[KeyPath, Wrong] = {}
         # A key that takes one of several types has an error for each of them; the sentence names them all.
         for detail in error.errors(include_url=False):
             path = _path(detail, values)
-            problems.setdefault(path, _sentence(detail, path, values))
+            cause = detail.get("ctx", {}).get("error")
+            keys = tuple((*path, key) for key in cause.keys) if isinstance(cause, AtOdds) else ()
+            problems.setdefault(path, Wrong(_sentence(detail, path, values), keys))
         return None, problems
 
 

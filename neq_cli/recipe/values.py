@@ -60,6 +60,7 @@ Task = Annotated[
 PerChannel = Annotated[list[float], Field(min_length=1)]
 PositivePerChannel = Annotated[list[Positive], Field(min_length=1)]
 PixelRange = Annotated[list[float], Field(min_length=2, max_length=2), Words("list of two numbers, low and high")]
+Channels = Annotated[Literal["auto"] | Literal[1, 3], Words("1, 3 or auto", ("auto",))]
 Augment = Literal["none", "crop", "cifar", "imagenet", "randaugment", "segmentation"]
 BackwardMode = Literal["exact", "truncated", "dense"]
 Snapshot = Literal["device", "cpu"]
@@ -74,9 +75,17 @@ Device = Annotated[
 ]
 
 
+class AtOdds(ValueError):
+    """What validators of a section raise of values that do not go together: those of ``keys``."""
+
+    def __init__(self, message: str, *keys: str) -> None:
+        self.keys = keys
+        super().__init__(message)
+
+
 def exactly_one_source(name: str | None, entrypoint: str | None) -> None:
     """Raise ValueError where not one of both is given; sections that name something in either way ask it."""
     if name is None and entrypoint is None:
-        raise ValueError("neither name nor entrypoint is given; write one of them")
+        raise AtOdds("neither name nor entrypoint is given; write one of them", "name", "entrypoint")
     if name is not None and entrypoint is not None:
-        raise ValueError("both name and entrypoint are given; remove one of them")
+        raise AtOdds("both name and entrypoint are given; remove one of them", "name", "entrypoint")

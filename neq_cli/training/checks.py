@@ -83,7 +83,11 @@ def _value_problem(call: Callable[[], Any]) -> Iterator[Problem]:
     try:
         call()
     except RecipeValueError as error:
-        yield Problem(error.key, error.reason)
+        yield _problem(error)
+
+
+def _problem(error: RecipeValueError) -> Problem:
+    return Problem(error.key, error.reason, error.others)
 
 
 def _argument_problems(key: str, find: Callable[[], list[tuple[str, str]]]) -> Iterator[Problem]:
@@ -91,14 +95,14 @@ def _argument_problems(key: str, find: Callable[[], list[tuple[str, str]]]) -> I
         for argument, problem in find():
             yield Problem(f"{key}.{argument}" if key else argument, problem)
     except RecipeValueError as error:
-        yield Problem(error.key, error.reason)
+        yield _problem(error)
 
 
 def _model(section: ModelSection) -> Iterator[Problem]:
     try:
         builder = models.find_builder(section)
     except RecipeValueError as error:
-        yield Problem(error.key, error.reason)
+        yield _problem(error)
     else:
         problems = list(_argument_problems("model.kwargs", lambda: models.kwargs_problems(section, builder)))
         yield from problems
@@ -210,7 +214,7 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
     try:
         accepted, others = accepted_arguments(tasks.find_task(recipe.task))
     except RecipeValueError as error:
-        yield Problem(error.key, error.reason)
+        yield _problem(error)
         return
     if recipe.label_smoothing and not others and "label_smoothing" not in accepted:
         yield Problem("label_smoothing", f"the task '{recipe.task}' does not take it; remove it")

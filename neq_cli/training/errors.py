@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from neq_cli.errors import TrainingError
+from neq_cli.errors import FreezingError, NeqError, RecipeError, RecipeValueError, TrainingError
 
 if TYPE_CHECKING:
     from neq_cli.recipe import Recipe
 
+_KEYS_OF_THE_METHOD = ("exclude", "model", "optimizer", "policy")
 _OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENOENT, errno.EIO, errno.EMFILE, errno.ENFILE),
@@ -17,14 +18,22 @@ _OF_THE_DISK = {
 
 
 class DataError(TrainingError):
-    """An image that could not be read or does not fit the others, met while training.
+    """An image that could not be read or does not fit the others, met while training: a mistake in what was given.
 
     A worker process hands its exception over as text with the traceback in front; only the last line is the message.
     """
 
+    exit_code = NeqError.exit_code
+
     def __init__(self, message: str) -> None:
         name = f"{type(self).__module__}.{type(self).__qualname__}: "
         super().__init__(message.rpartition(name)[2].strip() if message.startswith("Caught ") else message)
+
+
+def of_the_recipe(error: FreezingError) -> RecipeError:
+    """Return what the method finds wrong as an error of the recipe: of the key that its message begins with."""
+    key, _, reason = str(error).partition(": ")
+    return RecipeValueError(key, reason) if key in _KEYS_OF_THE_METHOD else RecipeError([str(error)])
 
 
 def of_the_disk(error: BaseException) -> bool:

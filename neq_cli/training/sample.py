@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq_cli.errors import NeqError, RecipeValueError, one_line, place_in_code
+from neq_cli.errors import FreezingError, NeqError, RecipeValueError, one_line, place_in_code
 from neq_cli.freezing.anatomy import Anatomy, anatomy_of
 from neq_cli.freezing.model.calling import Call, inputs_of
 from neq_cli.freezing.model.observing import first_input, undisturbed
 from neq_cli.freezing.probe import copied, device_of
 from neq_cli.recipe import Recipe
 from neq_cli.training.data.parts import Data
+from neq_cli.training.errors import of_the_recipe
 from neq_cli.training.loop.calling import forward_of, parts_of, probe_call
 from neq_cli.training.loop.tasks import Task, checked_results
-from neq_cli.training.models.build import check_fit
+from neq_cli.training.models.build import FITTED, check_fit, find_builder
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,12 @@ class Sample:
     notes: tuple[str, ...] = ()
 
     def anatomy(self, model: nn.Module, exclude: Sequence[str]) -> Anatomy:
-        """Return what a look at ``model`` tells, which is where it is."""
+        """Return what a look at ``model`` tells, which is where it is. RecipeError where it cannot be frozen so."""
         inputs = copied(inputs_of(self.batch, self.call), device_of(model))
-        return anatomy_of(model, inputs, exclude=exclude, call=self.call, single=True)
+        try:
+            return anatomy_of(model, inputs, exclude=exclude, call=self.call, single=True)
+        except FreezingError as error:
+            raise of_the_recipe(error) from error
 
 
 def check_together(recipe: Recipe, model: nn.Module, data: Data, task: Task) -> Sample:
@@ -43,10 +47,16 @@ def check_together(recipe: Recipe, model: nn.Module, data: Data, task: Task) -> 
         what = f"and those of {data.name} are not; set it to false"
         raise RecipeValueError("cuda_graph", f"captures batches whose inputs and targets are a tensor each, {what}")
     only_images = call is None and not data.as_it_is
-    notes = check_fit(model, data, recipe.task) if only_images else ()
+    notes = check_fit(model, data, recipe.task, _classes_argument(recipe)) if only_images else ()
     if recipe.task_is_own or data.as_it_is:
         check_task(task, model, batch, data.name)
     return Sample(first_input(batch), notes=notes) if only_images else Sample(batch, call, given=True)
+
+
+def _classes_argument(recipe: Recipe) -> str | None:
+    """Return the argument that tells the model how many classes there are; None where it takes no such thing."""
+    builder = find_builder(recipe.model, recipe.task)
+    return builder.classes_argument if builder.classes_argument in builder.accepted else None
 
 
 def check_task(task: Task, model: nn.Module, batch: Any, name: str) -> None:
@@ -62,7 +72,8 @@ def check_task(task: Task, model: nn.Module, batch: Any, name: str) -> None:
         except NeqError:
             raise
         except Exception as error:
-            raise NeqError(f"model: cannot be called with an item of {name}: {_with_place(error)}") from error
+            said = f"cannot be called with an item of {name}: {_with_place(error)}"
+            raise RecipeValueError("model", said, FITTED) from error
         try:
             totals = task.new_totals(device_of(model))
             task.update(totals, outputs, targets, task.loss(outputs, targets))
@@ -70,7 +81,7 @@ def check_task(task: Task, model: nn.Module, batch: Any, name: str) -> None:
         except NeqError:
             raise
         except Exception as error:
-            raise NeqError(f"task: cannot be tested on an item of {name}: {_with_place(error)}") from error
+            raise RecipeValueError("task", f"cannot be tested on an item of {name}: {_with_place(error)}") from error
 
 
 def _with_place(error: Exception) -> str:

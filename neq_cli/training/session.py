@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from neq_cli.errors import FreezingError, RecipeError, RecipeValueError
+from neq_cli.errors import FreezingError, RecipeValueError
 from neq_cli.events import RunStarted
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer, Policy
@@ -22,6 +22,7 @@ from neq_cli.training.batches.loaders import Loaders, make_loaders
 from neq_cli.training.batches.sampling import Share
 from neq_cli.training.data.catalogue import Shape
 from neq_cli.training.data.parts import Data, load_data
+from neq_cli.training.errors import of_the_recipe
 from neq_cli.training.loop.course import Course
 from neq_cli.training.loop.optimizers import build_optimizer
 from neq_cli.training.loop.schedules import Schedule, scheduler_notes
@@ -50,6 +51,7 @@ class Session:
     started: RunStarted
     data_content: Mapping[str, Any]  # what the data holds, wherever it lies: for the run directory
     matched_flops: float | None = None  # what the p was matched to, where that was found here
+    found: tuple[str, ...] = ()  # keys that the recipe leaves open, and that were found in the data
 
 
 @full_memory_named("before epoch 1")
@@ -81,6 +83,7 @@ def prepare(
         energy = energy_of(recipe, device, processes)
     with startup.part("opening the data"):
         data = _load_data(recipe, processes)
+    recipe, found = _with_found(recipe, data)
     loaders = make_loaders(
         data,
         recipe.batch_size,
@@ -152,7 +155,7 @@ def prepare(
         counted="items" if data.as_it_is else "img",
         unit=recipe.unit,
     )
-    return Session(recipe, trainer, started, data.content(), matched_flops)
+    return Session(recipe, trainer, started, data.content(), matched_flops, found)
 
 
 def _start_device(recipe: Recipe, processes: Processes, startup: Startup) -> torch.device:
@@ -239,7 +242,7 @@ def _make_freezer(
                 sample=sample.batch if sample.given else None,
             )
     except FreezingError as error:
-        raise RecipeError([str(error)]) from error
+        raise of_the_recipe(error) from error
 
 
 def _seed_apart(recipe: Recipe, processes: Processes) -> None:
@@ -268,6 +271,13 @@ def _load_data(recipe: Recipe, processes: Processes) -> Data:
         data = load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
     processes.wait()
     return data if processes.local_rank == 0 else load_data(recipe.data, recipe.seed, own_task=recipe.task_is_own)
+
+
+def _with_found(recipe: Recipe, data: Data) -> tuple[Recipe, tuple[str, ...]]:
+    """Return the recipe with how images are prepared, as it is used, and the keys of what it left open."""
+    used = data.used(recipe.data)
+    found = tuple(f"data.{key}" for key in type(used).model_fields if getattr(used, key) != getattr(recipe.data, key))
+    return recipe.model_copy(update={"data": used}), found
 
 
 def freezing_notes(anatomy: Anatomy, mode: BackwardMode) -> list[str]:

@@ -218,7 +218,7 @@ def test_policies_out_of_range(policy: dict[str, Any], key: str, message: str) -
     plain = {"model": {"name": "resnet8"}, "data": {"name": "digits"}, "epochs": 1, "optimizer": {}, "policy": policy}
     _, problems = validate(plain)
     assert list(problems) == [("policy", key)]
-    assert problems["policy", key].startswith(message)
+    assert problems["policy", key].message.startswith(message)
 
 
 def test_scopes_that_hardly_mean_what_they_say_are_warned_of() -> None:

@@ -342,8 +342,9 @@ def test_an_entrypoint_takes_the_place_of_a_name_and_the_reverse() -> None:
     assert (model.name, model.entrypoint, model.kwargs) == (None, "nets:make", {"num_classes": 10})
     data = load(GOOD.replace("name: CIFAR10", "entrypoint: sets:make"), "data.name=digits").data
     assert (data.name, data.entrypoint) == ("digits", None)
-    assert problems(GOOD, "model.entrypoint=a:b", "model.name=resnet18") == [
-        "command line: model.name=resnet18: model: both name and entrypoint are given; remove one of them"
+    both = "model.entrypoint=a:b model.name=resnet18"
+    assert problems(GOOD, *both.split()) == [
+        f"command line: {both}: model: both name and entrypoint are given; remove one of them"
     ]
 
 
@@ -451,7 +452,9 @@ def test_a_section_the_file_leaves_out_is_checked_with_its_defaults() -> None:
 
 def test_the_whole_recipe_is_checked_only_when_its_sections_are_right() -> None:
     wrong = Recorder({"data": [Problem("data.root", "no such folder")]})
-    assert problems(checks=[wrong]) == ["cifar10.yaml:2: data.root: no such folder"]
+    assert problems(checks=[wrong]) == [
+        "cifar10.yaml:2: data.root: no such folder ('~/data' is the default: write data.root)"
+    ]
     assert "" not in wrong.called
     whole = Recorder({"": [Problem("", "sections at odds"), Problem("device", "no CUDA")]})
     assert problems(GOOD, "device=cuda", checks=[whole]) == [

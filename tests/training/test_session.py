@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ def test_a_session_says_what_it_is() -> None:
     assert started.layers["fc"] == 10
     assert "never frozen (output layer): fc" in started.notes
     assert "data.cache: memory, 0.46 MB" in started.notes
+    assert (session.recipe.data.mean, session.recipe.data.std, session.recipe.data.channels) == ([0.3058], [0.3764], 1)
+    assert session.found == ("data.channels", "data.mean", "data.std")
     assert session.data_content == {
         "name": "digits", "train": 1438, "test": 359, "classes": 10, "image_shape": [1, 8, 8],
         "mean": [0.3058], "std": [0.3764], "class_names": list("0123456789"),
@@ -165,3 +168,44 @@ def test_an_estimate_needs_the_size_of_the_images() -> None:
     with pytest.raises(RecipeError, match=r"^data.image_size: "):
         estimate_flops(recipe)
     assert estimate_flops(make_recipe(data={"name": "image_folder", "image_size": 32}, model={"name": "resnet8"}))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, (None, [0.3058], [0.3764], 1)),
+        ({"mean": [0.5]}, (None, [0.5], [0.3764], 1)),
+        ({"augment": "imagenet", "image_size": 12}, (12, [0.3058], [0.3764], 1)),
+        ({"name": "FakeData", "kwargs": {"size": 60, "image_size": [1, 8, 8]}}, (None, [0.5], [0.5], 1)),
+        ({"name": None, "entrypoint": "found_sets:bytes"}, (None, [0.5], [0.5], 1)),
+        ({"name": None, "entrypoint": "found_sets:floats"}, (None, None, None, 1)),  # which come prepared
+    ],
+)
+def test_a_recipe_is_resolved_to_what_images_are_prepared_by(
+    data: dict[str, Any], expected: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "found_sets.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n"
+        "def of(images): return [TensorDataset(images, torch.arange(99) % 10)] * 2\n"
+        "def bytes(): return of(torch.full((99, 1, 8, 8), 51, dtype=torch.uint8))\n"
+        "def floats(): return of(torch.full((99, 1, 8, 8), 0.2))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plain = make_recipe(data={"name": "digits", "workers": 0, "probe_size": 20, **data}, batch_size=8)
+    first = prepare(plain, "small")
+    found = first.recipe.data
+    assert (found.image_size, found.mean, found.std, found.channels) == expected
+    # Trained by what was written it is the same run, which finds nothing any more.
+    (tmp_path / "again.yaml").write_text(dump_recipe(first.recipe))
+    again = prepare(load_recipe(str(tmp_path / "again.yaml")).recipe, "small")
+    assert again.recipe == first.recipe
+    assert again.found == ()
+    assert again.data_content == first.data_content
+    pairs = zip(first.trainer.loaders.probe, again.trainer.loaders.probe, strict=True)
+    assert all(torch.equal(one[0], other[0]) for one, other in pairs)
+
+
+def test_the_size_that_images_are_cut_to_is_written_out() -> None:
+    data = {"name": "digits", "workers": 0, "augment": "imagenet"}
+    recipe = prepare(make_recipe(data=data, batch_size=2, channels_last=False), "small").recipe
+    assert recipe.data.image_size == 224

@@ -13,6 +13,7 @@ from typing import Any
 
 from neq_cli.errors import RecipeError
 from neq_cli.recipe.describe import shown
+from neq_cli.recipe.document import Given
 from neq_cli.recipe.keys import CHANGES
 from neq_cli.recipe.values import SURROUNDINGS
 from neq_cli.recipe.yaml import YamlSyntaxError, read_yaml
@@ -26,14 +27,20 @@ _OPENING, _CLOSING, _QUOTES = "[{", "]}", "'\""
 
 @dataclass(frozen=True)
 class Axis:
-    """A key and the values it takes, at least one; ``texts`` are YAML."""
+    """A key and the values it takes, at least one, as YAML ``texts``. ``option`` is what stood for the key, if any."""
 
     key: str
     texts: tuple[str, ...]
+    option: str | None = None
 
     @property
     def values(self) -> tuple[Any, ...]:
         return tuple(_value(text) for text in self.texts)
+
+    def override(self, text: str) -> str:
+        """Return what sets the key to the value ``text``."""
+        override = f"{self.key}={text}"
+        return override if self.option is None else Given(override, f"{self.option} {text}")
 
     @property
     def names_runs(self) -> bool:
@@ -96,7 +103,8 @@ def parse_grid(arguments: Sequence[str]) -> Grid:
         if what is not None:
             problems.append(escaped(f"command line: {argument}: {what}"))
             continue
-        axes[key] = Axis(key, tuple(texts))
+        option = argument.written.partition(" ")[0] if isinstance(argument, Given) else None
+        axes[key] = Axis(key, tuple(texts), option)
     count = math.prod(len(axis.texts) for axis in axes.values())
     if count > LARGEST:
         problems.append(f"command line: {count} runs, more than the {LARGEST} of one sweep; give fewer values")
@@ -151,7 +159,7 @@ def _points(axes: Sequence[Axis]) -> Iterator[Point]:
         parts = [_part(axis.key, text) for axis, text in sorted(naming, key=lambda pair: _naming_order(pair[0]))]
         yield Point(
             _bounded(",".join(parts) or "run"),
-            tuple(f"{axis.key}={text}" for axis, text in chosen),
+            tuple(axis.override(text) for axis, text in chosen),
             tuple(_label(_value(text)) for _, text in naming),
         )
 

@@ -20,7 +20,7 @@ from neq_cli.runs.compare.configurations import (
     matched_to_seeds,
     matched_values,
     roots_of_unknown_content,
-    settings,
+    settings_together,
     written,
 )
 from neq_cli.runs.compare.energy import common_way, energy_notes, is_measured, total_joules
@@ -160,8 +160,8 @@ def _where(runs: Sequence[Run]) -> str:
 
 def _groups(runs: Sequence[Run]) -> list[_Group]:
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        found.setdefault(tuple(sorted(settings(run).items())), []).append(run)
+    for run, flat in zip(runs, settings_together(runs), strict=True):
+        found.setdefault(tuple(sorted(flat.items())), []).append(run)
     members = [sorted(group, key=lambda run: (_seed(run) is None, _seed(run) or 0)) for group in found.values()]
     return [_Group(label, tuple(group)) for label, group in zip(labels(members), members, strict=True)]
 

@@ -18,6 +18,9 @@ from neq_cli.text import printable
 # Configurations that differ here answer different questions; `data.probe_size` alone is left free.
 _COMPARABLE_BLOCKS = ("data", "model", "task", "epochs")
 _COMPARABLE_ANYWAY = frozenset({"data.probe_size"})
+_OF_IMAGES = ("data.channels", "data.image_size", "data.mean", "data.std")
+_CUT_TO_A_SIZE = ('"imagenet"', '"randaugment"')
+_AUTO = '"auto"'
 UNSET = "not set"
 
 Settings = Mapping[str, str]
@@ -37,14 +40,64 @@ def settings(run: Run) -> Settings:
     visit(run.recipe, "")
     if _is_matched(run):
         flat["policy.p"] = MATCH  # whichever run it was matched to, and by whatever path
-    return flat
+    if flat.get("data.channels") == _AUTO:  # which is what it was before there was such a key
+        del flat["data.channels"]
+    return {**flat, **_images_as_used(run, flat)}
+
+
+def settings_together(runs: Sequence[Run]) -> list[Settings]:
+    """Return the settings of each run; where one does not tell how its images were prepared, as those that found it.
+
+    Runs of before have ``mean: null`` for what they found in the data, and say nowhere what that was.
+    """
+    flats = [dict(settings(run)) for run in runs]
+    for key in _OF_IMAGES:
+        told = {flat[key] for run, flat in zip(runs, flats, strict=True) if key in flat and _is_found(key, run)}
+        for flat in flats:
+            if key not in flat and len(told) == 1:
+                flat[key] = next(iter(told))
+    return list(flats)
+
+
+def _images_as_used(run: Run, flat: Settings) -> dict[str, str]:
+    """Return how images were prepared where the recipe leaves it open, as the run tells of its data."""
+    data = run.environment.get("data")
+    if not isinstance(data, dict):
+        return {}
+    used: dict[str, Any] = {"data.mean": data.get("mean"), "data.std": data.get("std")}
+    shape = data.get("image_shape")
+    if isinstance(shape, list) and len(shape) == 3:
+        used["data.channels"] = shape[0] if shape[0] in (1, 3) else None
+        if flat.get("data.augment") in _CUT_TO_A_SIZE:
+            used["data.image_size"] = shape[1]
+    left_open = [key for key, value in used.items() if value is not None and key not in flat]
+    return {key: json.dumps(_number_as_float(used[key])) for key in left_open}
+
+
+def _is_found(key: str, run: Run) -> bool:
+    """Whether the recipe left ``key`` open, as runs of before did; how many channels there are the model decides."""
+    return key == "data.channels" or key in _found(run)
+
+
+def _found(run: Run) -> set[str]:
+    """Return the keys that the recipe left open and the run found, when it began or when it was gone on with."""
+    resumed = run.environment.get("resumed")
+    entries = (
+        [entry.get("changed") for entry in resumed if isinstance(entry, dict)] if isinstance(resumed, list) else []
+    )
+    told = [about.get("found") for about in (run.environment, *entries) if isinstance(about, dict)]
+    return {key for keys in told if isinstance(keys, list) for key in keys if isinstance(key, str)}
 
 
 def content(run: Run) -> Settings:
     """Return what must agree before runs are compared: data, model, task, epochs, and the data's recorded content."""
+    return _content(run, settings(run))
+
+
+def _content(run: Run, flat: Settings) -> Settings:
     found = {
         key: value
-        for key, value in settings(run).items()
+        for key, value in flat.items()
         if key.split(".")[0] in _COMPARABLE_BLOCKS and key not in _COMPARABLE_ANYWAY
     }
     recorded = run.environment.get("data")
@@ -58,7 +111,7 @@ def disagreements(runs: Sequence[Run]) -> dict[str, dict[str, list[Run]]]:
 
     What environment.json records of the data counts only between runs that recorded it.
     """
-    contents = [content(run) for run in runs]
+    contents = [_content(run, flat) for run, flat in zip(runs, settings_together(runs), strict=True)]
     found: dict[str, dict[str, list[Run]]] = {}
     for key in dict.fromkeys(key for each in contents for key in each):
         values: dict[str, list[Run]] = {}
@@ -128,7 +181,7 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     does not tell stands behind those that would read the same without it.
     """
     found = [policy_label(group) for group in groups]
-    flats = [settings(group[0]) for group in groups]
+    flats = settings_together([group[0] for group in groups])
     shared = [key for key in differing_keys(flats) if key.split(".")[0] != "policy"]
     result = []
     for name, flat in zip(found, flats, strict=True):

@@ -8,10 +8,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from neq_cli.errors import RunDirectoryError
+from neq_cli.recipe.data_keys import DataSection
 from neq_cli.recipe.describe import shown
 from neq_cli.recipe.keys import MAY_CHANGE, Problem, Recipe
 from neq_cli.recipe.policy_keys import StochasticPolicy, matched_run
-from neq_cli.recipe.validate import validate
+from neq_cli.recipe.validate import Wrong, validate
 from neq_cli.runs.store.paths import STATES, RunFiles, is_hidden, recipe_folder
 from neq_cli.runs.store.status import parse_time
 from neq_cli.runs.store.untrusted import damaged, read_json, read_yaml
@@ -80,7 +81,7 @@ def stored_recipe(path: Path) -> Recipe:
     file = RunFiles(path).recipe
     recipe, problems = validate(read_yaml(file))
     if recipe is None:
-        key, message = next(iter(problems.items()), ((), "not a recipe"))
+        key, (message, _) = next(iter(problems.items()), ((), Wrong("not a recipe")))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise damaged(file, printable(f"{'.'.join(map(str, key))}: {message}", 300) + more)
     return recipe
@@ -93,6 +94,9 @@ def differences(stored: Recipe, wanted: Recipe, run: Path | None = None, otherwi
     what is trained, and ``batch_size``.
     """
     wanted = merged(stored, wanted)
+    if stored.data.channels == "auto":  # as runs of before had it, with those that the model takes, now as then
+        told = stored.data.model_copy(update={"channels": wanted.data.channels})
+        stored = stored.model_copy(update={"data": told})
     before, now = _values(stored), _values(wanted)
     for name in _NAMES_OF_ARGUMENTS:
         if not _is_same(name, before, now):  # its arguments go with it
@@ -115,6 +119,7 @@ def merged(stored: Recipe, wanted: Recipe) -> Recipe:
     changes: dict[str, Any] = {}
     if wanted.channels_last == "auto":
         changes["channels_last"] = stored.channels_last
+    changes["data"] = wanted.data.model_copy(update=_found(stored.data, wanted.data))
     policy, before = wanted.policy, stored.policy
     if isinstance(policy, StochasticPolicy) and isinstance(before, StochasticPolicy) and policy.matched_p is None:
         # The run that was matched keeps its name wherever it is moved; its path may be relative, too.
@@ -123,6 +128,12 @@ def merged(stored: Recipe, wanted: Recipe) -> Recipe:
             update={"matched_p": before.matched_p, "p": before.p if is_same_run else policy.p}
         )
     return wanted.model_copy(update=changes)
+
+
+def _found(stored: DataSection, wanted: DataSection) -> dict[str, Any]:
+    """Return what the run found of its images where ``wanted`` leaves that open."""
+    found = {key: getattr(stored, key) for key in ("mean", "std", "image_size") if getattr(wanted, key) is None}
+    return found | ({"channels": stored.channels} if wanted.channels == "auto" else {})
 
 
 def ended_at_rest(stored: Recipe, wanted: Recipe, epoch: int) -> bool:

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from neq_cli.errors import TrainingError
 from neq_cli.training.batches.sampling import ShuffledSampler
 from neq_cli.training.batches.workers import in_batches
 from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages
-from neq_cli.training.errors import DataError
 from neq_cli.training.machine.limits import usable_cores
 from neq_cli.training.startup import READING, Startup
 
@@ -62,8 +62,8 @@ class CachedBatches:
     """Batches of (images [batch, channels, height, width], labels [batch]) on ``device``, in any number of passes.
 
     Images are decoded in the first pass and cached at ``place``. With a ``sampler`` they are shuffled, augmented where
-    the part is, and come in whole batches of the sampler's only. Raises DataError as the part does, and where they do
-    not fit.
+    the part is, and come in whole batches of the sampler's only. Raises DataError as the part does, and TrainingError
+    where they do not fit.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ def _room(count: int, batch: Tensor, place: torch.device) -> Tensor:
     try:
         return torch.empty((count, *batch.shape[1:]), dtype=batch.dtype, device=place)
     except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-        raise DataError(f"data.cache: no room for {count} images on {place}; use none") from error
+        raise TrainingError(f"data.cache: no room for {count} images on {place}; use none") from error
 
 
 def _read(images: Images, decoding: Decoding) -> Iterator[tuple[Tensor, ...]]:

@@ -23,6 +23,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from neq_cli.errors import TrainingError
 from neq_cli.training.errors import DataError
 
 # What a death, or a lack of something that workers need, looks like in torch's and the system's words.
@@ -52,7 +53,8 @@ _REASONS = (
 class Batches(DataLoader[Any]):
     """A DataLoader of (images [batch, channels, height, width], labels [batch]) whose workers' errors end at once.
 
-    Raises DataError, one line, where a worker raises it, is killed or lacks memory, files or room to hand over batches.
+    Raises DataError, one line, where a worker raises it, and TrainingError where one is killed or lacks memory, files
+    or room to hand over batches.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -67,10 +69,11 @@ class Batches(DataLoader[Any]):
             message = self._line(error)
             if message is None:
                 raise
+            kind = DataError if isinstance(error, DataError) else TrainingError
             error.__traceback__ = None  # it holds the workers, and with them what torch does when they are let go
         else:
             return
-        raise DataError(message)
+        raise kind(message)
 
     def _line(self, error: BaseException) -> str | None:
         """Return what to say of an error that is no mistake of the program's."""

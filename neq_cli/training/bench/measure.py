@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from neq_cli import __version__
-from neq_cli.errors import FreezingError, RecipeError
+from neq_cli.errors import FreezingError
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.backward.dispatch import Dispatch
@@ -24,6 +24,7 @@ from neq_cli.training.bench.options import BenchOptions
 from neq_cli.training.bench.samples import LayerUse, Measurement, Subject, measurements, together
 from neq_cli.training.bench.timed_step import TimedStep
 from neq_cli.training.data.parts import Data
+from neq_cli.training.errors import of_the_recipe
 from neq_cli.training.machine.device import describe_device, resolve_device
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.machine.paired_ratio import paired_ratio
@@ -66,7 +67,7 @@ def bench(recipe: Recipe, options: BenchOptions, show: Show = lambda done, visit
 
         measured = Bench(device, make_step, options, show).run()
     except FreezingError as error:
-        raise RecipeError([str(error)]) from error
+        raise of_the_recipe(error) from error
     return {
         "model": recipe.model.name or recipe.model.entrypoint,
         "data": data.name,

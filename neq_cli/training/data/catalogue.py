@@ -221,9 +221,9 @@ def sample_shape(section: DataSection) -> Shape | None:
             raise RecipeValueError("data.kwargs.image_size", f"{given!r} is not [channels, height, width]")
         own = (given[0], given[1], given[2])
     size = Preparation(section.image_size, section.augment).size
-    if size is None:
-        return own
-    return (3 if own is None else own[0], size, size)  # data of differing sizes is in colour
+    if size is not None:
+        own = (3 if own is None else own[0], size, size)  # data of differing sizes is in colour
+    return own if own is None or section.asked_channels is None else (section.asked_channels, *own[1:])
 
 
 def _counts(values: Iterable[Any]) -> bool:
@@ -233,12 +233,22 @@ def _counts(values: Iterable[Any]) -> bool:
 def statistics(section: DataSection, channels: int) -> Statistics:
     """Return the mean and std to normalise by: the recipe's, else the data's own, else ImageNet's or halves."""
     entry = CATALOGUE[find_name(section.name)] if section.name is not None else None
-    mean, std = (entry.statistics if entry else None) or (IMAGENET_STATISTICS if channels == 3 else GREY_STATISTICS)
+    mean, std = _known(entry, channels)
     mean = tuple(section.mean) if section.mean is not None else mean
     std = tuple(section.std) if section.std is not None else std
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise RecipeValueError(
-                f"data.{key}", f"{len(values)} given, and images have {channels} channel(s); give one per channel"
+                f"data.{key}",
+                f"{len(values)} given, and images have {channels} channel(s); give one per channel",
+                (f"data.{key}", "data.channels"),
             )
     return mean, std
+
+
+def _known(entry: Entry | None, channels: int) -> Statistics:
+    known = entry.statistics if entry is not None else None
+    if known is not None and len(known[0]) in (1, channels):  # one is of grey, which may be repeated
+        mean, std = known
+        return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
+    return IMAGENET_STATISTICS if channels == 3 else GREY_STATISTICS

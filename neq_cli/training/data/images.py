@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from neq_cli.training.data.pixels import Range, as_tensor, cannot_be_used
+from neq_cli.training.data.channels import in_channels
+from neq_cli.training.data.opened import place_of
+from neq_cli.training.data.pixels import Range, cannot_be_used
 from neq_cli.training.data.transforms import Preparation, drawn_from
 from neq_cli.training.errors import DataError
 
@@ -132,9 +133,9 @@ class ImagesInMemory(Images):
 class ReadImages(Images):
     """Images of a dataset that yields (PIL image, array or tensor, label), read as they are asked for.
 
-    ``value_range``: the values of their pixels that become 0 and 1, where those are not their type's. Raises DataError,
-    naming the file, where an image cannot be read, has another ``shape`` or ``dtype`` than the first one, or a label
-    that is none of ``classes``.
+    ``value_range``: the values of their pixels that become 0 and 1, where those are not their type's; ``channels``: how
+    many they are brought to, where they do not keep their own. Raises DataError, naming the file, where an image cannot
+    be read, has another ``shape`` or ``dtype`` than the first one, or a label that is none of ``classes``.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class ReadImages(Images):
         dtype: torch.dtype | None = None,
         classes: int | None = None,
         value_range: Range | None = None,
+        channels: int | None = None,
         augmented: bool,
     ) -> None:
         super().__init__(indices, preparation, augmented=augmented)
@@ -157,6 +159,7 @@ class ReadImages(Images):
         self.dtype = dtype
         self.classes = classes
         self.value_range = value_range
+        self.channels = channels
 
     @property
     def differ(self) -> bool:
@@ -208,7 +211,7 @@ class ReadImages(Images):
         return image, label
 
     def _as_tensor(self, image: Any, index: int) -> Tensor:
-        tensor = as_tensor(image, self.value_range)
+        tensor = in_channels(image, self.channels, self.value_range)
         if self.dtype is not None and tensor.dtype is not self.dtype:
             raise DataError(
                 f"{self._place(index)}: {_depth(tensor.dtype)}, but others have {_depth(self.dtype)}; "
@@ -227,17 +230,6 @@ def as_label(target: Any) -> int:
     if label != target:
         raise ValueError(f"label {float(target):g} is no whole number; numbers are learnt by a task of your own")
     return label
-
-
-def place_of(source: Any, index: int, name: str, which: int = 0) -> str:
-    """Name the file of an image of ``source``, or (``which`` 1) of its mask: its path, else its number in ``name``."""
-    for attribute in ("samples", "_samples", "_image_files"):
-        entries = getattr(source, attribute, None)
-        if isinstance(entries, Sequence):
-            path = entries[index][which] if isinstance(entries[index], tuple) else entries[index]
-            if isinstance(path, str | Path):
-                return str(path)
-    return f"{'mask' if which else 'image'} {index} of {name}"
 
 
 def _depth(dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ Collate = Callable[[list[Any]], Any]
 
 _OF_IMAGES = (
     *("image_size", "base_size", "augment", "interpolation", "erasing", "mixup", "cutmix"),
-    *("value_range", "mean", "std"),
+    *("channels", "value_range", "mean", "std"),
 )
 _COLLATING = 0x632BE59BD9B4E019
 """What a batch draws starts from another number than what its first item draws."""

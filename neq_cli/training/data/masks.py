@@ -46,11 +46,19 @@ class MaskedImages(ReadImages):
         classes: int,
         ignore_index: int = IGNORED,
         value_range: Range | None = None,
+        channels: int | None = None,
         whole: bool = False,
         augmented: bool = False,
     ) -> None:
         super().__init__(
-            source, indices, preparation, name=name, classes=classes, value_range=value_range, augmented=augmented
+            source,
+            indices,
+            preparation,
+            name=name,
+            classes=classes,
+            value_range=value_range,
+            channels=channels,
+            augmented=augmented,
         )
         self.ignore_index = ignore_index
         self.whole = whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -41,3 +42,14 @@ def class_names(classes: Sequence[Any]) -> tuple[str, ...]:
 def numbered(classes: int) -> tuple[str, ...]:
     """Return the names of classes that have none: "0", "1", ..."""
     return tuple(map(str, range(classes)))
+
+
+def place_of(source: Any, index: int, name: str, which: int = 0) -> str:
+    """Name the file of an image of ``source``, or (``which`` 1) of its mask: its path, else its number in ``name``."""
+    for attribute in ("samples", "_samples", "_image_files"):
+        entries = getattr(source, attribute, None)
+        if isinstance(entries, Sequence):
+            path = entries[index][which] if isinstance(entries[index], tuple) else entries[index]
+            if isinstance(path, str | Path):
+                return str(path)
+    return f"{'mask' if which else 'image'} {index} of {name}"

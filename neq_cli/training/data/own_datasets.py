@@ -11,9 +11,8 @@ import torch
 from neq_cli.errors import NeqError, RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.recipe.entrypoints import accepted_arguments, load_entrypoint
-from neq_cli.training.data.images import place_of
 from neq_cli.training.data.items import taken_as_they_are
-from neq_cli.training.data.opened import Source, class_names, numbered
+from neq_cli.training.data.opened import Source, class_names, numbered, place_of
 
 
 def open_entrypoint(section: DataSection, entrypoint: str, *, own_task: bool) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,11 +16,13 @@ from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.freezing.model.observing import first_input, tensors_in
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.catalogue import Shape, hub_problems, masks_problems, range_problems, statistics
-from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, as_label, place_of
+from neq_cli.training.data.channels import brought_to_channels, in_channels
+from neq_cli.training.data.images import Images, ImagesInMemory, ReadImages, as_label
 from neq_cli.training.data.items import Items, image_keys_problems
+from neq_cli.training.data.looked_at import check_sizes
 from neq_cli.training.data.masks import MaskedImages, MaskPreparation, is_mask
-from neq_cli.training.data.opened import Source, Stored
-from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats
+from neq_cli.training.data.opened import Source, Stored, place_of
+from neq_cli.training.data.pixels import Range, comes_as_floats
 from neq_cli.training.data.sources import open_source
 from neq_cli.training.data.splits import hold_out, known_labels, split
 from neq_cli.training.data.streamed_images import StreamedImages
@@ -90,6 +92,21 @@ class Data:
             content["class_names"] = list(self.classes)
         return content
 
+    def used(self, section: DataSection) -> DataSection:
+        """Return the section with what was found for what it leaves open: how images are scaled and normalised.
+
+        Their size stays open where they keep their own. A run that is trained by it is the same.
+        """
+        if self.as_it_is or self.image_shape is None:
+            return section
+        preparation = self.train.preparation
+        found: dict[str, Any] = {"image_size": preparation.size} if preparation.cuts_from_larger else {}
+        if preparation.mean is not None and preparation.std is not None:
+            found |= {"mean": list(preparation.mean), "std": list(preparation.std)}
+        if self.image_shape[0] in (1, 3):
+            found["channels"] = self.image_shape[0]
+        return section.model_copy(update=found)
+
     def sample(self) -> Any:
         """Return a batch of one item of the probe. RecipeValueError where it does not make one."""
         try:
@@ -134,9 +151,11 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
     value_range = section.pixel_range if own else None  # all others scale images as they read them
     image, target = _first(source)
     masked = is_mask(target)
+    with _named(source):
+        source, brought = brought_to_channels(section, source)
     for key, problem in (*masks_problems(section, masks=masked), *range_problems(section)):
         raise RecipeValueError(f"data.{key}", problem)
-    first_image = _first_tensor(source, image, value_range)
+    first_image = _first_tensor(source, image, value_range, section.asked_channels)
     finished = own and value_range is None and comes_as_floats(image)
     preparation = _preparation(section, source, first_image.shape[0], masked=masked, finished=finished)
     train: Images
@@ -146,14 +165,20 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
             "classes": len(source.classes),
             "ignore_index": section.ignore_index,
             "value_range": value_range,
+            "channels": section.asked_channels,
         }
         train = MaskedImages(source.train, kept, preparation, augmented=True, **options)
         probe: Images = MaskedImages(source.train, probed, preparation, **options)
         test: Images = MaskedImages(source.test, tested, preparation, whole=True, **options)
     else:
-        train = _images(source, train_part, kept, preparation, value_range, augmented=True)
-        probe = _images(source, source.train, probed, preparation, value_range, augmented=False)
-        test = _images(source, test_part, tested, preparation, value_range, augmented=False)
+        read = {"value_range": value_range, "channels": section.asked_channels}
+        train = _images(source, train_part, kept, preparation, read, augmented=True)
+        probe = _images(source, source.train, probed, preparation, read, augmented=False)
+        test = _images(source, test_part, tested, preparation, read, augmented=False)
+    if not own and preparation.size is None and section.base_size is None:
+        # Images with masks are tested whole, and a stream is not read twice.
+        parts = ([] if tested_only else [source.train]) if masked else [source.train, source.test]
+        check_sizes(source.name, [part for part in parts if not isinstance(part, RowStream)])
     first = probe.fixed([0])[0][0]
     channels, height, width = first.shape
     for images in (train, probe, test):
@@ -171,7 +196,7 @@ def load_data(section: DataSection, seed: int, *, own_task: bool = False, tested
         own=own,
         masked=masked,
         validation=section.validation is not None,
-        notes=source.notes,
+        notes=(*source.notes, *brought),
     )
 
 
@@ -245,9 +270,9 @@ def _first(source: Source) -> tuple[Any, Any]:
         return image, target
 
 
-def _first_tensor(source: Source, image: Any, value_range: Range | None) -> Tensor:
+def _first_tensor(source: Source, image: Any, value_range: Range | None, channels: int | None) -> Tensor:
     with _named(source):
-        return as_tensor(image, value_range)
+        return in_channels(image, channels, value_range)
 
 
 @contextmanager
@@ -268,10 +293,11 @@ def _named(source: Source) -> Iterator[None]:
 
 
 def _images(
-    source: Source, part: Any, indices: Tensor, preparation: Preparation, value_range: Range | None, *, augmented: bool
+    source: Source, part: Any, indices: Tensor, preparation: Preparation, read: Mapping[str, Any], *, augmented: bool
 ) -> Images:
+    """Return images of a part; ``read`` is how those are read that are not in memory."""
     if isinstance(part, StreamPart):
-        options: dict[str, Any] = {"name": source.name, "classes": len(source.classes), "augmented": augmented}
+        options: dict[str, Any] = {"name": source.name, "classes": len(source.classes), "augmented": augmented, **read}
         return StreamedImages(part.stream, part.order, part.numbers, preparation, **options)
     if isinstance(part, Stored):
         return ImagesInMemory(part.images, part.labels, indices, preparation, augmented=augmented)
@@ -281,6 +307,6 @@ def _images(
         preparation,
         name=source.name,
         classes=len(source.classes),
-        value_range=value_range,
         augmented=augmented,
+        **read,
     )

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as images_functional
 
 from neq_cli.errors import NeqError, one_line
 from neq_cli.recipe import Recipe
 from neq_cli.training.data.catalogue import Shape, Statistics
 from neq_cli.training.data.catalogue import statistics as statistics_of
+from neq_cli.training.data.channels import in_channels
 from neq_cli.training.data.masks import MaskPreparation
 from neq_cli.training.data.pixels import Range, as_tensor, comes_as_floats, in_colour, read_image
 from neq_cli.training.data.transforms import Preparation
@@ -65,9 +65,7 @@ class Transform:
                 image = in_colour(image, self.value_range)
             elif not comes_as_floats(image):  # floats are taken as they are
                 image = as_tensor(image, self.value_range)
-            if self.channels == 1 and isinstance(image, Image.Image):
-                image = image.convert("L")
-            return self._in_channels(as_tensor(image))
+            return in_channels(image, self.channels)
         except (OSError, TypeError, ValueError) as error:
             raise NeqError(f"the image cannot be used ({one_line(error)})") from error
 
@@ -109,18 +107,6 @@ class Transform:
             "mean": None if self.preparation.mean is None else list(self.preparation.mean),
             "std": None if self.preparation.std is None else list(self.preparation.std),
         }
-
-    def _in_channels(self, image: Tensor) -> Tensor:
-        if image.dim() != 3:
-            raise ValueError(f"shape {list(image.shape)}, where [channels, height, width] is needed")
-        if len(image) == self.channels:
-            return image
-        if len(image) not in (1, 3) or self.channels not in (1, 3):
-            raise ValueError(f"{len(image)} channels, and the run's images have {self.channels}")
-        if self.channels == 3:
-            return image.repeat(3, 1, 1)
-        grey = bool((image == image[:1]).all())
-        return image[:1] if grey else images_functional.rgb_to_grayscale(image)
 
     def _sized(self, pixels: Tensor, place: str) -> Preparation:
         """Return the preparation; of data of one size, one that scales whatever has another."""

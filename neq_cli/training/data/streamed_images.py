@@ -19,8 +19,8 @@ class StreamedImages(ReadImages):
     """The images ``numbers``, counted from 0, of a stream whose files are read in ``order``.
 
     The process that asks reads the rows, once; decoding, preparing and augmenting them is left to its workers. Trained
-    on, they come in orders of their own; ``numbers`` are then what is not held. DataError as ``ReadImages`` and
-    ``RowStream`` do.
+    on, they come in orders of their own; ``numbers`` are then what is not held. ``read`` is as ``ReadImages`` has it.
+    DataError as ``ReadImages`` and ``RowStream`` do.
     """
 
     streamed = True
@@ -35,9 +35,10 @@ class StreamedImages(ReadImages):
         name: str,
         classes: int,
         augmented: bool,
+        **read: Any,
     ) -> None:
         indices: Any = numbers  # a tensor of so many could be larger than memory
-        super().__init__(stream.reader, indices, preparation, name=name, classes=classes, augmented=augmented)
+        super().__init__(stream.reader, indices, preparation, name=name, classes=classes, augmented=augmented, **read)
         self.stream: RowStream | None = stream
         self.order = order
 

@@ -15,6 +15,7 @@ from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.freezing.rows.optimizers import MIXING_OPTIMIZERS
 from neq_cli.recipe import OptimizerSection, ParameterGroup
 from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs
+from neq_cli.training.blame import blamed
 from neq_cli.training.loop import fused
 
 OPTIMIZERS: Mapping[str, type[Optimizer]] = {
@@ -44,6 +45,18 @@ def optimizer_problems(section: OptimizerSection) -> list[tuple[str, str]]:
     problems = list(_argument_problems(kind, section))
     if problems:
         return problems
+    refusal = _refusal(kind, section)
+    if refusal is None or refusal.key != "optimizer":
+        return [] if refusal is None else [(refusal.key, refusal.reason)]
+
+    def fails_without(argument: str) -> bool:
+        return _refusal(kind, section.model_copy(update={argument: None})) is not None
+
+    return [(blamed("optimizer", ["lr", *section.kwargs], fails_without), refusal.reason)]
+
+
+def _refusal(kind: type[Optimizer], section: OptimizerSection) -> RecipeValueError | None:
+    """Return why the optimiser does not take its arguments, or cannot step with them; None where it can."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.ones(2, 2)
     try:
@@ -51,10 +64,10 @@ def optimizer_problems(section: OptimizerSection) -> list[tuple[str, str]]:
         for _ in range(2):  # momentum has a part from the second step on
             optimizer.step()
     except RecipeValueError as error:
-        return [(error.key, error.reason)]
+        return error
     except TypeError as error:  # others, such as capturable=true, may be for another device
-        return [("optimizer", f"{section.name} cannot step with its arguments ({one_line(error)})")]
-    return []
+        return RecipeValueError("optimizer", f"{section.name} cannot step with its arguments ({one_line(error)})")
+    return None
 
 
 def _argument_problems(kind: type[Optimizer], section: OptimizerSection) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.recipe import SchedulerSection
 from neq_cli.recipe.entrypoints import check_kwargs
 from neq_cli.text import counted
+from neq_cli.training.blame import blamed
 
 _SCHEDULERS: Mapping[str, type[Any]] = {
     name.lower(): kind for name, kind in vars(lr_scheduler).items() if name in lr_scheduler.__all__
@@ -135,6 +136,18 @@ def scheduler_problems(section: SchedulerSection, epochs: int) -> list[tuple[str
     ]
     if problems:
         return problems
+    refusal = _refusal(section, epochs)
+    if refusal is None or refusal.key != "scheduler":
+        return [] if refusal is None else [(refusal.key, refusal.reason)]
+
+    def fails_without(argument: str) -> bool:
+        return _refusal(section.model_copy(update={argument: None}), epochs) is not None
+
+    return [(blamed("scheduler", section.kwargs, fails_without), refusal.reason)]
+
+
+def _refusal(section: SchedulerSection, epochs: int) -> RecipeValueError | None:
+    """Return why a schedule does not take its arguments, or cannot step with them; None where it can."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     try:
         schedule = Schedule(section, optimizer, epochs)
@@ -144,10 +157,10 @@ def scheduler_problems(section: SchedulerSection, epochs: int) -> list[tuple[str
             schedule.after_test(0.0)
             schedule.after_pass()
     except RecipeValueError as error:
-        return [(error.key, error.reason)]
+        return error
     except Exception as error:  # torch looks at most arguments only now
-        return [("scheduler", f"{section.name} cannot step with its arguments ({one_line(error)})")]
-    return []
+        return RecipeValueError("scheduler", f"{section.name} cannot step with its arguments ({one_line(error)})")
+    return None
 
 
 def scheduler_notes(section: SchedulerSection, epochs: int, updates: int = 1) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from neq_cli.errors import NeqError, RecipeValueError, did_you_mean, one_line, p
 from neq_cli.freezing.model.restoring import found_again
 from neq_cli.recipe import ModelSection
 from neq_cli.recipe.entrypoints import load_entrypoint
+from neq_cli.training.blame import blamed
 from neq_cli.training.loop.tasks import main_output
 from neq_cli.training.models import cifar_resnet
 from neq_cli.training.models.builder import Builder
@@ -27,6 +28,11 @@ from neq_cli.training.models.of_transformers import find_transformers
 if TYPE_CHECKING:
     from neq_cli.training.data.parts import Data
 
+_OF_IMAGES = ("name", "entrypoint", "kwargs", "image_size", "base_size", "channels", "augment")
+FITTED = ("model.name", "model.entrypoint", "model.kwargs", *(f"data.{key}" for key in _OF_IMAGES))
+"""The keys that decide whether model and data fit each other."""
+_OF_CHANNELS = tuple(f"model.kwargs.{key}" for key in ("in_channels", "in_chans", "num_channels"))
+_CHANNELS = ("model.name", "model.entrypoint", *_OF_CHANNELS, "data.name", "data.entrypoint", "data.channels")
 LIBRARIES: Mapping[str, Callable[[str, str | None], Builder]] = {
     "timm": lambda name, task: find_timm(name),
     "transformers": find_transformers,
@@ -93,7 +99,7 @@ def try_builder(section: ModelSection, builder: Builder) -> None:
     kwargs = _completed(section, builder, None)
     try:
         with parameters_without_numbers():
-            call_builder(section, builder, kwargs)
+            call_builder(section, builder, kwargs, blame=False)
     except RecipeValueError:  # some read a weight while they are built; and if that is not it, this says so again
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             call_builder(section, builder, kwargs)
@@ -111,8 +117,8 @@ def _completed(section: ModelSection, builder: Builder, num_classes: int | None)
     return builder.completed(section, num_classes)
 
 
-def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]) -> nn.Module:
-    """Call the builder; whatever it raises becomes one line at ``model``."""
+def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any], *, blame: bool = True) -> nn.Module:
+    """Call the builder; whatever it raises becomes one line, which under ``blame`` names the argument that is wrong."""
     try:
         with warnings.catch_warnings():
             # GoogLeNet and Inception announce a change of their default initialisation.
@@ -124,10 +130,13 @@ def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]
         twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
         if twice and section.entrypoint is None:
             raise RecipeValueError(f"model.kwargs.{twice[1]}", f"{builder.name} sets it itself; remove it") from error
-        key = "model.kwargs" if section.kwargs or section.entrypoint is None else "model.entrypoint"
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f" ({frame.filename}:{frame.lineno})" if section.entrypoint else ""
-        raise RecipeValueError(key, f"{builder.name} cannot be built: {one_line(error)}{place}") from error
+        reason = f"{builder.name} cannot be built: {one_line(error)}"
+        if section.entrypoint is not None:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            key = "model.kwargs" if section.kwargs else "model.entrypoint"
+            raise RecipeValueError(key, f"{reason} ({frame.filename}:{frame.lineno})") from error
+        key = blamed("model.kwargs", section.kwargs if blame else (), partial(_fails_without, builder, kwargs))
+        raise RecipeValueError(key, reason) from error
     if not isinstance(model, nn.Module):
         raise RecipeValueError(
             "model.entrypoint", f"'{builder.name}' returned a {type(model).__name__}, not a torch.nn.Module"
@@ -137,12 +146,25 @@ def call_builder(section: ModelSection, builder: Builder, kwargs: dict[str, Any]
     return model
 
 
-def check_fit(model: nn.Module, data: Data, task: str | None = None) -> tuple[str, ...]:
-    """Run one probe sample through ``model`` in eval mode, and raise NeqError where data and model do not fit.
+def _fails_without(builder: Builder, kwargs: Mapping[str, Any], argument: str) -> bool:
+    try:
+        with warnings.catch_warnings(), parameters_without_numbers():
+            warnings.simplefilter("ignore")
+            builder.make(**{name: value for name, value in kwargs.items() if name != argument})
+    except (Exception, SystemExit):
+        return True
+    return False
+
+
+def check_fit(
+    model: nn.Module, data: Data, task: str | None = None, classes_argument: str | None = None
+) -> tuple[str, ...]:
+    """Run one probe sample through ``model`` in eval mode; RecipeValueError where data and model do not fit.
 
     The output must be [1, at least num_classes], and of the image's height and width where the data has masks; or
-    smaller, where ``task``, the recipe's, is neq's own segmentation, which scales it up: a note says so. Runs where the
-    model is, which is left as it was.
+    smaller, where ``task``, the recipe's, is neq's own segmentation, which scales it up: a note says so. Another says
+    where a task of neq's own has more outputs than classes, and by which ``classes_argument`` of the model's it would
+    not. Runs where the model is, which is left as it was.
     """
     image = data.probe[0][0]
     shape = "x".join(str(size) for size in image.shape)
@@ -157,28 +179,39 @@ def check_fit(model: nn.Module, data: Data, task: str | None = None) -> tuple[st
     given = list(outputs.shape[2:])
     scaled = task == "segmentation" and len(given) == 2 and all(0 < a <= b for a, b in zip(given, size, strict=True))
     if outputs.ndim != 2 + len(size) or outputs.shape[0] != 1 or (given != size and not scaled):
-        raise NeqError(
-            f"model: an image of {data.name}, {shape}, gives an output of shape {list(outputs.shape)}; "
-            f"{name} needs {[1, data.num_classes, *size]}"
+        raise RecipeValueError(
+            "model",
+            f"an image of {data.name}, {shape}, gives an output of shape {list(outputs.shape)}; "
+            f"{name} needs {[1, data.num_classes, *size]}",
+            FITTED,
         )
     if data.num_classes is not None and outputs.shape[1] < data.num_classes:
-        raise NeqError(
-            f"model: {outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}; "
-            "give the model as many outputs as there are classes"
+        raise RecipeValueError(
+            "model",
+            f"{outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}; "
+            "give the model as many outputs as there are classes",
+            FITTED,
         )
-    if given == size:
-        return ()
-    sizes = " for masks of ".join("x".join(map(str, sides)) for sides in (given, size))
-    return (f"task: the model's outputs are smaller than the masks, and scaled up to them, bilinearly: {sizes}",)
+    notes = []
+    own_task = task is not None and ":" in task
+    if data.num_classes is not None and outputs.shape[1] > data.num_classes and not own_task:
+        what = f"{outputs.shape[1]} outputs for the {data.num_classes} classes of {data.name}"
+        mend = f"model.kwargs.{classes_argument}={data.num_classes} leaves them out"
+        mend = "give the model one for each class" if classes_argument is None else mend
+        notes.append(f"model: {what}: the others are never right, and count in the loss until that is learnt; {mend}")
+    if given != size:
+        what = "the model's outputs are smaller than the masks, and scaled up to them, bilinearly"
+        sizes = " for masks of ".join("x".join(map(str, sides)) for sides in (given, size))
+        notes.append(f"task: {what}: {sizes}")
+    return tuple(notes)
 
 
-def misfit(model: nn.Module, name: str, shape: Sequence[int], error: Exception) -> NeqError:
+def misfit(model: nn.Module, name: str, shape: Sequence[int], error: Exception) -> RecipeValueError:
     """Return what to say where ``model`` raised ``error`` on an image of ``name``, [channels, height, width]."""
     sizes = "x".join(map(str, shape))
-    return NeqError(
-        f"model: does not take an image of {name}, {sizes}: {one_line(error).rstrip('.')}"
-        f"{_mend(model, shape[0], error)}"
-    )
+    said = f"does not take an image of {name}, {sizes}: {one_line(error).rstrip('.')}"
+    mend = _mend(model, shape[0], error)
+    return RecipeValueError("model", f"{said}{mend}", _CHANNELS if "channels" in mend else FITTED)
 
 
 def first_convolution(model: nn.Module) -> nn.Conv2d | None:
@@ -198,8 +231,9 @@ def _mend(model: nn.Module, channels: int, error: Exception) -> str:
         return f" ({place_in_code(error)})"  # a mistake in the model's own code
     first = first_convolution(model)
     if first is not None and first.in_channels != channels:
+        or_data = f", or data.channels={first.in_channels}" if first.in_channels in (1, 3) else ""
         return (
             f"; its first convolution expects {first.in_channels} channels and the data has {channels} "
-            "(model.kwargs.in_channels, in_chans or num_channels, whichever the model has)"
+            f"(model.kwargs.in_channels, in_chans or num_channels, whichever the model has{or_data})"
         )
     return "; try another data.image_size, or model.kwargs.img_size or image_size where the model has one"

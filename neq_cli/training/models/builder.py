@@ -15,11 +15,12 @@ from neq_cli.recipe.entrypoints import accepted_arguments, check_kwargs
 
 @dataclass(frozen=True)
 class ImageDefaults:
-    """The images that a model is configured for: pixels of a side, mean and std per channel; None: it says nothing."""
+    """The images that a model is made for: pixels of a side, mean and std per channel, channels; None: not told."""
 
     size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    channels: int | None = None
 
 
 def side_of(size: Any) -> int | None:
@@ -37,6 +38,8 @@ class Builder:
 
     classes_argument: ClassVar[str] = "num_classes"
     """The argument that says how many classes the network tells apart."""
+    channels_argument: ClassVar[str | None] = "in_channels"
+    """The argument that says how many channels its images have; None where it has none."""
 
     @property
     def needs_task(self) -> bool:
@@ -74,4 +77,9 @@ class Builder:
 
     def image_defaults(self, section: ModelSection) -> ImageDefaults:
         """Return what the model's own configuration says of images; nothing is opened but small files of settings."""
-        return ImageDefaults()
+        return ImageDefaults(channels=self.given_channels(section, 3))
+
+    def given_channels(self, section: ModelSection, default: int | None) -> int | None:
+        """Return how many channels the recipe's arguments give the network, else ``default``; None for what is none."""
+        given = section.kwargs.get(self.channels_argument or "", default)
+        return given if isinstance(given, int) and not isinstance(given, bool) else None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class TimmBuilder(Builder):
 
     architecture: str
     tag: str
+
+    channels_argument: ClassVar[str | None] = "in_chans"
 
     @property
     def accepted(self) -> set[str]:
@@ -161,10 +163,11 @@ class TimmBuilder(Builder):
     def image_defaults(self, section: ModelSection) -> ImageDefaults:
         found = self.configuration(section)
         if found is None:
-            return ImageDefaults()
+            return ImageDefaults(channels=self.given_channels(section, None))
         settings = imported("timm.data", self.name).resolve_data_config(pretrained_cfg=found.to_dict())
         size = section.kwargs.get("img_size") or settings["input_size"][-2:]
-        return ImageDefaults(side_of(size), settings["mean"], settings["std"])
+        channels = self.given_channels(section, settings["input_size"][0])
+        return ImageDefaults(side_of(size), settings["mean"], settings["std"], channels)
 
 
 def find_timm(name: str) -> TimmBuilder:

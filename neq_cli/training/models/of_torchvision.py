@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchvision
@@ -44,6 +44,8 @@ class TorchvisionBuilder(Builder):
     """A builder of torchvision's, and what its ``**kwargs`` go to."""
 
     forwards_to: tuple[Callable[..., Any], ...] = ()
+
+    channels_argument: ClassVar[str | None] = None
 
     @property
     def accepted(self) -> set[str]:

@@ -49,6 +49,7 @@ class TransformersBuilder(Builder):
     checkpoint: str | None = None
 
     classes_argument: ClassVar[str] = "num_labels"
+    channels_argument: ClassVar[str | None] = "num_channels"
 
     @property
     def needs_task(self) -> bool:
@@ -122,7 +123,10 @@ class TransformersBuilder(Builder):
             configuration = configured(self.configuration_class, self.checkpoint, self.name, section.kwargs)
         seeing = getattr(configuration, "vision_config", configuration)  # CLIP reads, too
         mean, std = image_statistics(self.checkpoint, self.name)
-        return ImageDefaults(side_of(getattr(seeing, "image_size", None)), mean, std)
+        channels = getattr(seeing, "num_channels", None)
+        return ImageDefaults(
+            side_of(getattr(seeing, "image_size", None)), mean, std, channels if isinstance(channels, int) else None
+        )
 
 
 def find_transformers(name: str, task: str | None = None) -> TransformersBuilder:

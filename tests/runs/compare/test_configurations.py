@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from neq_cli.runs.compare.comparison import compare_runs
 from neq_cli.runs.compare.configurations import disagreements, labels, model_and_data, policy_label, settings, written
 from neq_cli.runs.store.run import Run
 
@@ -155,3 +156,48 @@ def test_model_and_data_by_entrypoint(make_run: Callable[..., Run], recipe: Any)
 )
 def test_settings_are_written_as_people_do(setting: str, shown: str) -> None:
     assert written(setting) == shown
+
+
+USED = {"mean": [0.5], "std": [0.25], "image_shape": [1, 8, 8]}
+OPEN = {"name": "digits", "mean": None, "std": None}
+"""How runs of before wrote what they left to the data."""
+WRITTEN = {"name": "digits", "mean": [0.5], "std": [0.25], "channels": 1}
+FOUND = ["data.channels", "data.mean", "data.std"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "one"),
+    [
+        # A run of before that told what it used, one that wrote it into its recipe, and one that was asked for it.
+        ((OPEN, {"data": USED}), (WRITTEN, {"data": USED, "found": FOUND}), True),
+        ((OPEN, {"data": USED}), (WRITTEN, {"data": USED}), True),
+        ((WRITTEN, {"data": USED, "found": FOUND}), (WRITTEN, {"data": USED}), True),
+        ((OPEN, {"data": USED}), ({**WRITTEN, "mean": [0.4]}, {"data": {**USED, "mean": [0.4]}}), False),
+        # A run of before that did not tell: it is as one that found the same data, not as one that was asked.
+        ((OPEN, {"data": {"image_shape": [1, 8, 8]}}), (WRITTEN, {"data": USED, "found": FOUND}), True),
+        ((OPEN, {}), (WRITTEN, {"data": USED, "resumed": [{"changed": {"found": FOUND}}]}), True),
+        ((OPEN, {}), (WRITTEN, {"data": USED, "found": ["data.mean", "data.std"]}), True),  # channels are the model's
+        ((OPEN, {"data": {"image_shape": [1, 8, 8]}}), (WRITTEN, {"data": USED}), False),
+        ((OPEN, {"data": {"image_shape": [3, 8, 8]}}), (WRITTEN, {"data": USED, "found": FOUND}), False),
+        # Images that are cut to a size, and others that keep their own.
+        (
+            ({**OPEN, "augment": "imagenet"}, {"data": {**USED, "image_shape": [1, 224, 224]}}),
+            (
+                {**WRITTEN, "augment": "imagenet", "image_size": 224},
+                {"data": {**USED, "image_shape": [1, 224, 224]}, "found": [*FOUND, "data.image_size"]},
+            ),
+            True,
+        ),
+        ((OPEN, {"data": USED}), ({**WRITTEN, "image_size": 8}, {"data": USED, "found": FOUND}), False),
+    ],
+)
+def test_images_that_were_prepared_alike_are_one_configuration_however_that_was_written(
+    make_run: Callable[..., Run], recipe: Any, first: Any, second: Any, one: bool
+) -> None:
+    runs = [
+        make_run(str(seed), recipe(data=data, seed=seed), epochs=1, environment=environment)
+        for seed, (data, environment) in enumerate([first, second, first], 1)
+    ]
+    rows = compare_runs(runs, allow_differences=True).rows
+    assert sorted(len(row.runs) for row in rows) == ([3] if one else [1, 2])
+    assert (disagreements(runs) == {}) is one

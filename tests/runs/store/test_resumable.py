@@ -345,3 +345,24 @@ def test_nothing_that_a_run_names_is_imported(tmp_path: Path, imports: Callable[
     (candidate,) = candidates("digits", 1, tmp_path)
     assert differences(candidate.recipe, changed())
     assert not [name for name in imports() if name.startswith("evil")]
+
+
+FOUND = {"data__mean": [0.3], "data__std": [0.4], "data__channels": 1, "data__image_size": 224}
+
+
+def test_what_a_run_found_of_its_images_holds_where_the_recipe_leaves_it_open() -> None:
+    stored = changed(**FOUND)
+    assert lines(stored, changed()) == []
+    assert merged(stored, changed()) == stored
+    assert lines(stored, changed(**FOUND)) == []
+    for key, other in {"data__mean": [0.5], "data__std": [0.5], "data__channels": 3, "data__image_size": 32}.items():
+        (line,) = lines(stored, changed(**{**FOUND, key: other}))
+        assert line.startswith(f"{key.replace('__', '.')}: ")
+
+
+def test_a_run_of_before_that_did_not_tell_what_it_found_is_gone_on_with() -> None:
+    stored = changed()
+    assert lines(stored, changed(data__channels=3)) == []  # as the model takes them, now and then
+    assert merged(stored, changed(data__channels=3)).data.channels == 3
+    (line,) = lines(stored, changed(data__mean=[0.3]))
+    assert line.startswith("data.mean: [0.3], but runs/x was begun with null; leave it")

@@ -83,7 +83,8 @@ def test_test_images_are_whole_and_of_one_size_in_a_batch(folder: Path) -> None:
 
 def test_a_test_mask_is_that_of_its_file(folder: Path) -> None:
     data = load_data(section(folder, image_size=12, base_size=None, mean=[0.0] * 3, std=[1.0] * 3), 1)
-    image, mask = load_data(section(folder, kwargs={"num_classes": 3}, mean=[0.0] * 3, std=[1.0] * 3), 1).test[2]
+    whole = section(folder, kwargs={"num_classes": 3}, mean=[0.0] * 3, std=[1.0] * 3)
+    image, mask = load_data(whole, 1, tested_only=True).test[2]  # whose images differ in size, as they may
     pixels = np.asarray(Image.open(folder / "val" / "images" / "2.png"))
     assert torch.equal((image * 255).round().to(torch.uint8), torch.from_numpy(pixels.copy()).permute(2, 0, 1))
     assert torch.equal(mask, torch.from_numpy(np.array(Image.open(folder / "val" / "masks" / "2.png"))))
@@ -212,7 +213,10 @@ def test_a_wrong_mask_is_one_line_that_names_it(folder: Path, what: str, says: s
         ({"mixup": 0.2}, "data.mixup: changes images without their masks; remove it"),
         ({"kwargs": {"num_classes": 300}}, "data.kwargs.num_classes: 300 is not a number of classes, 1 to 255"),
         ({"kwargs": {"clases": 3}}, "data.kwargs.clases: segmentation_folder takes num_classes; remove it"),
-        ({}, " pixels (height x width), but the first image is "),
+        (
+            {},
+            "/train/images/1.png: 20x16 pixels (height x width), but others have 16x20; give one size for all, such as",
+        ),
     ],
 )
 def test_what_the_recipe_may_not_ask(folder: Path, values: dict[str, Any], says: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 from rounding import apart
 
-from neq_cli.errors import NeqError, TrainingError
+from neq_cli.errors import NeqError, RecipeValueError
 from neq_cli.recipe import DataSection
 from neq_cli.training.data.parts import Data, load_data
 from neq_cli.training.data.splits import split
+from neq_cli.training.errors import DataError
 
 # Scaled to one, less a mean below 0.5, divided by 0.2 or more: statistics are rounded too, and undone again in a test.
 NORMALISED = {"rtol": 0.0, "atol": apart(10, torch.float32, magnitude=1.5 / 0.2)}
@@ -88,7 +90,7 @@ def test_the_recipes_statistics_win() -> None:
         digits(mean=[0.1, 0.2, 0.3])
 
 
-def write(root: Path, sizes: list[tuple[int, int]]) -> DataSection:
+def write(root: Path, sizes: Sequence[tuple[int, int]]) -> DataSection:
     for part in ("train", "test"):
         for name in ("a", "b"):
             (root / part / name).mkdir(parents=True)
@@ -97,19 +99,31 @@ def write(root: Path, sizes: list[tuple[int, int]]) -> DataSection:
     return DataSection(name="image_folder", root=str(root), probe_size=1)
 
 
-def test_images_of_several_sizes_are_told_when_they_are_met(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_told_before_one_is_trained_on(tmp_path: Path) -> None:
     section = write(tmp_path, [(6, 6), (6, 6), (7, 6)])
-    data = load_data(section, 1)
-    assert data.image_shape == (3, 6, 6)
-    assert data.image_bytes == 3 * 6 * 6
-    with pytest.raises(TrainingError, match=r"2.png: 3x7x6, but the first image is 3x6x6; set data.image_size"):
-        [data.train[index] for index in range(len(data.train))]
+    with pytest.raises(RecipeValueError) as raised:
+        load_data(section, 1)
+    assert raised.value.key == "data.image_size"
+    what = "7x6 pixels (height x width), but others have 6x6; give one size for all, such as data.image_size=6"
+    assert raised.value.reason == f"{tmp_path}/train/a/2.png: {what}"
     scaled = load_data(section.model_copy(update={"image_size": 4}), 1)
     assert {scaled.train[index][0].shape for index in range(5)} == {(3, 4, 4)}
     # Black, by ImageNet's statistics.
     torch.testing.assert_close(
         scaled.test[0][0][:, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]), **NORMALISED
     )
+
+
+def test_images_of_another_size_among_many_are_told_when_they_are_met(tmp_path: Path) -> None:
+    sizes = [(6, 6)] * 40
+    sizes[1] = (7, 6)  # of 80 in both classes every fifth is looked at, and neither of these
+    section = write(tmp_path, sizes)
+    data = load_data(section, 1)
+    assert data.image_shape == (3, 6, 6)
+    assert data.image_bytes == 3 * 6 * 6
+    with pytest.raises(DataError, match=r"1.png: 3x7x6, but the first image is 3x6x6; set data.image_size") as raised:
+        [data.train[index] for index in range(len(data.train))]
+    assert raised.value.exit_code == 2  # as for all that is wrong with what was given
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from neq_cli.errors import NeqError
+from neq_cli.errors import NeqError, RecipeValueError
 from neq_cli.recipe import OptimizerSection
 from neq_cli.training.loop.optimizers import (
     OPTIMIZERS,
@@ -71,7 +71,7 @@ def test_arguments_are_passed_and_defaults_are_torchs() -> None:
     ],
 )
 def test_what_is_wrong_is_told_when_checked_and_when_built(name: str, values: dict[str, Any], message: str) -> None:
-    with pytest.raises(NeqError) as built:
+    with pytest.raises(RecipeValueError) as built:
         optimizer(name, **values)
     assert str(built.value).startswith(message)
     assert "\n" not in str(built.value)
@@ -81,7 +81,11 @@ def test_what_is_wrong_is_told_when_checked_and_when_built(name: str, values: di
             optimizer_problems(section)
         assert str(checked.value) == str(built.value)
     else:
-        assert [f"{key}: {problem}" for key, problem in optimizer_problems(section)] == [str(built.value)]
+        ((key, problem),) = optimizer_problems(section)
+        assert problem == built.value.reason
+        # Before it is built, the argument is found without which it could be.
+        (argument,) = values
+        assert key == (f"optimizer.{argument}" if built.value.key == "optimizer" else built.value.key)
 
 
 def test_every_class_of_torch_optim_is_known() -> None:

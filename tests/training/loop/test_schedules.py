@@ -12,7 +12,7 @@ import torch
 from rounding import apart
 from torch import nn
 
-from neq_cli.errors import NeqError
+from neq_cli.errors import RecipeValueError
 from neq_cli.recipe import OptimizerSection, SchedulerSection
 from neq_cli.training.loop.optimizers import build_optimizer
 from neq_cli.training.loop.schedules import (
@@ -162,28 +162,39 @@ def test_a_schedule_goes_on_from_its_state(warmup: int) -> None:
 )
 def test_schedules_that_cannot_be(values: dict[str, Any], message: str) -> None:
     section = SchedulerSection(**values)
-    with pytest.raises(NeqError) as built:
+    with pytest.raises(RecipeValueError) as built:
         build_scheduler(section, optimizer(lr=0.1), 10)
     assert str(built.value).startswith(message)
     assert "\n" not in str(built.value)
     if not message.startswith("scheduler.name"):
-        assert f"{scheduler_problems(section, 10)[0][0]}: {scheduler_problems(section, 10)[0][1]}" == str(built.value)
+        key, problem = scheduler_problems(section, 10)[0]
+        assert problem == built.value.reason
+        # Before it is built, the argument is found without which it could be.
+        assert key == ("scheduler.start_factor" if built.value.key == "scheduler" else built.value.key)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "blamed", "message"),
     [
-        ({"name": "step", "step_size": "x"}, "step cannot step with its arguments (TypeError: "),
+        # Which cannot be left out.
+        ({"name": "step", "step_size": "x"}, "scheduler", "step cannot step with its arguments (TypeError: "),
         (
             {"name": "step", "step_size": 0, "warmup_epochs": 2},
+            "scheduler",
             "step cannot step with its arguments (ZeroDivisionError: ",
         ),
-        ({"name": "polynomial", "power": "x"}, "polynomial cannot step with its arguments (TypeError: "),
+        (
+            {"name": "polynomial", "power": "x"},
+            "scheduler.power",
+            "polynomial cannot step with its arguments (TypeError: ",
+        ),
     ],
 )
-def test_what_torch_would_find_out_while_training_is_found_before(values: dict[str, Any], message: str) -> None:
+def test_what_torch_would_find_out_while_training_is_found_before(
+    values: dict[str, Any], blamed: str, message: str
+) -> None:
     ((key, problem),) = scheduler_problems(SchedulerSection(**values), 10)
-    assert key == "scheduler"
+    assert key == blamed
     assert problem.startswith(message)
 
 

@@ -79,12 +79,14 @@ def test_what_neq_sets_itself_is_refused(kwargs: dict[str, Any]) -> None:
         (
             "resnet18",
             {"groups": 2},
-            "model.kwargs: resnet18 cannot be built: ValueError: BasicBlock only supports groups=1 and base_width=64",
+            "model.kwargs.groups: resnet18 cannot be built: ValueError: BasicBlock only supports groups=1 and "
+            "base_width=64",
         ),
         (
             "resnet20",
             {"width": "wide"},
-            "model.kwargs: resnet20 cannot be built: ValueError: width is 'wide'; it must be a whole number above 0",
+            "model.kwargs.width: resnet20 cannot be built: ValueError: width is 'wide'; it must be a whole number "
+            "above 0",
         ),
     ],
 )
@@ -193,7 +195,8 @@ def test_a_mistake_in_the_models_own_code_is_not_laid_to_the_images_size() -> No
             build_model(ModelSection(name="resnet8"), 4),
             data(channels=1),
             "does not take an image of pictures, 1x8x8: RuntimeError: .*first convolution expects 3 channels "
-            r"and the data has 1 \(model.kwargs.in_channels, in_chans or num_channels, whichever the model has\)",
+            r"and the data has 1 \(model.kwargs.in_channels, in_chans or num_channels, whichever the model has, "
+            r"or data.channels=3\)",
         ),
         (build_model(ModelSection(name="alexnet"), 4), data(size=8), "does not take .* try another data.image_size"),
         (build_model(ModelSection(name="resnet8"), 3), data(), "model: 3 outputs for the 4 classes of pictures"),
@@ -218,6 +221,21 @@ def test_outputs_smaller_than_the_masks_are_told_where_segmentation_scales_them(
     assert check_fit(nn.Conv2d(3, 4, 2, stride=2), masked(), "segmentation") == (
         "task: the model's outputs are smaller than the masks, and scaled up to them, bilinearly: 4x3 for masks of 8x6",
     )
+
+
+def test_outputs_that_are_no_class_are_told() -> None:
+    model = build_model(ModelSection(name="resnet8"), 10)
+    (note,) = check_fit(model, data(), "classification", "num_classes")
+    assert note == (
+        "model: 10 outputs for the 4 classes of pictures: the others are never right, and count in the loss until that "
+        "is learnt; model.kwargs.num_classes=4 leaves them out"
+    )
+    (note,) = check_fit(nn.Conv2d(3, 6, 1), masked(), "segmentation", "num_labels")
+    assert note.startswith("model: 6 outputs for the 4 classes of pictures: ")
+    assert note.endswith("; model.kwargs.num_labels=4 leaves them out")
+    (note,) = check_fit(model, data(), "classification")
+    assert note.endswith("; give the model one for each class")
+    assert check_fit(model, data(), "mine:task") == ()  # which may be a distillation, or anything
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RecipeValueError("model.name", f"no '{name}' on the shelf")
         return Shelved(name, lambda: nn.Conv2d(3, 10, 1), DEFAULTS[name])
 
-    monkeypatch.setattr(build, "LIBRARIES", {"shelf": find})
+    monkeypatch.setattr(build, "LIBRARIES", {**build.LIBRARIES, "shelf": find})
 
 
 def recipe(model: str = "colour", name: str | None = "CIFAR10", **data: Any) -> Recipe:
@@ -94,10 +94,13 @@ def test_what_the_recipe_says_stays_and_what_does_not_fit_is_left(wanted: Recipe
     assert taken(wanted) == expected
 
 
-def test_models_of_neqs_own_and_torchvisions_say_nothing() -> None:
+def test_models_of_neqs_own_and_torchvisions_say_nothing_but_their_channels() -> None:
     for name in ("resnet8", "resnet18"):
-        wanted = recipe().model_copy(update={"model": ModelSection(name=name)})
-        assert with_image_defaults(wanted) == (wanted, ())
+        model = {"model": ModelSection(name=name)}
+        assert with_image_defaults(recipe().model_copy(update=model)) == (
+            recipe(channels=3).model_copy(update=model),
+            (),
+        )
 
 
 def test_a_recipe_is_completed_as_it_is_read_and_reads_the_same_again(tmp_path: Path) -> None:
@@ -112,3 +115,63 @@ def test_a_recipe_is_completed_as_it_is_read_and_reads_the_same_again(tmp_path: 
     assert load_recipe(str(path), ["data.image_size=8"], complete=with_image_defaults).recipe.data.image_size == 8
     with pytest.raises(RecipeError, match=r"^command line: model.name=shelf/none: no 'none' on the shelf$"):
         load_recipe(str(path), ["model.name=shelf/none"], complete=with_image_defaults)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        ({"name": "resnet8"}, {}, 3),
+        ({"name": "resnet8", "kwargs": {"in_channels": 1}}, {}, 1),
+        ({"name": "resnet8", "kwargs": {"in_channels": 1}}, {"channels": 1}, 1),
+        ({"name": "resnet8", "kwargs": {"in_channels": 4}}, {}, "auto"),
+        ({"name": "resnet18"}, {"name": "MNIST"}, 3),
+        ({"name": "timm/resnet18"}, {}, 3),
+        ({"name": "timm/resnet18", "kwargs": {"in_chans": 1}}, {}, 1),
+        ({"name": "transformers/vit"}, {}, 3),
+        ({"name": "transformers/vit", "kwargs": {"num_channels": 1}}, {}, 1),
+        ({"entrypoint": "builtins:dict"}, {}, "auto"),
+        ({"name": "resnet8"}, {"name": None, "entrypoint": "builtins:dict"}, "auto"),
+    ],
+)
+def test_channels_are_those_that_the_model_takes(model: dict[str, Any], data: dict[str, Any], expected: Any) -> None:
+    library = str(model.get("name")).partition("/")
+    if library[1]:
+        pytest.importorskip(library[0])
+    wanted = Recipe.model_validate(
+        {"model": model, "data": {"name": "image_folder", **data}, "epochs": 1, "optimizer": {"lr": 0.1}}
+    )
+    completed, _ = with_image_defaults(wanted)
+    assert completed.data.channels == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "says"),
+    [
+        ({"name": "resnet8"}, 1, "1, but resnet8 takes 3, by model.kwargs.in_channels; give both the same"),
+        (
+            {"name": "resnet18"},
+            1,
+            "1, but resnet18 takes 3, and no other number; timm/NAME with model.kwargs.in_chans takes any",
+        ),
+        (
+            {"name": "timm/resnet18", "kwargs": {"in_chans": 1}},
+            3,
+            "3, but timm/resnet18 takes 1, by model.kwargs.in_chans; give both the same",
+        ),
+        (
+            {"name": "transformers/vit"},
+            1,
+            "1, but transformers/vit takes 3, by model.kwargs.num_channels; give both the",
+        ),
+    ],
+)
+def test_other_channels_than_the_model_takes_are_refused(model: dict[str, Any], channels: int, says: str) -> None:
+    library = model["name"].partition("/")
+    if library[1]:
+        pytest.importorskip(library[0])
+    data = {"name": "image_folder", "channels": channels}
+    wanted = Recipe.model_validate({"model": model, "data": data, "epochs": 1, "optimizer": {"lr": 0.1}})
+    with pytest.raises(RecipeValueError) as raised:
+        with_image_defaults(wanted)
+    assert raised.value.key == "data.channels"
+    assert raised.value.reason.startswith(says)

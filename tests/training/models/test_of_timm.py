@@ -77,7 +77,7 @@ def test_on_the_meta_device_it_is_the_same_network_without_numbers(name: str) ->
             "model.kwargs.pretrained: is not for a recipe's kwargs; say model.weights=DEFAULT for timm's weights",
         ),
         ("test_vit", {"checkpoint_path": "x"}, "or give a file as model.checkpoint"),
-        ("test_vit", {"embed_dim": 7}, "model.kwargs: timm/test_vit cannot be built: "),
+        ("test_vit", {"embed_dim": 7}, "model.kwargs.embed_dim: timm/test_vit cannot be built: "),
     ],
 )
 def test_what_timm_does_not_have_is_one_line(name: str, kwargs: dict[str, Any], says: str) -> None:
@@ -234,15 +234,20 @@ def test_weights_that_timm_does_not_have(name: str, weights: str, says: str) -> 
 @pytest.mark.parametrize(
     ("name", "weights", "kwargs", "expected"),
     [
-        ("resnet10t", None, {}, ImageDefaults(176, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
-        ("vit_tiny_patch16_224", None, {}, ImageDefaults(224, (0.5,) * 3, (0.5,) * 3)),
-        ("vit_tiny_patch16_224", None, {"img_size": 32}, ImageDefaults(32, (0.5,) * 3, (0.5,) * 3)),
-        ("vit_tiny_patch16_224", None, {"img_size": None}, ImageDefaults(224, (0.5,) * 3, (0.5,) * 3)),
-        ("vit_tiny_patch16_224", None, {"img_size": [32, 32]}, ImageDefaults(32, (0.5,) * 3, (0.5,) * 3)),
-        ("vit_tiny_patch16_224", None, {"img_size": [32, 48]}, ImageDefaults(None, (0.5,) * 3, (0.5,) * 3)),
+        ("resnet10t", None, {}, ImageDefaults(176, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3)),
+        ("vit_tiny_patch16_224", None, {}, ImageDefaults(224, (0.5,) * 3, (0.5,) * 3, 3)),
+        ("vit_tiny_patch16_224", None, {"img_size": 32}, ImageDefaults(32, (0.5,) * 3, (0.5,) * 3, 3)),
+        ("vit_tiny_patch16_224", None, {"img_size": None}, ImageDefaults(224, (0.5,) * 3, (0.5,) * 3, 3)),
+        ("vit_tiny_patch16_224", None, {"img_size": [32, 32]}, ImageDefaults(32, (0.5,) * 3, (0.5,) * 3, 3)),
+        ("vit_tiny_patch16_224", None, {"img_size": [32, 48]}, ImageDefaults(None, (0.5,) * 3, (0.5,) * 3, 3)),
         # The published tags of one architecture differ.
-        ("vit_base_patch16_224", "mae", {}, ImageDefaults(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
-        ("vit_base_patch16_224.mae", "DEFAULT", {}, ImageDefaults(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+        ("vit_base_patch16_224", "mae", {}, ImageDefaults(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3)),
+        (
+            "vit_base_patch16_224.mae",
+            "DEFAULT",
+            {},
+            ImageDefaults(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 3),
+        ),
     ],
 )
 def test_images_are_those_of_timms_configuration(

@@ -92,7 +92,12 @@ def test_on_the_meta_device_it_is_the_same_network_without_numbers(name: str, ta
             "ViTConfig; did you mean 'hidden_size'?",
         ),
         ("vit", {"dtype": "float16"}, "classification", "model.kwargs.dtype: is not for a recipe's kwargs; say precis"),
-        ("vit", {"hidden_act": "reluu"}, "classification", "model.kwargs: transformers/vit cannot be built: "),
+        (
+            "vit",
+            {"hidden_act": "reluu"},
+            "classification",
+            "model.kwargs.hidden_act: transformers/vit cannot be built: ",
+        ),
         ("vit", {"num_labels": 3}, "classification", "model.kwargs.num_labels: 3 outputs for data of 10 classes; lea"),
     ],
 )
@@ -148,7 +153,7 @@ def test_a_folder_gives_its_network_images_and_if_asked_its_weights(tmp_path: Pa
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] if name in heads else source.state_dict()[name]), name
     defaults = find_builder(wanted, "classification").image_defaults(wanted)
-    assert defaults == ImageDefaults(8, (0.1, 0.2, 0.3), (0.4, 0.5, 1.0))
+    assert defaults == ImageDefaults(8, (0.1, 0.2, 0.3), (0.4, 0.5, 1.0), 3)
     same = build_model(wanted, 7, "classification")
     assert load_weights(same, wanted, "classification") == ()
 

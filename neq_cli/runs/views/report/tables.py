@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from neq_cli.events import OBSERVATION
-from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings, written
+from neq_cli.runs.compare.configurations import UNSET, differing_keys, settings_together, written
 from neq_cli.runs.compare.curves import Configuration, Study
 from neq_cli.runs.views.report.html import bullets, command, details, element, folder, swatch, table, text, whole
 from neq_cli.runs.views.report.names import command_line, key_in_words, metric_in_words, run_names
@@ -84,7 +84,7 @@ def _cell(cell: Cell) -> str:
 
 def recipe_tables(the_study: Study) -> str:
     """Return the keys in which the recipes differ, then all keys of each."""
-    flats = [settings(configuration.runs[0]) for configuration in the_study.configurations]
+    flats = settings_together([configuration.runs[0] for configuration in the_study.configurations])
     numbers = [str(configuration.number) for configuration in the_study.configurations]
     heads = ("key", "value", "configurations")
     parts = [_differences("Keys in which the recipes differ", heads, numbers, flats, whole, _written)]
