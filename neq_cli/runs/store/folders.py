@@ -29,7 +29,7 @@ class Found:
 def is_run(path: Path) -> bool:
     """Whether ``path`` is the folder of a run, which may be damaged."""
     try:
-        return path.is_dir() and _tells_run({entry.name for entry in os.scandir(path)})
+        return path.is_dir() and _tells_run({inside.name for inside in path.iterdir()})
     except OSError:
         return False
 
@@ -95,6 +95,5 @@ def _shortly(paths: Sequence[Path], limit: int) -> Iterator[str]:
 
 def _tells_run(names: set[str]) -> bool:
     files = RunFiles(Path())
-    return len(names & {file.name for file in (files.recipe, files.environment, files.status, files.metrics)}) >= (
-        _OF_A_RUN
-    )
+    telling = {file.name for file in (files.recipe, files.environment, files.status, files.metrics)}
+    return len(names & telling) >= _OF_A_RUN

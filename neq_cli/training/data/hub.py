@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,9 +70,9 @@ def holds_tables(folder: Path) -> bool:
     """Whether a folder, or one in it, holds files that ``hf/FOLDER`` reads and an image folder has none of. OSError."""
     folders = [folder, *(path for path in folder.iterdir() if path.is_dir())]
     return any(
-        entry.name in (*_SAVED, *_METADATA) or entry.name.endswith((".parquet", ".arrow"))
+        path.name in (*_SAVED, *_METADATA) or path.name.endswith((".parquet", ".arrow"))
         for place in folders
-        for entry in os.scandir(place)
+        for path in place.iterdir()
     )
 
 
