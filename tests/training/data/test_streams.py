@@ -479,14 +479,13 @@ def test_a_number_of_rows_that_nothing_tells_is_asked_for(tmp_path: Path) -> Non
 
 def test_rows_that_are_sorted_by_class_are_noted(tmp_path: Path) -> None:
     as_folders(tmp_path / "set")
-    notes = load_data(section(), 3).notes
-    told = "data.kwargs.streaming: the probe's 5 images are all of one class"
-    assert [note for note in notes if note.startswith(told)]
+    sorted_by_class = "data.kwargs.streaming: the probe's 5 images are all of one class"
+    assert [note for note in load_data(section(), 3).notes if note.startswith(sorted_by_class)]
     as_parquet(tmp_path / "mixed")
-    assert load_data(section(name="hf/mixed"), 3).notes == (
+    assert [note for note in load_data(section(name="hf/mixed"), 3).notes if "streaming" in note] == [
         "data.kwargs.streaming: 4 files, in an order of each epoch's own, whose rows are shuffled in blocks of 12 that "
         "follow each other",
-    )
+    ]
 
 
 @pytest.mark.parametrize(
