@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -118,6 +119,21 @@ def counted() -> Iterator[Exchanged]:
                 setattr(module, name, operation)
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """What something took: ``passed`` on the clock, ``computing`` of this process's own, whatever else there runs."""
+
+    passed: float
+    computing: float
+
+
+def timed(run: Callable[[], Any]) -> Seconds:
+    """Return what a call of ``run`` took."""
+    passed, computing = time.perf_counter(), time.process_time()
+    run()
+    return Seconds(time.perf_counter() - passed, time.process_time() - computing)
+
+
 def memory_at_most() -> int:
     """Return the most bytes of memory that this process has had so far; Linux only."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -145,6 +161,7 @@ class Rig:
             self._step(plain)
         self.plain_most = memory_at_most()
         del plain
+        gc.collect()  # a wrapper's buckets lie in cycles
         self.freezer = Freezer(self.model, self.optimizer, self.probe, self.policy, process_group=self.group)
         self.replica = None if self.group is None else Replica(self.model, self.freezer, self.group)
 
@@ -155,28 +172,18 @@ class Rig:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def train(self) -> tuple[float, float]:
+    def train(self) -> tuple[Seconds, float]:
         """Take a step; returns its seconds, and those of them in which rows were held."""
         wrapper = self.model if self.replica is None else self.replica.current()
-        started, kept = time.perf_counter(), self.freezer.bookkeeping_seconds
-        self._step(wrapper)
-        return time.perf_counter() - started, self.freezer.bookkeeping_seconds - kept
+        kept = self.freezer.bookkeeping_seconds
+        took = timed(lambda: self._step(wrapper))
+        return took, self.freezer.bookkeeping_seconds - kept
 
     @torch.no_grad()
-    def forward_twice(self) -> float:
-        """Return the seconds of two plain forward passes over this process's share of the probe."""
-        started = time.perf_counter()
+    def forward_twice(self) -> None:
+        """Run the model plainly over this process's share of the probe, and once more."""
         for batch in (*self.probe, *self.probe):
             self.model(batch)
-        return time.perf_counter() - started
-
-    def observe(self) -> tuple[float, Exchanged]:
-        """Observe; returns its seconds, and what was exchanged."""
-        with counted() as exchanged:
-            started = time.perf_counter()
-            self.freezer.step()
-            seconds = time.perf_counter() - started
-        return seconds, exchanged
 
     def measured(self, rounds: int, steps: int) -> dict[str, Any]:
         """Return medians of all rounds, in seconds and bytes, by share that was frozen meanwhile."""
@@ -185,15 +192,21 @@ class Rig:
         for number in range(len(SHARES) * (rounds + 1)):
             share, self.policy.share = (SHARES[one % len(SHARES)] for one in (number, number + 1))
             trained = [self.train() for _ in range(1 + steps)][1:]
-            observation, exchanged = self.observe()
+            with counted() as found:
+                observation = timed(self.freezer.step)
+            exchanged = found
             if number < len(SHARES):  # kernels have been timed, and memory is where it stays
                 continue
+            forward = timed(self.forward_twice)
             took = {
-                "step": [step for step, _ in trained],
+                "step": [step.passed for step, _ in trained],
+                "step_computing": [step.computing for step, _ in trained],
                 "rows": [rows for _, rows in trained],
-                "observation": [observation],
+                "observation": [observation.passed],
+                "observation_computing": [observation.computing],
                 "exchanging": [exchanged.seconds],
-                "two_forward_passes": [self.forward_twice()],
+                "two_forward_passes": [forward.passed],
+                "two_forward_passes_computing": [forward.computing],
             }
             for what, some in took.items():
                 seconds[share].setdefault(what, []).extend(some)
