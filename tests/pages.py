@@ -75,7 +75,7 @@ def check_generated(page: str, begin: str, end: str, expected: str) -> None:
 def shell_lines(text: str) -> Iterator[list[str]]:
     """Yield the words of every command in a piece of shell, with the variables that it sets put in.
 
-    What follows another command's ``&&``, ``||`` or ``;`` is a command of its own; a prompt and comments are left out.
+    What follows another command's ``&&``, ``||``, ``&`` or ``;`` is a command of its own; no prompt, no comments.
     """
     variables: dict[str, str] = {}
     for line in _whole_lines(text.replace("\\\n", " ")):
@@ -85,7 +85,7 @@ def shell_lines(text: str) -> Iterator[list[str]]:
         words.whitespace_split, words.commenters = True, "#"
         command: list[str] = []
         for word in [*words, ";"]:
-            if word not in ("&&", "||", ";", "|"):
+            if word not in ("&&", "||", ";", "|", "&"):
                 command.append(word)
                 continue
             while command and re.fullmatch(r"(export )?\w+=.*", command[0], flags=re.DOTALL):

@@ -216,7 +216,7 @@ def check_agreement(contents: Iterable[bytes], group: ProcessGroup, what: str) -
 def as_bytes(sets: Mapping[str, Tensor], numbers: Sequence[Tensor]) -> Iterator[bytes]:
     """Yield frozen sets and float64 numbers, to the bit, for ``Agreement.check``."""
     for tensor in (pack(sets), torch.cat(list(numbers)).view(torch.uint8)):
-        yield bytes(tensor.tolist())
+        yield tensor.numpy().tobytes()  # a list of numbers would take 40 times as long, and 8 bytes for each of these
 
 
 def _bytes(content: bytes) -> Tensor:
