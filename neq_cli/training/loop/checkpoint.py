@@ -180,7 +180,7 @@ def _decode(value: Any, tensors: dict[str, Tensor], shards: Shards | None) -> An
     if not isinstance(content, list):
         raise TypeError(kind)
     if kind == "sharded" and shards is not None:
-        return _in_shards(*content, shards)
+        return _in_shards(content, shards)
     if kind == "tuple":
         return tuple(_decode(item, tensors, shards) for item in content)
     items = {name: _decode(item, tensors, shards) for name, item in content}
@@ -191,7 +191,8 @@ def _decode(value: Any, tensors: dict[str, Tensor], shards: Shards | None) -> An
     raise ValueError(kind)
 
 
-def _in_shards(name: object, dtype: object, shape: object, shards: Shards) -> InShards:
+def _in_shards(content: list[Any], shards: Shards) -> InShards:
+    name, dtype, shape = content
     if not isinstance(name, str) or not are_sizes(shape) or not shape:
         raise ValueError("sharded")
     return InShards(name, dtype_named(dtype), torch.Size(shape), shards)

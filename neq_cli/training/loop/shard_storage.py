@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import StorageReader, StorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -26,7 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from torch.futures import Future
@@ -44,7 +44,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """
     writer = _Writer(folder)
     try:
-        checkpoint.save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         raise _reason(error, folder) from error
     return writer.files
@@ -66,7 +66,7 @@ def read_shards(state: Any, mesh: DeviceMesh) -> Any:
         for name, one in wanted.items()
     }
     try:
-        checkpoint.load(found, storage_reader=reader)
+        load(found, storage_reader=reader)
     except CheckpointException as error:
         raise _reason(error, shards.folder) from error
     return with_tensors(state, found)
