@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EPOCH, EpochRecord, Pause, Preparing, StepProgress
+from neq_cli.jobs import checkpoints
 from neq_cli.jobs.recording import environment_of, keep_kernel_choices
 from neq_cli.jobs.stop_requests import StopRequests
 from neq_cli.jobs.time_shares import MUCH_PROBING, MUCH_WAITING, TimeShare
@@ -125,8 +126,7 @@ class Follower:
                 self._stop_if_asked(record)
         if self.trainer.passes < self.session.recipe.epochs:
             self._say_why_it_ended()
-        if self.writer is not None:
-            _save_weights(self.session, self.writer)
+        _save_weights(self.session, self.writer)
 
     def _say_why_it_ended(self) -> None:
         stood = counted(self.session.recipe.stop_when_frozen or 0, self.unit)
@@ -194,27 +194,8 @@ class Follower:
         raise self.requests.error("saved", (*self.command, str(self.writer.path)))
 
     def _save(self, *, best: bool = False) -> None:
-        """Write the checkpoints; the last one before becomes the previous one once the next is whole."""
-        from neq_cli.training.loop.checkpoint import save_state
-
-        state = self.trainer.state_dict()  # which all processes take part in
+        checkpoints.save(self.trainer, self.writer, best=best)
         self.saved = time.monotonic()
-        if self.writer is None:
-            return
-        last, previous = self.writer.checkpoint_path("last"), self.writer.checkpoint_path("previous")
-
-        def write_and_move_on(partial: Path) -> None:
-            save_state(state, partial)
-            if last.exists():
-                last.replace(previous)
-
-        with self.trainer.processes.undisturbed():
-            if best:
-                path = self.writer.checkpoint_path("best")
-                with writing(path):
-                    atomic_write(path, lambda partial: save_state(state, partial))
-            with writing(last):
-                atomic_write(last, write_and_move_on)
 
 
 def _time_shares(session: Session, past: Sequence[Mapping[str, float | int]]) -> tuple[TimeShare, ...]:
@@ -241,10 +222,12 @@ def _time_shares(session: Session, past: Sequence[Mapping[str, float | int]]) ->
     )
 
 
-def _save_weights(session: Session, writer: RunWriter) -> None:
+def _save_weights(session: Session, writer: RunWriter | None) -> None:
     from neq_cli.training.loop.checkpoint import save_weights
 
-    weights = session.trainer.tested_model.state_dict()
+    weights = session.trainer.whole_weights()
+    if writer is None:
+        return
     told = weights_metadata(session.started.recipe_name, dump_portable(session.recipe), session.data_content)
     metadata = {**told, "epoch": str(session.trainer.epoch)}
     with writing(writer.weights_path):

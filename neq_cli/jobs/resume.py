@@ -103,7 +103,7 @@ def _read(loaded: LoadedRecipe, writer: RunWriter, processes: int) -> Start:
     stored = stored_recipe(writer.path)
     problems = differences(stored, loaded.recipe, writer.path)
     recipe = merged(stored, loaded.recipe)
-    state, messages, bad = read_checkpoint(writer)
+    state, messages, bad = read_checkpoint(writer, whole=recipe.parallel != "fsdp" or processes == 1)
     status = read_json(writer.files.status) if writer.files.status.exists() else {}
     # A run that was extended has more than its first command line asks for, and is as finished.
     finished = (
@@ -155,10 +155,13 @@ def _images_a_step(stored: Recipe, recipe: Recipe, begun: int, processes: int) -
     return messages, [Problem("batch_size", f"{said}; keep that number, {ANEW}")]
 
 
-def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[str], tuple[Path, ...]]:
+def read_checkpoint(
+    writer: RunWriter, *, whole: bool = True
+) -> tuple[Mapping[str, Any] | None, list[str], tuple[Path, ...]]:
     """Return the last checkpoint that is whole, None where none was written yet, and what the user should know of it.
 
-    Last come the files that are damaged. Raises RunDirectoryError where there are checkpoints and all are damaged.
+    ``whole``: with all of what lies in shards; else that is read where it is needed. Last come the files that are
+    damaged. Raises RunDirectoryError where there are checkpoints and all are damaged.
     """
     from neq_cli.training.loop.checkpoint import load_state
 
@@ -169,7 +172,7 @@ def read_checkpoint(writer: RunWriter) -> tuple[Mapping[str, Any] | None, list[s
         if not path.exists():
             continue
         try:
-            state = _completed(load_state(path))
+            state = _completed(load_state(path, whole=whole))
             _check(path, state)
         except RunDirectoryError as error:
             problems.append(str(error))
@@ -187,7 +190,11 @@ def restore(session: Session, start: Start) -> None:
         return
     try:
         session.trainer.load_state_dict(start.state)
+    except RunDirectoryError:
+        raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NeqError) as error:
+        if session.trainer.processes.may_be_loss(error):
+            raise
         reason = printable(" ".join(str(error).split()), 300)
         raise RunDirectoryError(
             f"checkpoint: does not fit what recipe and code make now ({type(error).__name__}: {reason}); undo what "

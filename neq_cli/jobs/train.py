@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from neq_cli.errors import RunDirectoryError
 from neq_cli.events import EpochRecord, RunResumed
+from neq_cli.jobs.checkpoints import check_reached
 from neq_cli.jobs.earlier_kernels import choices_beside
 from neq_cli.jobs.follower import Follower, about, create_directory, write_beginning
 from neq_cli.jobs.prepare import compiling_told, own_prints_on_stderr, prepared
@@ -78,6 +79,8 @@ def train(
                 _rewind(writer, session, start)
             elif processes.first:
                 writer = stack.enter_context(create_directory(run_directory, loaded.name, session))
+        if session.trainer.divided is not None:
+            check_reached(processes, writer)
         tracking = stack.enter_context(Tracking(session.recipe.track, writer))  # is left when it is known how it ended
         # From here on the run has a status, and the other processes are told of a failure before it is written there.
         stack.enter_context(status_of(writer))

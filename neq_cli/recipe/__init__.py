@@ -3,6 +3,7 @@
 from neq_cli.recipe.data_keys import DataSection
 from neq_cli.recipe.keys import Check, ModelSection, Problem, Recipe
 from neq_cli.recipe.optimizer_keys import OptimizerSection, ParameterGroup, SchedulerSection
+from neq_cli.recipe.parallel_keys import FsdpSection
 from neq_cli.recipe.policy_keys import (
     BaselinePolicy,
     BudgetPolicy,
@@ -21,6 +22,7 @@ __all__ = [
     "CustomPolicy",
     "DataSection",
     "FrontPolicy",
+    "FsdpSection",
     "ModelSection",
     "NEqPolicy",
     "OptimizerSection",

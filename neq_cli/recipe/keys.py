@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from neq_cli.events import EPOCH, OBSERVATION
 from neq_cli.recipe.data_keys import DataSection
 from neq_cli.recipe.optimizer_keys import OptimizerSection, SchedulerSection
+from neq_cli.recipe.parallel_keys import FsdpSection
 from neq_cli.recipe.policy_keys import POLICIES, NEqPolicy, PolicySection
 from neq_cli.recipe.values import (
     COURSE,
@@ -160,6 +161,12 @@ class Recipe(Section):
         "probe_every, after the last drop of the learning rate; null: train all epochs",
         examples=[3],
     )
+    parallel: Annotated[Literal["ddp", "fsdp"], SURROUNDINGS] = Field(
+        default="ddp",
+        description="ddp: every process has all of the model; fsdp: weights, gradients and optimiser state are divided "
+        "over them; without effect where there is one",
+    )
+    fsdp: FsdpSection = Field(default_factory=lambda: FsdpSection(), examples=["{blocks: ['encoder.layers.*']}"])
     sync_batchnorm: Annotated[bool, RESULT] = Field(
         default=False, description="batch norm over the batches of all processes; without effect where there is one"
     )
@@ -238,6 +245,8 @@ def warnings(recipe: Recipe) -> tuple[str, ...]:
             found.append("policy.thaw_at_lr_drop: nothing thaws by it, for without a scheduler no learning rate falls")
     if recipe.grams_per_kwh is not None and not recipe.energy:
         found.append("grams_per_kwh: does nothing without energy; add energy: true")
+    if recipe.fsdp.blocks is not None and recipe.parallel != "fsdp":
+        found.append(f"fsdp.blocks: do nothing with parallel {recipe.parallel}; add parallel: fsdp")
     if recipe.scheduler.warmup_epochs > recipe.epochs:
         warmup = counted(recipe.scheduler.warmup_epochs, "epoch")
         found.append(

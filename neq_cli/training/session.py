@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from neq_cli.training.errors import of_the_recipe
 from neq_cli.training.loop.course import Course
 from neq_cli.training.loop.optimizers import build_optimizer
 from neq_cli.training.loop.schedules import Schedule, scheduler_notes
-from neq_cli.training.loop.step import AUTOCAST
+from neq_cli.training.loop.step import AUTOCAST, averaged_of
 from neq_cli.training.loop.tasks import build_task, lower_is_better
 from neq_cli.training.loop.trainer import Trainer
 from neq_cli.training.machine.device import describe_device, resolve_device, seed_everything
@@ -36,10 +36,14 @@ from neq_cli.training.machine.memory_format import Agree, choose_layout
 from neq_cli.training.models.build import build_model
 from neq_cli.training.models.weights import load_weights
 from neq_cli.training.policies import build_policy, describe_policy, match
+from neq_cli.training.processes.blocks import blocks_of
 from neq_cli.training.processes.joined import Processes
 from neq_cli.training.processes.sync_batchnorm import synchronised
 from neq_cli.training.sample import Sample, check_together
 from neq_cli.training.startup import Startup
+
+if TYPE_CHECKING:
+    from neq_cli.training.processes.divided import Divided
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,11 @@ def prepare(
     model.to(device)
     image_shape = data.image_shape if sample.call is None else None
     recipe, model, layout_notes = _lay_out(recipe, model, image_shape, device, processes, startup, agree)
-    # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
-    optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     course = Course.of(recipe, len(loaders.train))
     recipe, match_notes = match(recipe, model, sample, matched_flops, course.observations)
+    divided = _divide(recipe, model, device, processes)
+    # Of the parameters as they are laid out now: moved or replaced ones would not be those that it updates.
+    optimizer = build_optimizer(recipe.optimizer, model, capturable=recipe.cuda_graph)
     # The others would wait for a kind of call that the first process may never meet: its batches have other shapes.
     by_rule = data.as_it_is and processes.count > 1
     dispatch = Dispatch(fixed=recipe.deterministic or by_rule, agree=processes.kernel, known=earlier)
@@ -127,6 +132,7 @@ def prepare(
         processes=processes,
         startup=startup,
         energy=energy,
+        divided=divided,
     )
     _seed_apart(recipe, processes)
     told = [loaders.note, *notes, *weights_notes, *sample.notes, *data.notes, *energy.notes]
@@ -145,6 +151,7 @@ def prepare(
         notes=(
             *told,
             *layout_notes,
+            *([divided.note] if divided is not None else []),
             *match_notes,
             *freezer.notes,
             f"coverage: {freezer.coverage()}",
@@ -192,7 +199,10 @@ def _lay_out(
 ) -> tuple[Recipe, nn.Module, list[str]]:
     """Return the network in the memory format that it trains in, and the recipe, where it asks, with the faster one."""
     notes = []
-    if recipe.channels_last == "auto":
+    if recipe.channels_last == "auto" and _is_divided(recipe, processes):
+        recipe = recipe.model_copy(update={"channels_last": False})
+        notes.append("channels_last: false, as fsdp divides contiguous weights")
+    elif recipe.channels_last == "auto":
         with startup.part("timing memory formats"):
             chosen = choose_layout(
                 model,
@@ -209,6 +219,20 @@ def _lay_out(
     if recipe.sync_batchnorm and processes.count > 1:
         model = synchronised(model, device)  # from here on, a forward pass in training is all processes'
     return recipe, model, notes
+
+
+def _divide(recipe: Recipe, model: nn.Module, device: torch.device, processes: Processes) -> Divided | None:
+    """Divide the network over the processes, where the recipe says so and there are several."""
+    if not _is_divided(recipe, processes):
+        if recipe.parallel == "fsdp":
+            blocks_of(model, recipe.fsdp.blocks)  # globs that match nothing are told on any number
+        return None
+    from neq_cli.training.processes.divided import check_divided, divide
+
+    # Now that all of it is there: what averages its weights begins as a copy.
+    divided = divide(recipe, model, averaged_of(recipe, model), device, processes)
+    check_divided(recipe.optimizer, divided.mesh)
+    return divided
 
 
 def _make_freezer(
@@ -259,10 +283,18 @@ def _check_device(recipe: Recipe, device: torch.device, processes: Processes) ->
         )
     if processes.count == 1:
         return
+    if _is_divided(recipe, processes):
+        from neq_cli.training.processes.divided import check_dividable
+
+        check_dividable(recipe)
     if recipe.cuda_graph:
         raise RecipeValueError("cuda_graph", f"is for one process, and there are {processes.count}; set it to false")
     if device.type not in ("cpu", "cuda"):
         raise RecipeValueError("device", f"{device} is for one process, and there are {processes.count}; use cpu")
+
+
+def _is_divided(recipe: Recipe, processes: Processes) -> bool:
+    return recipe.parallel == "fsdp" and processes.count > 1
 
 
 def _load_data(recipe: Recipe, processes: Processes) -> Data:

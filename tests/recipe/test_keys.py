@@ -182,6 +182,14 @@ def test_warnings() -> None:
     assert warnings(recipe(energy=True, grams_per_kwh=56.0)) == ()
     (grams,) = warnings(recipe(grams_per_kwh=56.0))
     assert grams == "grams_per_kwh: does nothing without energy; add energy: true"
+
+
+def test_blocks_without_a_model_that_is_divided_are_told() -> None:
+    assert warnings(recipe(parallel="fsdp", fsdp={"blocks": ["layers.*"]})) == ()
+    (blocks,) = warnings(recipe(fsdp={"blocks": ["layers.*"]}))
+    assert blocks == "fsdp.blocks: do nothing with parallel ddp; add parallel: fsdp"
+    assert problem_places(fsdp={"blocks": []}) == [("fsdp", "blocks")]
+    assert problem_places(parallel="tensor") == [("parallel",)]
     (epsilon,) = warnings(recipe(policy={"epsilon": 0.0}))
     assert epsilon.startswith("policy.epsilon: 0 freezes nothing")
     assert warnings(recipe(policy={"epsilon": 0.0, "definition": "reference"})) == (), (

@@ -183,7 +183,7 @@ zzz: 1
         "optimizer, scheduler, policy, exclude, backward, precision, channels_last, compile, cuda_graph, "
         "gradient_accumulation, "
         "clip_grad_norm, label_smoothing, ema, eval_every, checkpoint_minutes, probe_every, probe_snapshot, "
-        "stop_when_frozen, sync_batchnorm, seed, "
+        "stop_when_frozen, parallel, fsdp, sync_batchnorm, seed, "
         "deterministic, device, track, energy, grams_per_kwh",
     ]
 
@@ -418,7 +418,7 @@ class Recorder:
 def test_checks_see_every_section_and_then_the_whole() -> None:
     recorder = Recorder()
     recipe = load(checks=[recorder])
-    assert list(recorder.called) == ["model", "data", "optimizer", "scheduler", "policy", "device", ""]
+    assert list(recorder.called) == ["model", "data", "optimizer", "scheduler", "policy", "fsdp", "device", ""]
     assert recorder.called[""] is recipe
     assert recorder.called["policy"] == recipe.policy
 
@@ -432,7 +432,8 @@ def test_checks_see_valid_sections_of_a_broken_recipe_and_their_problems_are_loc
         }
     )
     lines = problems(GOOD + "  epsilom: 1\n", "data.workers=-1", "scheduler.name=cosin", checks=[recorder])
-    assert list(recorder.called) == ["model", "optimizer", "scheduler", "device"], "data and policy are not valid"
+    valid = ["model", "optimizer", "scheduler", "fsdp", "device"]
+    assert list(recorder.called) == valid, "data and policy are not valid"
     assert lines == [
         "cifar10.yaml:1: model.name: no torchvision model 'resnet32'",
         "cifar10.yaml:6: optimizer.momentum: unknown argument",

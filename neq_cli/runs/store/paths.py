@@ -14,6 +14,7 @@ from neq_cli.text import printable
 
 STATES = ("running", "finished", "interrupted", "failed")
 CHECKPOINTS = ("last", "previous", "best")
+_SHARDS = re.compile(r"shards_([0-9]{1,12})")
 _NEURONS = re.compile(r"epoch_([0-9]{4,9})\.safetensors")
 
 
@@ -93,6 +94,18 @@ class RunFiles:
         return self.checkpoints_folder / f"{name}.safetensors"
 
     @property
+    def shards(self) -> list[Path]:
+        """The folders, in their order, with the parts of checkpoints that are divided over processes. OSError."""
+        there = self.checkpoints_folder.iterdir() if self.checkpoints_folder.exists() else ()
+        found = {int(match[1]): path for path in there if (match := _SHARDS.fullmatch(path.name))}
+        return [path for _, path in sorted(found.items())]
+
+    def next_shards(self) -> Path:
+        """Return the folder for the next such parts, which is not there yet. OSError."""
+        last = next((int(path.name.partition("_")[2]) for path in reversed(self.shards)), 0)
+        return self.checkpoints_folder / f"shards_{last + 1:06d}"
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         return (self.neurons_folder, self.checkpoints_folder)
 
@@ -106,7 +119,7 @@ class RunFiles:
         """What neq writes or may have written. OSError."""
         yield from (self.recipe, self.environment, self.status, self.metrics, self.layers, self.dispatch)
         yield from (self.weights, self.lock, self.tracking_ids, *self.root.glob("*.py"))
-        for folder in self.folders:
+        for folder in (*self.folders, *self.shards):
             if folder.exists():
                 yield from folder.glob("*.safetensors")
 
@@ -150,7 +163,7 @@ def check_resumable(path: Path) -> None:
     try:
         if not _is_folder(path):
             return
-        for folder in (*files.folders, files.tracking_folder):
+        for folder in (*files.folders, files.tracking_folder, *files.shards):
             check_own(folder, folder=True)
         for file in files.files:
             check_own(file)

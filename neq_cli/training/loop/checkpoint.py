@@ -17,17 +17,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from neq_cli.errors import RunDirectoryError, TrainingError
-from neq_cli.training.loop.tensor_file import damaged, read_tensors, write_tensors
+from neq_cli.training.loop.shards import InShards, Shards, put_together
+from neq_cli.training.loop.tensor_file import (
+    are_sizes,
+    damaged,
+    dtype_name,
+    dtype_named,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 
 _VERSION = "2"
+_SHARDS = "shards"  # in the metadata, where tensors lie in shards
 _TWISTER = 624  # words of the Mersenne Twister's state, NumPy's and Python's
 _Numpy = tuple[str, Any, int, int, float]
 
 
-def save_state(state: Mapping[str, Any], path: Path) -> None:
+def save_state(state: Mapping[str, Any], path: Path, shards: Shards | None = None) -> None:
     """Write ``state``, nested dictionaries, lists and tuples of tensors and plain values, to ``path``, with a checksum.
 
-    Tensors are stored contiguous; ``restore_formats`` puts an optimiser's back into their parameters' memory formats.
+    Of what an InShards stands for, the parts lie in ``shards`` already. Tensors are stored contiguous;
+    ``restore_formats`` puts an optimiser's back into their parameters' memory formats.
     Raises TrainingError for a value that JSON does not know, such as a policy of the user's own may keep.
     """
     tensors: dict[str, Tensor] = {}
@@ -35,15 +46,28 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
         structure = json.dumps(_encode(state, "", tensors))
     except (RecursionError, ValueError) as error:
         raise TrainingError(f"checkpoint: nested too deep, or a number too long ({type(error).__name__})") from error
-    write_tensors(tensors, {"version": _VERSION, "structure": structure}, path)
+    beside = {} if shards is None else {_SHARDS: shards.to_text()}
+    write_tensors(tensors, {"version": _VERSION, "structure": structure, **beside}, path)
 
 
-def load_state(path: Path) -> Any:
+def load_state(path: Path, *, whole: bool = True) -> Any:
     """Return what ``save_state`` wrote, tensors on the CPU in memory of their own.
 
-    Raises RunDirectoryError, one line, where a single bit of the file is not as it was written.
+    ``whole``: those whose parts lie in shards too; else an InShards stands for each, once all shards are found whole.
+    Raises RunDirectoryError, one line, where a single bit of the file, or of its shards, is not as it was written.
     """
-    return _state(path, *read_tensors(path))
+    metadata, tensors = read_tensors(path)
+    if whole:
+        return put_together(_state(path, metadata, tensors))
+    if _SHARDS in metadata:
+        Shards.of(metadata[_SHARDS], path).check()
+    return _state(path.absolute(), metadata, tensors)  # other processes may read it in other working directories
+
+
+def shards_of(path: Path) -> Path | None:
+    """Return the folder with a checkpoint's shards, None where it has none. RunDirectoryError where it is damaged."""
+    metadata, _ = read_header(path)
+    return Shards.of(metadata[_SHARDS], path).folder if _SHARDS in metadata else None
 
 
 def _state(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) -> Any:
@@ -52,8 +76,9 @@ def _state(path: Path, metadata: Mapping[str, str], tensors: dict[str, Tensor]) 
         raise damaged(path, f"checkpoint version {version[:20]}, and this neq reads {_VERSION}")
     if "checksum" not in metadata:
         raise damaged(path, "a checkpoint without its checksum")
+    shards = Shards.of(metadata[_SHARDS], path) if _SHARDS in metadata else None
     try:
-        state = _decode(json.loads(metadata["structure"]), tensors)
+        state = _decode(json.loads(metadata["structure"]), tensors, shards)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged(path, f"not the structure of a checkpoint: {type(error).__name__}") from error
     if tensors:
@@ -96,6 +121,7 @@ def read_weights_whole(path: Path) -> Weights:
     if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
         raise damaged(path, "not the checkpoint of a run")
     weights = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
+    weights = put_together(weights)
     if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise damaged(path, "its model is not one of tensors")
     epoch: Any = state.get("epoch") if state.get("so_far") is None else None
@@ -124,6 +150,8 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
             key += "'"
         tensors[key] = value
         return {"tensor": key}
+    if isinstance(value, InShards):
+        return {"sharded": [value.name, dtype_name(value.dtype), list(value.shape)]}
     if isinstance(value, Mapping):
         # Pairs, because JSON would turn the integers that optimisers use as keys into text.
         items = [[_encode_key(name, key), _encode(item, f"{key}/{name}", tensors)] for name, item in value.items()]
@@ -146,9 +174,9 @@ def _encode_key(name: Any, key: str) -> Any:
     raise TrainingError(f"checkpoint: {key.lstrip('/')}: a {type(name).__name__} as a key; use text or numbers")
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: dict[str, Tensor], shards: Shards | None) -> Any:
     if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
+        return [_decode(item, tensors, shards) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -156,14 +184,23 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors.pop(content)  # each stands in one place: a reference costs a file less than what it stands for
     if not isinstance(content, list):
         raise TypeError(kind)
+    if kind == "sharded" and shards is not None:
+        return _in_shards(content, shards)
     if kind == "tuple":
-        return tuple(_decode(item, tensors) for item in content)
-    items = {name: _decode(item, tensors) for name, item in content}
+        return tuple(_decode(item, tensors, shards) for item in content)
+    items = {name: _decode(item, tensors, shards) for name, item in content}
     if kind == "counter" and all(type(count) is int for count in items.values()):
         return Counter(items)
     if kind == "items":
         return items
     raise ValueError(kind)
+
+
+def _in_shards(content: list[Any], shards: Shards) -> InShards:
+    name, dtype, shape = content
+    if not isinstance(name, str) or not are_sizes(shape) or not shape:
+        raise ValueError("sharded")
+    return InShards(name, dtype_named(dtype), torch.Size(shape), shards)
 
 
 def random_states() -> dict[str, Any]:

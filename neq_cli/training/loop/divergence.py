@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from neq_cli.errors import TrainingError
+from neq_cli.freezing.rows.shards import local
 from neq_cli.recipe import Recipe
 from neq_cli.training.errors import divergence_mend
 
@@ -34,9 +37,12 @@ class FiniteLosses:
             raise TrainingError(f"{place}: {what}; {divergence_mend(self.recipe, unchanged)}")
 
 
-def check_weights(recipe: Recipe, model: nn.Module, epoch: int, step: int) -> None:
-    """Look at what is about to be saved or tested: a loss shows only what the update before it did."""
-    sound = torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all()
-    if not bool(sound):
+def check_weights(recipe: Recipe, model: nn.Module, epoch: int, step: int, largest: Callable[[int], int] = int) -> None:
+    """Look at what is about to be saved or tested: a loss shows only what the update before it did.
+
+    ``largest`` tells the largest of all processes' numbers, where each looks at a part of the weights.
+    """
+    sound = torch.stack([local(parameter.detach()).isfinite().all() for parameter in model.parameters()]).all()
+    if largest(not bool(sound)):
         place = f"{recipe.unit} {epoch}, step {step}"
         raise TrainingError(f"{place}: the weights are not finite numbers any more; {divergence_mend(recipe)}")

@@ -60,7 +60,7 @@ def _refusal(kind: type[Optimizer], section: OptimizerSection) -> RecipeValueErr
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.ones(2, 2)
     try:
-        optimizer = _make(kind, section, [{"params": [parameter]}])
+        optimizer = make_optimizer(kind, section, [{"params": [parameter]}])
         for _ in range(2):  # momentum has a part from the second step on
             optimizer.step()
     except RecipeValueError as error:
@@ -103,7 +103,7 @@ def build_optimizer(section: OptimizerSection, model: nn.Module, *, capturable: 
     chosen = {"fused": True} if not sparse and fused.fits(kind, _arguments(section), parameters) else {}
     if capturable and "capturable" in accepted_arguments(kind)[0] and "capturable" not in section.kwargs:
         chosen["capturable"] = True
-    optimizer = _make(kind, section, groups, **chosen)
+    optimizer = make_optimizer(kind, section, groups, **chosen)
     if capturable and "capturable" not in optimizer.defaults and optimizer.defaults.get("lr_decay"):
         # Adagrad counts its steps on the CPU: every replay would decay as the captured step did.
         raise RecipeValueError("optimizer.lr_decay", "is lost in a CUDA graph; leave it out, or set cuda_graph: false")
@@ -138,9 +138,10 @@ def _arguments(section: OptimizerSection) -> dict[str, Any]:
     return arguments if section.lr is None else {**arguments, "lr": section.lr}
 
 
-def _make(
+def make_optimizer(
     kind: Callable[..., Optimizer], section: OptimizerSection, groups: list[dict[str, Any]], **chosen: Any
 ) -> Optimizer:
+    """Return a ``kind`` with the arguments of ``section`` and ``chosen`` ones. RecipeValueError where it refuses."""
     try:
         return kind(groups, **_arguments(section), **chosen)
     except Exception as error:

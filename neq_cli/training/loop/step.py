@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neq_cli.freezing.model.observing import map_tensors
 from neq_cli.freezing.processes.replica import Replica
+from neq_cli.freezing.rows.shards import local, whole
 from neq_cli.recipe import Recipe
 from neq_cli.training.loop.calling import forward_of
 from neq_cli.training.loop.tasks import Task
 from neq_cli.training.machine.graph import Graph, GraphedStep, captured
 from neq_cli.training.startup import Startup
+
+if TYPE_CHECKING:
+    from neq_cli.training.processes.divided import Divided
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,16 +61,28 @@ def update_weights(
     """Have the ``optimizer`` take its step by the gradients there are, clipped where the recipe says so; drop them."""
     if recipe.clip_grad_norm is not None:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+        parameters = [*model.parameters()]
+        norm = nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None])
+        # Of a divided model it is the norm over all processes; torch 2.9 would scale by one rounded to seven digits.
+        nn.utils.clip_grads_with_norm_(parameters, recipe.clip_grad_norm, whole(norm))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 
+def averaged_of(recipe: Recipe, model: nn.Module) -> AveragedModel | None:
+    """Return what averages the weights of ``model``, None where the recipe has no ``ema``."""
+    if recipe.ema is None:
+        return None
+    average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
 class TrainingStep:
     """What a step changes beside the model: loss scale and averaged weights.
 
-    ``forward`` is ``model``, or what torch.compile made of it. ``replica`` is around it, and None on one process.
+    ``forward`` is ``model``, or what torch.compile made of it. Of several processes either ``replica`` is around it, or
+    the model is ``divided``.
     """
 
     def __init__(
@@ -78,6 +94,7 @@ class TrainingStep:
         task: Task,
         optimizer: torch.optim.Optimizer,
         replica: Replica | None,
+        divided: Divided | None = None,
         *,
         channels_last: bool,
         startup: Startup | None = None,
@@ -90,18 +107,21 @@ class TrainingStep:
         self.call = forward_of(task, model)
         self.optimizer = optimizer
         self.replica = replica
+        self.divided = divided
         self.channels_last = channels_last
         self.startup = Startup() if startup is None else startup
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self.averaged: AveragedModel | None = None
-        if recipe.ema is not None:
-            average = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
-            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        # A divided model cannot be copied.
+        self.averaged = averaged_of(recipe, model) if divided is None else divided.averaged
+        self._bytes_a_batch = self._bytes_divided = 0
         self._graphed: GraphedStep | None = None
 
-    def begin_epoch(self, totals: Tensor) -> None:
-        """Get ready for the sets now in force; metrics are added up in ``totals``."""
-        self.totals = totals
+    def begin_epoch(self, totals: Tensor, bytes_a_batch: int = 0) -> None:
+        """Get ready for the sets now in force; metrics are added up in ``totals``.
+
+        ``bytes_a_batch``: of gradients, that a process hands over where the model is divided.
+        """
+        self.totals, self._bytes_a_batch = totals, bytes_a_batch
         if self.replica is not None:
             self.forward = self.replica.current()
         self._graphed = GraphedStep(self._whole, capture=self._capture) if self.recipe.cuda_graph else None
@@ -129,13 +149,15 @@ class TrainingStep:
             return captured(step)
 
     def _backward(self, inputs: Any, targets: Any, batches: int, *, update: bool) -> Tensor:
-        # Gradients of several batches are sent once, with the last.
+        # Gradients of several batches are sent once, with the last; but with every one where the model is divided, as a
+        # process would have to hold those of the whole model in between.
         wrapper = self.forward if isinstance(self.forward, DistributedDataParallel) and not update else None
         with wrapper.no_sync() if wrapper is not None else nullcontext():
             with self.autocast():
                 outputs = self.call(self.forward, inputs, targets)
                 loss = self.task.loss(outputs, targets)
             self.scaler.scale(loss / batches).backward()  # type: ignore[no-untyped-call]
+        self._bytes_divided += self._bytes_a_batch
         self.task.update(self.totals, outputs, targets, loss)
         return loss.detach()
 
@@ -151,8 +173,8 @@ class TrainingStep:
         olds, news = (chain(one.parameters(), one.buffers()) for one in (averaged.module, self.model))
         for old, new in zip(olds, news, strict=True):
             pairs = by_type.setdefault(old.dtype, ([], []))
-            pairs[0].append(old.detach())
-            pairs[1].append(new.detach())
+            pairs[0].append(local(old.detach()))
+            pairs[1].append(local(new.detach()))
         for pairs in by_type.values():
             cast(Any, averaged.multi_avg_fn)(*pairs, averaged.n_averaged)
         averaged.n_averaged += 1
@@ -165,7 +187,7 @@ class TrainingStep:
     @property
     def bytes_sent(self) -> int:
         """Bytes of gradients that this process has handed over to be averaged so far."""
-        return self.replica.bytes_sent if self.replica is not None else 0
+        return self.replica.bytes_sent if self.replica is not None else self._bytes_divided
 
     def autocast(self) -> torch.autocast:
         """Return the context of the recipe's precision."""

@@ -10,9 +10,10 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ _CHECKSUM_FIRST = b'{"__metadata__":{"checksum":"'
 _NO_CHECKSUM = b"00000000"
 
 
-def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write a safetensors file; ``metadata`` gets the key ``checksum``, a CRC-32 over all bytes of the file.
+def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> str:
+    """Write a safetensors file; ``metadata`` gets the key ``checksum``, a CRC-32 over all bytes of the file, returned.
 
     Tensors may lie on any device, share memory and have any strides; at most one at a time is copied. TrainingError
     for tensors that the format does not know; failures of the disk pass through as OSError.
@@ -83,6 +84,7 @@ def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], pa
                 checksum = zlib.crc32(part, checksum)
         file.seek(8 + len(_CHECKSUM_FIRST))
         file.write(b"%08x" % checksum)
+    return f"{checksum:08x}"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -91,13 +93,41 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     Where the file has a checksum (``checksum`` is then in the metadata) it was verified. Beside the tensors, which are
     never larger than the file, memory stays within some hundred MiB. Raises RunDirectoryError, one line, for all else.
     """
+    metadata: dict[str, str] = {}
+    tensors = dict(each_tensor(path, metadata))
+    return metadata, tensors
+
+
+def each_tensor(path: Path, metadata: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what ``read_tensors`` returns, one after the other; ``metadata`` is filled before the first.
+
+    A checksum that does not fit is told after the last.
+    """
+    with _opened(path) as (file, size):
+        yield from _read(file, size, metadata)
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, torch.Size]]]:
+    """Return the metadata of a safetensors file, and dtype and shape of each tensor; nothing is verified by a checksum.
+
+    Raises RunDirectoryError as ``read_tensors`` does.
+    """
+    with _opened(path) as (file, size):
+        header = _header(file, size)
+        metadata, entries = _parse(header, size - 8 - len(header))
+        return metadata, {name: (dtype, torch.Size(shape)) for name, dtype, shape, _ in entries}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file of tensors, and tell its size. Inside, RunDirectoryError, one line, is raised for what is wrong."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
         with os.fdopen(descriptor, "rb") as file:
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise _Damage("not a regular file")
-            return _read(file, state.st_size)
+            yield file, state.st_size
     except FileNotFoundError as error:
         raise RunDirectoryError(f"{escaped(str(path))}: missing") from error
     except _Damage as damage:
@@ -118,21 +148,16 @@ class _Damage(Exception):
     """What is wrong with a file, without its name."""
 
 
-def _read(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Tensor]]:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if size < 10 or length > size - 8:
-        raise _Damage("cut short, or not a safetensors file")
-    if length > _LARGEST_HEADER:
-        raise _Damage(f"a header of {length} bytes")
-    header = file.read(length)
-    metadata, entries = _parse(header, size - 8 - length)
+def _read(file: BinaryIO, size: int, metadata: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    header = _header(file, size)
+    found, entries = _parse(header, size - 8 - len(header))
+    metadata.update(found)
+    start = len(header).to_bytes(8, "little")
     place = len(_CHECKSUM_FIRST)
     claimed, rest = header[place : place + len(_NO_CHECKSUM)], header[place + len(_NO_CHECKSUM) :]
     checksum = 0
     for known in (start, _CHECKSUM_FIRST, _NO_CHECKSUM, rest):
         checksum = zlib.crc32(known, checksum)
-    tensors: dict[str, Tensor] = {}
     for name, dtype, shape, length in entries:
         content = torch.empty(length, dtype=torch.uint8)
         if length:
@@ -142,13 +167,24 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, Tensor]]
             checksum = zlib.crc32(part.data, checksum)
             if dtype is torch.bool and part.max() > 1:
                 raise _Damage(f"{name[:60]}: a truth value that is neither 0 nor 1")
-        tensors[name] = content.view(dtype).reshape(shape) if length else torch.empty(shape, dtype=dtype)
+        yield name, content.view(dtype).reshape(shape) if length else torch.empty(shape, dtype=dtype)
     if header.startswith(_CHECKSUM_FIRST):
         if claimed != b"%08x" % checksum:
             raise _Damage("its checksum does not fit")
     elif "checksum" in metadata:
         raise _Damage("its checksum is not where it belongs")
-    return metadata, tensors
+
+
+def _header(file: BinaryIO, size: int) -> bytes:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 10 or length > size - 8:
+        raise _Damage("cut short, or not a safetensors file")
+    if length > _LARGEST_HEADER:
+        raise _Damage(f"a header of {length} bytes")
+    header = file.read(length)
+    if len(header) != length:
+        raise _Damage("cut short while it was read")
+    return header
 
 
 def _parse(header: bytes, data: int) -> tuple[dict[str, str], list[tuple[str, Any, list[int], int]]]:
@@ -180,7 +216,7 @@ def _entry(name: str, entry: object) -> tuple[int, int, str, torch.dtype, list[i
     if dtype is None:
         raise _Damage(f"{name[:60]}: a dtype that neq does not know")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _are_sizes(shape, _MOST_DIMENSIONS) or not _are_sizes(offsets, 2) or len(offsets) != 2:
+    if not are_sizes(shape) or not are_sizes(offsets, 2) or len(offsets) != 2:
         raise _Damage(f"{name[:60]}: its shape or place is not one")
     length = dtype.itemsize
     for dimension in shape:
@@ -190,7 +226,20 @@ def _entry(name: str, entry: object) -> tuple[int, int, str, torch.dtype, list[i
     return offsets[0], offsets[1], name, dtype, shape
 
 
-def _are_sizes(value: object, most: int) -> bool:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return what safetensors calls a dtype; the dtype's own name where it has none, which no file can hold."""
+    return _NAMES.get(dtype, str(dtype))
+
+
+def dtype_named(name: object) -> torch.dtype:
+    """Return the dtype of that name in safetensors. ValueError where there is none."""
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError("dtype")
+    return _DTYPES[name]
+
+
+def are_sizes(value: object, most: int = _MOST_DIMENSIONS) -> TypeGuard[list[int]]:
+    """Whether ``value`` is a list of sizes, such as a shape."""
     if not isinstance(value, list) or len(value) > most:
         return False
     return all(type(item) is int and 0 <= item < 2**62 for item in value)

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neq_cli.errors import FreezingError, TrainingError
 from neq_cli.events import Pause, Record, StepProgress
 from neq_cli.freezing import Freezer
 from neq_cli.freezing.processes.replica import Replica
+from neq_cli.freezing.rows.shards import whole
 from neq_cli.recipe import Recipe
 from neq_cli.training.batches.loaders import Loaders
 from neq_cli.training.loop.calling import parts_of
@@ -31,6 +32,9 @@ from neq_cli.training.machine.energy.measured import Energy
 from neq_cli.training.machine.full_memory import full_memory_named
 from neq_cli.training.processes.joined import Agreement, Processes
 from neq_cli.training.startup import Startup
+
+if TYPE_CHECKING:
+    from neq_cli.training.processes.divided import Divided
 
 PROGRESS_SECONDS = 0.25
 """Between two ``StepProgress`` records; reading the loss for one waits for the device."""
@@ -64,6 +68,7 @@ class Trainer:
     processes: Processes = field(default_factory=Processes)
     startup: Startup = field(default_factory=Startup)
     energy: Energy = field(default_factory=Energy)
+    divided: Divided | None = None
     wish: Callable[[], int] = lambda: GO_ON
 
     def __post_init__(self) -> None:
@@ -79,7 +84,7 @@ class Trainer:
             self.begun_before_drop = self.course.begun_before(steps)
         forward: Any = torch.compile(self.model) if self.recipe.compile else self.model
         replica = None
-        if self.processes.group is not None:
+        if self.processes.group is not None and self.divided is None:
             devices = [self.device.index] if self.device.type == "cuda" else None
             replica = Replica(forward, self.freezer, self.processes.group, device_ids=devices)
         self.step = TrainingStep(
@@ -90,6 +95,7 @@ class Trainer:
             self.task,
             self.optimizer,
             replica,
+            self.divided,
             channels_last=self.channels_last,
             startup=self.startup,
         )
@@ -98,6 +104,15 @@ class Trainer:
     def tested_model(self) -> nn.Module:
         """The network whose accuracy is reported: the averaged weights where the recipe has ``ema``."""
         return self.step.tested_model
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return what is tested, whole, in the first process, and nothing in the others; all call it together."""
+        found = {}
+        for name, tensor in self.tested_model.state_dict().items():
+            everything = whole(tensor)
+            if self.processes.first:
+                found[name] = everything.cpu() if self.divided is not None else everything
+        return found
 
     @property
     def ended(self) -> bool:
@@ -222,7 +237,7 @@ class Trainer:
             yield self._progress(so_far, "load")
         batch = self._next_batch(so_far)
         yield self._progress(so_far, "train")
-        self.step.begin_epoch(so_far.totals)
+        self.step.begin_epoch(so_far.totals, 0 if self.divided is None else self.divided.bytes_sent(self.freezer))
         clock = Clock(so_far, self.step, self.freezer)
         losses = FiniteLosses(self.recipe, epoch, self.device)
         shown = time.perf_counter()
@@ -248,7 +263,8 @@ class Trainer:
                 losses.check()
                 clock.read()
             if agreed or ends:
-                check_weights(self.recipe, self.model, epoch, so_far.steps)
+                largest = int if self.divided is None else self.processes.largest
+                check_weights(self.recipe, self.model, epoch, so_far.steps, largest)
             if now - shown >= self.progress_seconds or agreed == STOP:
                 shown = now
                 speed = so_far.images / so_far.train_seconds
@@ -300,6 +316,7 @@ class Trainer:
         model.eval()
         totals = self.task.new_totals(self.device)
         steps, shown = len(self.loaders.test), -math.inf
+        idle = 0 if self.divided is None else self.processes.largest(steps) - steps
         for step, batch in enumerate(self.loaders.test, 1):
             inputs, targets = map(self.step.to_device, parts_of(batch))
             test_batch(
@@ -312,9 +329,20 @@ class Trainer:
                 if self.processes.count == 1 and self.wish() == STOP:
                     model.train()
                     yield self._pause(so_far, stop=True)
+        if self.divided is not None:
+            self._run_along(model, idle)
+            self.divided.reshard()
         # What is saved and averaged is what trains: some modules merge their weights in eval mode.
         model.train()
         return checked_results(self.task, self.processes.sum(totals))
+
+    @torch.no_grad()
+    def _run_along(self, model: nn.Module, passes: int) -> None:
+        """Run a divided ``model`` on anything so often: others test more batches, and gather weights from all."""
+        for _ in range(passes):
+            inputs, targets = map(self.step.to_device, parts_of(next(iter(self.loaders.probe))))
+            with self.step.autocast():
+                self.step.call(model, inputs, targets)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the rest of the run depends on, between two updates: nested tensors and plain values.

@@ -37,6 +37,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 def restore(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """See ``Trainer.load_state_dict``."""
+    if trainer.divided is not None:
+        state = trainer.divided.state(state, trainer.model, trainer.optimizer)
     trainer.epoch = int(state["epoch"])
     trainer.passes, trainer.updates = int(state["passes"]), int(state["updates"])
     trainer.batches = None

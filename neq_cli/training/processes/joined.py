@@ -114,6 +114,15 @@ class Processes:
             time.sleep(0.05)
         return None
 
+    def may_be_loss(self, error: BaseException) -> bool:
+        """Whether ``error`` may come of a process that is lost, and is no user's own that speaks of a connection."""
+        if self.count == 1:
+            return False
+        if self.lifeline is not None and self.lifeline.reason is not None:
+            return not isinstance(error, NeqError)  # whatever it is that a broken group led to
+        backends = isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo/", "nccl"))
+        return backends or isinstance(error, distributed.DistError)
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, a process that is lost ends this one within seconds, whatever either is doing."""
@@ -265,23 +274,15 @@ def in_company(processes: Processes) -> Iterator[None]:
         raise
     except BaseException as error:
         # A lost connection says nothing about why: the process at its other end may have.
-        reason = processes.others_failure() if _is_loss(error, processes) else None
+        reason = processes.others_failure() if processes.may_be_loss(error) else None
         if reason is not None:
             raise TrainingError(reason) from error
-        if _is_loss(error, processes):
+        if processes.may_be_loss(error):
             apart = TrainingError(f"the processes lost touch: {one_line(error)}; --resume goes on")
             processes.tell_failure(str(apart))
             raise apart from error
         processes.tell_failure(described(error))
         raise
-
-
-def _is_loss(error: BaseException, processes: Processes) -> bool:
-    """Whether ``error`` may come of a process that is lost, and is no user's own that speaks of a connection."""
-    if processes.lifeline is not None and processes.lifeline.reason is not None:
-        return not isinstance(error, NeqError)  # whatever it is that a broken group led to
-    backends = isinstance(error, RuntimeError) and any(name in str(error).lower() for name in ("gloo/", "nccl"))
-    return backends or isinstance(error, distributed.DistError)
 
 
 def _write_error_file(message: str) -> None:

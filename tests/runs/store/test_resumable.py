@@ -51,6 +51,7 @@ OTHERS = {
     "compile": True, "cuda_graph": True, "channels_last": True, "deterministic": True,
     "data.root": "/elsewhere", "data.download": False, "data.workers": 0, "data.cache": "none",
     "energy": True, "grams_per_kwh": 56.0, "track": ["tensorboard"],
+    "parallel": "fsdp", "fsdp.blocks": ["layers.*"],
 }  # fmt: skip
 
 
