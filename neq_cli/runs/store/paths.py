@@ -96,7 +96,7 @@ class RunFiles:
     @property
     def shards(self) -> list[Path]:
         """The folders, in their order, with the parts of checkpoints that are divided over processes. OSError."""
-        there = self.checkpoints_folder.iterdir() if self.checkpoints_folder.exists() else ()
+        there = self.checkpoints_folder.iterdir() if self.checkpoints_folder.is_dir() else ()
         found = {int(match[1]): path for path in there if (match := _SHARDS.fullmatch(path.name))}
         return [path for _, path in sorted(found.items())]
 

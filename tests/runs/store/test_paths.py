@@ -44,3 +44,16 @@ def test_later_neuron_files(tmp_path: Path) -> None:
     for name in ("epoch_3.safetensors", "epoch_0003.safetensors.bak", "xepoch_0003.safetensors"):
         (files.neurons_folder / name).touch()
     assert set(files.neurons_after(2)) == {files.neurons(epoch) for epoch in (3, 9999, 10_000)}
+
+
+def test_shards_are_numbered_on_and_found_in_their_order(tmp_path: Path) -> None:
+    files = RunFiles(tmp_path)
+    assert files.shards == []
+    assert files.next_shards() == tmp_path / "checkpoints" / "shards_000001"
+    for name in ("shards_000010", "shards_000009", "shards_1000000", "shards_x", "other"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in files.shards] == ["shards_000009", "shards_000010", "shards_1000000"]
+    assert files.next_shards().name == "shards_1000001"
+    part = tmp_path / "checkpoints" / "shards_000009" / "1-of-2.safetensors"
+    part.touch()
+    assert part in files.files  # and so looked at before anything is written

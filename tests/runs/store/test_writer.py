@@ -491,6 +491,7 @@ WRITTEN = (
     "recipe.yaml", "environment.json", "status.json", "metrics.csv", "layers.csv", "dispatch.json", "model.py",
     "weights.safetensors", ".lock", "neurons", "checkpoints", "neurons/epoch_0001.safetensors",
     "neurons/epoch_0009.safetensors", "checkpoints/last.safetensors", "checkpoints/best.safetensors",
+    "checkpoints/shards_000001",
 )  # fmt: skip
 
 
