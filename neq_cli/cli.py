@@ -13,7 +13,7 @@ from typing import Any
 
 # Nothing else yet: until the signals are taken over, one of them is a traceback.
 from neq_cli import signals
-from neq_cli.complaints import columns, complain, linger, warning_line
+from neq_cli.complaints import columns, complain, leave, linger, warning_line
 from neq_cli.errors import NeqError, Terminated, place_in_code
 
 
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         watch.start()
         code = _run(arguments, watch)
+        if for_good and not code:
+            leave()
     except Terminated as error:
         from neq_cli.text import to_go_on
 

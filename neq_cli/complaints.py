@@ -20,6 +20,10 @@ class Company(Protocol):
         """Stay until the others have found out why this process ends."""
         ...
 
+    def leave(self) -> None:
+        """Let go of the others, where all has gone well."""
+        ...
+
 
 _company: list[Company] = []  # at most one
 
@@ -46,6 +50,12 @@ def linger() -> None:
     """Stay until other processes have found out why this one ends, where it has joined any."""
     for company in _company:
         company.linger()
+
+
+def leave() -> None:
+    """Let go of other processes at the end of a command that went well, where this one has joined any."""
+    for company in _company:
+        company.leave()
 
 
 def warning_line(

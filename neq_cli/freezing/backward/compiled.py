@@ -13,7 +13,8 @@ from neq_cli.freezing.backward.functions import cast_for_autocast, no_view
 from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.operations import Convolution, LinearMap, Operation
 
-_plans: dict[int, GradientPlan] = {}
+# Weak, since a plan leads to its Freezer, where somebody's callback does, and a module is for ever.
+_plans: weakref.WeakValueDictionary[int, GradientPlan] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -22,11 +23,10 @@ class Slot:
 
     def __init__(self) -> None:
         self.number = next(_numbers)
-        # No __del__: at the interpreter's exit it would find `_plans` gone.
-        weakref.finalize(self, _plans.pop, self.number, None).atexit = False
+        self._plan: GradientPlan | None = None
 
     def put(self, plan: GradientPlan) -> None:
-        _plans[self.number] = plan
+        self._plan = _plans[self.number] = plan
 
 
 def apply_compiled(

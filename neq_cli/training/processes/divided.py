@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class Divided:
         """
         count, still = self.mesh.size(), set(map(id, freezer.hold.keeper.discarding.whole))
         sent = [one for one in freezer.model.parameters() if one.requires_grad and id(one) not in still]
-        return sum(-(-len(one) // count) * count * one[:1].numel() * one.element_size() for one in sent)
+        return sum(-(-len(one) // count) * count * math.prod(one.shape[1:]) * one.element_size() for one in sent)
 
 
 def check_dividable(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from neq_cli.training.processes.lifeline import Lifeline, open_lifeline
 from neq_cli.training.processes.meeting import met, without_stdout
 
 _FAILURE = "failure"
+_LETTING_GO = 0.1
 _PATIENCE = 1.0
 """Seconds in which the process that failed first gets to say why, after the others lost it."""
 
@@ -170,6 +172,17 @@ class Processes:
         """
         if self.count > 1 and self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(_PATIENCE)
+
+    def leave(self) -> None:
+        """End the group of all while Python still runs, when all has gone well.
+
+        A thread of gloo's that drops a tensor once the interpreter ends would end the process by SIGABRT. Such threads
+        end with the group, unless C++ still holds it: then they have a moment to let go.
+        """
+        if self.count > 1 and distributed.is_initialized():
+            gc.collect()
+            distributed.destroy_process_group()
+            time.sleep(_LETTING_GO)
 
     def say_once(self, message: str) -> bool:
         """Whether this process is the first to have this message: the one that prints it."""

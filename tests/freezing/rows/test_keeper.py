@@ -745,6 +745,7 @@ def test_detach_puts_everything_back() -> None:
 def test_what_is_no_longer_used_leaves_memory(detach: bool) -> None:
     def use() -> list[weakref.ref[Any]]:
         net, optimizer, freezer = prepared(SGD)
+        freezer.dispatch.on_choice = lambda dispatch: print(freezer.epoch)  # leads back to it
         step(net, optimizer, batch())
         if detach:
             freezer.detach()
