@@ -116,7 +116,7 @@ def test_usage_has_the_brackets_that_we_give_it(capsys: pytest.CaptureFixture[st
     for verb, usage in (
         ("train", "neq train [OPTIONS] RECIPE [KEY=VALUE]..."),
         ("compare", "neq compare [OPTIONS] RUN_DIR..."),
-        ("init", "neq init [OPTIONS] NAME [DIR]"),
+        ("init", "neq init [OPTIONS] [NAME] [DESTINATION]"),
     ):
         assert call(verb, "--help") == 0
         assert capsys.readouterr().out.splitlines()[0] == f"Usage: {usage}"

@@ -22,7 +22,7 @@ from neq_cli.recipe.shipped import list_recipes
 
 NEQ: Any = typer.main.get_command(app)
 PYTHON, YAML, SHELL = blocks("python"), blocks("yaml"), blocks("console", "bash", "text")
-PLACEHOLDERS = ("RECIPE", "NAME")
+PLACEHOLDERS = ("RECIPE", "NAME", "photos.yaml")
 READY_MADE = {"--help", "-h", "--version", "--citation", "--install-completion", "--show-completion"}
 WITH_RECIPE = ("train", "flops", "validate", "bench")
 

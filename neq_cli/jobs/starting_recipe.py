@@ -67,7 +67,8 @@ def starting_recipe(folder: Path, model: str | None, file: Path) -> StartingReci
     try:
         summarised(load_text(text, file.absolute(), str(file)))
     except NeqError as error:
-        if not str(error).startswith("model:") or choice.size == _USUAL_SIZE:
+        refused = isinstance(error.__cause__, RecipeValueError) and error.__cause__.key == "model"
+        if not refused or choice.size == _USUAL_SIZE:
             raise
         # Such as torchvision's vision transformers, whose size is told by nothing but their refusal of others.
         text = _text(found, folder, _resized(choice))
