@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from alike_runs import assert_alike, untimed_rows
 from rounding import apart_after_steps, phi_apart, unit
 from safetensors.numpy import load_file
-from timings import TIMINGS
 
 import neq_cli
 
@@ -227,10 +226,6 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def without_timings(run: Path) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(run)]
-
-
 def status(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "status.json").read_text())
     return content
@@ -244,43 +239,21 @@ WEIGHTS = apart_after_steps(STEPS, ROUNDINGS)
 OBSERVED = 8 * (phi_apart(10 * STEPS * ROUNDINGS, 50 * 64) + unit(torch.float32))
 
 
-def assert_alike(one: Path, several: Path) -> None:
-    """Compare all that two runs left; weights, losses and observations are below 10."""
-    for expected, found in zip(without_timings(one), without_timings(several), strict=True):
-        for key, value in expected.items():
-            if key != "bytes_per_step":
-                assert float(found[key]) == pytest.approx(float(value), rel=WEIGHTS, abs=WEIGHTS), key
-    frozen = 0
-    for epoch in range(1, len(rows(one)) + 1):
-        name = f"neurons/epoch_{epoch:04d}.safetensors"
-        expected, found = load_file(one / name), load_file(several / name)
-        for key, values in expected.items():
-            if values.dtype == np.bool_:
-                assert (found[key] == values).all(), (epoch, key)
-                frozen += int((~values).sum())
-            else:
-                np.testing.assert_allclose(found[key], values, rtol=0, atol=OBSERVED)
-    assert frozen > 0  # or the comparison of sets would say little
-    weights, others = load_file(one / "weights.safetensors"), load_file(several / "weights.safetensors")
-    for key, values in weights.items():
-        np.testing.assert_allclose(others[key], values, rtol=0, atol=WEIGHTS)
-
-
 @pytest.mark.parametrize("job", ["two", "four"])
 def test_several_processes_train_what_one_does_with_their_batches_together(folder: Path, job: str) -> None:
     well(folder, "one", job)
-    assert_alike(folder / "one", folder / job)
+    assert_alike(folder / "one", folder / job, WEIGHTS, OBSERVED)
 
 
 def test_with_synchronised_batch_norm_too(folder: Path) -> None:
     well(folder, "norm-one", "norm-three")
-    assert_alike(folder / "norm-one", folder / "norm-three")
+    assert_alike(folder / "norm-one", folder / "norm-three", WEIGHTS, OBSERVED)
 
 
 def test_a_resumed_run_is_the_run_never_interrupted_bit_for_bit(folder: Path) -> None:
     well(folder, "dropout", "dropout-begun", "dropout-resumed")
     straight, resumed = folder / "dropout", folder / "resumed"
-    assert without_timings(straight) == without_timings(resumed)
+    assert untimed_rows(straight) == untimed_rows(resumed)
     names = ["layers.csv", "weights.safetensors", *(f"neurons/epoch_{epoch:04d}.safetensors" for epoch in range(1, 5))]
     for name in names:
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
@@ -288,7 +261,7 @@ def test_a_resumed_run_is_the_run_never_interrupted_bit_for_bit(folder: Path) ->
 
 def test_another_number_of_processes_goes_on(folder: Path) -> None:
     well(folder, "fewer-begun", "fewer-resumed")
-    assert_alike(folder / "one", folder / "fewer")
+    assert_alike(folder / "one", folder / "fewer", WEIGHTS, OBSERVED)
 
 
 def test_another_number_of_images_a_step_is_refused_by_name(folder: Path) -> None:
@@ -357,4 +330,4 @@ def test_torchrun_starts_processes_anew_and_they_go_on(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     straight = run([*torchrun[:-1], *recipe[:5], "straight", "batch_size=30"], folder)
     assert straight.returncode == 0, straight.stderr
-    assert without_timings(folder / "restarted") == without_timings(folder / "straight")
+    assert untimed_rows(folder / "restarted") == untimed_rows(folder / "straight")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import signal
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alike_runs import assert_alike, untimed_rows
 from rounding import apart_after_steps, phi_apart, unit
 from safetensors.numpy import load_file
-from timings import SECONDS, TIMINGS
+from timings import SECONDS
 from torch import Tensor
 
 from neq_cli.training.loop.checkpoint import load_state
@@ -168,11 +168,6 @@ def straight(trained: Callable[..., Path]) -> Path:
     return trained("straight", 2, *SHARDED)
 
 
-def rows(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{name: cell for name, cell in row.items() if name not in TIMINGS} for row in csv.DictReader(file)]
-
-
 def last(run: Path, name: str = "last") -> Any:
     state = load_state(run / "checkpoints" / f"{name}.safetensors")
     if state["so_far"] is not None:
@@ -193,32 +188,9 @@ def tensors(state: Any, place: str = "") -> dict[str, Tensor]:
     }
 
 
-def assert_alike(one: Path, other: Path, weights: float = WEIGHTS, observed: float = OBSERVED) -> None:
-    """Compare what two runs left: sets are the same, and numbers within rounding."""
-    for expected, found in zip(rows(one), rows(other), strict=True):
-        for key, value in expected.items():
-            if key != "bytes_per_step":
-                assert float(found[key]) == pytest.approx(float(value), rel=weights, abs=weights), key
-    frozen = 0
-    for epoch in range(1, len(rows(one)) + 1):
-        name = f"neurons/epoch_{epoch:04d}.safetensors"
-        expected, found = load_file(one / name), load_file(other / name)
-        for key, values in expected.items():
-            if values.dtype == np.bool_:
-                assert (found[key] == values).all(), (epoch, key)
-                frozen += int((~values).sum())
-            else:
-                np.testing.assert_allclose(found[key], values, rtol=0, atol=observed)
-    assert frozen > 20  # or the comparison of sets would say little
-    first, second = load_file(one / "weights.safetensors"), load_file(other / "weights.safetensors")
-    assert list(first) == list(second)
-    for key, values in first.items():
-        np.testing.assert_allclose(second[key], values, rtol=0, atol=weights)
-
-
 def assert_same(one: Path, other: Path) -> None:
     """Assert that two runs hold the same, to the bit; folders of shards are numbered as they come."""
-    assert rows(one) == rows(other)
+    assert untimed_rows(one) == untimed_rows(other)
     for name in (
         "weights.safetensors",
         "layers.csv",
@@ -236,23 +208,30 @@ def assert_same(one: Path, other: Path) -> None:
 def test_divided_training_is_that_of_one_process(trained: Callable[..., Path], straight: Path, count: int) -> None:
     one = trained("one", 1, "batch_size=60", *SHARDED)  # which divides nothing
     several = straight if count == 2 else trained("three", 3, "batch_size=20", *SHARDED)
-    assert_alike(one, several)
+    assert_alike(one, several, WEIGHTS, OBSERVED)
     assert not list((one / "checkpoints").glob("shards_*"))
     notes = json.loads((several / "environment.json").read_text())["notes"]
     assert f"parallel: fsdp over {count} processes, in 2 blocks (Block) and the rest" in notes
 
 
 def test_divided_training_is_that_of_copies(trained: Callable[..., Path], straight: Path) -> None:
-    assert_alike(trained("copies", 2), straight)
+    assert_alike(trained("copies", 2), straight, WEIGHTS, OBSERVED)
     every = trained("every", 2, *SHARDED, "fsdp.blocks=['blocks.*','blocks.1.up','head']")  # one within another
-    assert_alike(every, straight)
+    assert_alike(every, straight, WEIGHTS, OBSERVED)
 
 
 def test_batch_norm(trained: Callable[..., Path]) -> None:
     convolutions = ["model.entrypoint=parts:convolutions", "epochs=2", "optimizer={name: sgd, lr: 0.1, momentum: 0.9}"]
-    assert_alike(trained("norm-copies", 2, *convolutions), trained("norm", 2, *convolutions, *SHARDED))
+    assert_alike(
+        trained("norm-copies", 2, *convolutions), trained("norm", 2, *convolutions, *SHARDED), WEIGHTS, OBSERVED
+    )
     one = trained("norm-one", 1, *convolutions, "batch_size=60")
-    assert_alike(one, trained("norm-three", 3, *convolutions, "batch_size=20", "sync_batchnorm=true", *SHARDED))
+    assert_alike(
+        one,
+        trained("norm-three", 3, *convolutions, "batch_size=20", "sync_batchnorm=true", *SHARDED),
+        WEIGHTS,
+        OBSERVED,
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -281,7 +260,7 @@ def test_what_each_process_keeps_and_sends(straight: Path) -> None:
     # Nothing that is divided lies in the checkpoint's own file as well.
     assert not names & {name.strip("/") for name in load_file(straight / "checkpoints" / "last.safetensors")}
     padded = sum((len(one) + len(one) % 2) * one[:1].numel() for one in state["model"].values())
-    assert float(rows(straight)[0]["bytes_per_step"]) == 8 * padded
+    assert float(untimed_rows(straight)[0]["bytes_per_step"]) == 8 * padded
 
 
 def test_shards_of_no_checkpoint_are_removed(straight: Path) -> None:
@@ -337,7 +316,7 @@ def test_runs_go_on_otherwise_divided(
     folder = filled(tmp_path)
     well(together(folder, begun[0], "-o", "run", "epochs=2", *begun[1:]))
     well(together(folder, goes_on[0], "-o", "run", "--resume", *goes_on[1:]))
-    assert_alike(straight, folder / "run")
+    assert_alike(straight, folder / "run", WEIGHTS, OBSERVED)
 
 
 def test_they_are_read_in_one_process(straight: Path, tmp_path: Path, neq_in: Callable[..., Any]) -> None:
@@ -355,7 +334,7 @@ def test_they_are_read_in_one_process(straight: Path, tmp_path: Path, neq_in: Ca
     )
     assert tested.wait() == 0, tested.text
     found_loss = json.loads(tested.result)["metrics"]["loss"]
-    assert found_loss == pytest.approx(float(rows(straight)[-1]["test_loss"]), rel=1e-6)
+    assert found_loss == pytest.approx(float(untimed_rows(straight)[-1]["test_loss"]), rel=1e-6)
 
 
 def damage(run: Path, what: str) -> None:

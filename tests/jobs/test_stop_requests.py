@@ -44,13 +44,13 @@ from neq_cli.training.loop import checkpoint
 save_state, done = checkpoint.save_state, 0
 
 
-def interrupted(state, path):
+def interrupted(*arguments):
     global done
     done += 1
     if done == {number}:
         for number in {signals}:
             os.kill(os.getpid(), number)
-    save_state(state, path)
+    save_state(*arguments)
     if done == {number}:
         for number in {signals_after}:
             os.kill(os.getpid(), number)

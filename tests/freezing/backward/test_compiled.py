@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from neq_cli import Freezer
 from neq_cli.freezing.backward import compiled as module
+from neq_cli.freezing.backward.dispatch import Dispatch
+from neq_cli.freezing.backward.gradients import GradientPlan
 from neq_cli.freezing.backward.sliced import COMPILED_FUNCTIONAL, BackwardMode
 
 ROOT = Path(__file__).parents[3]
@@ -131,11 +133,11 @@ def test_everything_frozen_is_no_exception(force: Callable[[str], None]) -> None
 
 
 def test_a_plan_goes_with_its_slot() -> None:
-    slot, plan = module.Slot(), object()
-    slot.put(plan)  # type: ignore[arg-type]
+    slot, plan = module.Slot(), GradientPlan(torch.tensor([True]), truncated=False, dispatch=Dispatch())
+    slot.put(plan)
     number = slot.number
     assert module._plans[number] is plan
-    del slot
+    del slot, plan
     gc.collect()
     assert number not in module._plans
 

@@ -31,13 +31,7 @@ COUNTS = {"train": 12, "test": 5}
 Table = dict[str, list[Any]]
 
 
-@pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the library keeps goes where the test's files are, and nothing is asked of a network."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("without_hub")
 
 
 @pytest.fixture(scope="module")

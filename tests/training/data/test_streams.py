@@ -42,13 +42,7 @@ STREAM = {"streaming": True, "shuffle_buffer": BUFFER}
 BITS = [0.0] * 3, [1.0] * 3  # mean and deviation that change nothing
 
 
-@pytest.fixture(autouse=True)
-def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the library keeps goes where the test's files are, and nothing is asked of a network."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("without_hub")
 
 
 def picture(number: int) -> Image.Image:

@@ -55,7 +55,8 @@ def controller(identifier: str) -> None:
             name = names.pop(0)
             if state(name) == "PENDING":
                 running[name] = start(identifier, name)
-        (BOOKS / f"{identifier}.most").write_text(str(max(len(running), most(identifier))))
+        if len(running) > most(identifier):
+            (BOOKS / f"{identifier}.most").write_text(str(len(running)))
         time.sleep(0.05)
 
 
