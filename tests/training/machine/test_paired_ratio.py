@@ -10,18 +10,14 @@ from neq_cli.training.machine.paired_ratio import CONFIDENCE, paired_ratio
 
 
 @pytest.mark.parametrize("rounds", [*range(6, 31), 57])
-def test_the_interval_is_that_of_scipy(rounds: int) -> None:
-    """scipy inverts its test of a quantile; it looks at both tails apart, each of which may take half of the 5 %."""
+def test_the_interval_leaves_out_half_of_the_rest_on_either_side(rounds: int) -> None:
+    """With scipy's distribution of the number of rounds below the median, which is that of heads among tosses."""
     ratios = np.random.default_rng(rounds).lognormal(sigma=0.2, size=rounds)
     found = paired_ratio(ratios.tolist())
-    tails = [
-        stats.quantile_test(ratios, p=0.5, alternative=side).confidence_interval(1 - (1 - CONFIDENCE) / 2)
-        for side in ("greater", "less")
-    ]
-    assert (found.low, found.high) == (tails[0].low, tails[1].high)
+    rank = int(stats.binom.ppf((1 - CONFIDENCE) / 2, rounds, 0.5))
+    assert (found.low, found.high) == (np.sort(ratios)[rank - 1], np.sort(ratios)[-rank])
     assert found.median == np.median(ratios)
-    rank = sorted(ratios).index(found.low)
-    assert found.confidence == pytest.approx(1 - 2 * stats.binom.cdf(rank, rounds, 0.5), abs=1e-12)
+    assert found.confidence == pytest.approx(1 - 2 * stats.binom.cdf(rank - 1, rounds, 0.5), abs=1e-12)
     assert found.confidence >= CONFIDENCE
 
 

@@ -64,8 +64,8 @@ def test_repeated_blocks_of_torchvisions_models(name: str, kind: str, count: int
 
 def test_models_of_other_libraries() -> None:
     timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    swin = timm.create_model("swin_tiny_patch4_window7_224")
     with torch.device("meta"):
-        swin = timm.create_model("swin_tiny_patch4_window7_224")
         both = transformers.BartModel(transformers.BartConfig(encoder_layers=2, decoder_layers=2))
     assert len(blocks_of(swin, None)) == 12
     assert {type(module).__name__ for module in blocks_of(both, None).values()} == {
