@@ -6,7 +6,7 @@ import math
 import shlex
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MISSING = "–"
@@ -164,6 +164,13 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def some_of(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first names for a line, and how many more there are: "a, b and 3 more"."""
+    every = list(names)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return ", ".join(every[:limit]) + more
 
 
 def counted(number: int, what: str) -> str:

@@ -20,13 +20,10 @@ from neq_cli.runs.store.resumable import ANEW, differences, ended_at_rest, merge
 from neq_cli.runs.store.run import Run, read_run
 from neq_cli.runs.store.untrusted import damaged, read_json
 from neq_cli.runs.store.writer import RunWriter
-from neq_cli.text import counted, format_metric, printable
+from neq_cli.text import counted, format_metric, printable, some_of
 
 if TYPE_CHECKING:
     from neq_cli.training.session import Session
-
-_MOST_TOLD = 5
-"""Runs of a folder that a line tells."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,8 @@ def _refuse_folder_of_runs(path: Path) -> None:
     briefs = sorted(map(read_brief, runs_of_folder(path)), key=lambda brief: brief.order, reverse=True)
     if not briefs:
         return
-    told = [f"{printable(brief.path)} ({brief.status.state})" for brief in briefs[:_MOST_TOLD]]
-    more = f" and {len(briefs) - len(told)} more" if len(briefs) > len(told) else ""
-    what = f"{printable(path)}: holds {counted(len(briefs), 'run')}, and is none itself: {', '.join(told)}{more}"
+    told = some_of(f"{printable(brief.path)} ({brief.status.state})" for brief in briefs)
+    what = f"{printable(path)}: holds {counted(len(briefs), 'run')}, and is none itself: {told}"
     raise RunDirectoryError(f"{what}; give the one to go on with by -o, or leave -o out for the newest unfinished one")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from neq_cli.errors import RecipeValueError, RunDirectoryError
 from neq_cli.freed_memory import keep_freed_memory
 from neq_cli.recipe import DataSection, Recipe
+from neq_cli.text import some_of
 from neq_cli.training.batches.loaders import tested_once
 from neq_cli.training.data.catalogue import find_name
 from neq_cli.training.data.parts import Data, load_data
@@ -162,9 +163,8 @@ def _class_names(data: Data, classes: int | None, names: tuple[str, ...]) -> tup
     differing = sorted(set(names) ^ set(data.classes))
     # Masks and labels that come without names are called by their numbers.
     if names and data.classes not in (names, numbers):
-        shown = ", ".join(f"'{name}'" for name in differing[:5]) or "their order"
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise RecipeValueError("data.root", f"{data.name} and the run's data differ in classes: {shown}{more}")
+        shown = some_of(f"'{name}'" for name in differing) or "their order"
+        raise RecipeValueError("data.root", f"{data.name} and the run's data differ in classes: {shown}")
     return names or data.classes
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torchvision.datasets.folder import DatasetFolder
 
+from neq_cli.text import some_of
+
 _SHOWN = 3
 
 
@@ -38,9 +40,8 @@ class Hidden:
         """What a user should know of it, in one line; none where nothing was left out."""
         if not self.found:
             return ()
-        shown = ", ".join(list(self.found)[:_SHOWN])
-        more = f" and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
-        return (f"data: names that begin with a dot are skipped ({len(self.found)}): {shown}{more}",)
+        shown = some_of(self.found, _SHOWN)
+        return (f"data: names that begin with a dot are skipped ({len(self.found)}): {shown}",)
 
 
 def folder_maker(kind: type[DatasetFolder], hidden: Hidden) -> Callable[..., Any]:

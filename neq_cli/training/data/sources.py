@@ -17,6 +17,7 @@ from torchvision.datasets.folder import DatasetFolder
 from neq_cli.errors import RecipeValueError, one_line
 from neq_cli.recipe import DataSection
 from neq_cli.recipe.entrypoints import accepted_arguments
+from neq_cli.text import some_of
 from neq_cli.training.data.catalogue import CATALOGUE, HUB, classes_above, find_name, kwargs_problems
 from neq_cli.training.data.digits import load_digits
 from neq_cli.training.data.hidden import Hidden, NoImagesError, folder_maker
@@ -227,6 +228,5 @@ def _in_memory(dataset: Any) -> Stored | None:
     return Stored(images, targets.long())
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"'{name}'" for name in names[:limit]) + more
+def _some(names: Sequence[str]) -> str:
+    return some_of(f"'{name}'" for name in names)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from neq_cli.errors import RecipeValueError, did_you_mean
 from neq_cli.recipe import ModelSection
 from neq_cli.recipe.entrypoints import accepted_arguments
+from neq_cli.text import some_of
 from neq_cli.training.models.builder import Builder, ImageDefaults, side_of
 from neq_cli.training.models.configurations import (
     class_of,
@@ -174,16 +175,12 @@ def _headed(
         if configuration_class.model_type not in known:
             raise RecipeValueError(
                 "model.name",
-                f"transformers has no {task} model of type '{configuration_class.model_type}'; it has {_some(known)}",
+                f"transformers has no {task} model of type '{configuration_class.model_type}'; "
+                f"it has {some_of(known, 12)}",
             )
     head = getattr(transformers, _HEADS.get(task or "", _HEADS["classification"]))
     make = _maker(name, configuration_class, head.from_config, checkpoint)
     return TransformersBuilder(name, make, configuration_class, by_task=True, labelled=True, checkpoint=checkpoint)
-
-
-def _some(names: list[str], limit: int = 12) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _types(transformers: Any, task: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neq_cli.errors import RecipeValueError, did_you_mean, one_line
 from neq_cli.recipe import ModelSection
+from neq_cli.text import some_of
 from neq_cli.training.models.build import find_builder
 from neq_cli.training.models.of_torchvision import fetched
 from neq_cli.training.models.of_torchvision import find_backbone_weights as _find_backbone_weights
@@ -73,7 +74,7 @@ def _load_published(model: nn.Module, section: ModelSection, task: str | None) -
     model.load_state_dict(fitting, strict=False)
     if not fresh:
         return ()
-    return (f"model.weights: {len(fresh)} of {len(own)} tensors start from scratch: {_listed(fresh)}",)
+    return (f"model.weights: {len(fresh)} of {len(own)} tensors start from scratch: {some_of(fresh)}",)
 
 
 def _load_backbone(model: nn.Module, section: ModelSection) -> None:
@@ -85,7 +86,7 @@ def _load_backbone(model: nn.Module, section: ModelSection) -> None:
     fitting = {name: loaded[key] for name in own for key in (name, f"features.{name}") if key in loaded}
     missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
     if missing:
-        raise RecipeValueError("model.weights_backbone", f"the backbone's {_listed(missing)} are not in it; remove it")
+        raise RecipeValueError("model.weights_backbone", f"the backbone's {some_of(missing)} are not in it; remove it")
     backbone.load_state_dict(fitting, strict=False)
 
 
@@ -99,7 +100,7 @@ def _load_checkpoint(model: nn.Module, section: ModelSection) -> tuple[str, ...]
     if problem := misfits(loaded, own):
         raise RecipeValueError("model.checkpoint", f"'{path}' does not fit the model: {problem}")
     model.load_state_dict(dict(loaded), strict=not fresh)
-    return (f"model.fresh: {len(fresh)} tensors start from scratch: {_listed(fresh)}",) if fresh else ()
+    return (f"model.fresh: {len(fresh)} tensors start from scratch: {some_of(fresh)}",) if fresh else ()
 
 
 def _fresh(section: ModelSection, own: Mapping[str, Tensor]) -> list[str]:
@@ -121,18 +122,12 @@ def misfits(loaded: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         if name in loaded and loaded[name].shape != own[name].shape
     ]
     parts = (("missing", missing), ("not in the model", unexpected), ("of another shape", mismatched))
-    problems = [f"{len(names)} {what} ({_listed(names)})" for what, names in parts if names]
+    problems = [f"{len(names)} {what} ({some_of(names)})" for what, names in parts if names]
     return f"tensors {'; '.join(problems)}" if problems else ""
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
-
-
-def _listed(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 # The authors' name, and what torchvision calls it; the number of a stage becomes an odd place for its blocks and the

@@ -106,3 +106,14 @@ def sweep(neq: Callable[..., Any], folder: Path) -> Callable[..., Any]:
         return neq("sweep", "small.yaml", *arguments, before=FORKED.format(first=first))
 
     return start
+
+
+@pytest.fixture(scope="module")
+def straight(neq_in: Callable[..., Any], small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs seed=1 and seed=2, each trained by `neq train` without a break."""
+    place = tmp_path_factory.mktemp("straight")
+    (place / "small.yaml").write_text(small)
+    for seed in (1, 2):
+        process = neq_in(place, "train", "small.yaml", f"seed={seed}", "-o", place / f"seed={seed}")
+        assert process.wait(120) == 0, process.text
+    return place

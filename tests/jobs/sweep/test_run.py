@@ -27,17 +27,6 @@ def interrupt_twice(process: Any, number: int = signal.SIGINT, code: int = 130) 
     assert process.wait(20) == code, process.text
 
 
-@pytest.fixture(scope="module")
-def straight(neq_in: Start, small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs seed=1 and seed=2, each trained by `neq train` without a break."""
-    place = tmp_path_factory.mktemp("straight")
-    (place / "small.yaml").write_text(small)
-    for seed in (1, 2):
-        process = neq_in(place, "train", "small.yaml", f"seed={seed}", "-o", place / f"seed={seed}")
-        assert process.wait(120) == 0, process.text
-    return place
-
-
 def test_a_sweep_trains_what_train_would_and_then_only_what_is_new(
     sweep: Start, folder: Path, straight: Path, same_run: Start
 ) -> None:

@@ -29,7 +29,7 @@ from neq_cli.runs.views.report.pictures import (
 )
 from neq_cli.runs.views.report.tables import comparison_table, environment_tables, notes, recipe_tables, runs_table
 from neq_cli.runs.views.report.words import Fact, caveats, facts, reading
-from neq_cli.text import counted, printable
+from neq_cli.text import counted, printable, some_of
 
 _MOST_CARDS = 8
 # No script runs and nothing is fetched, whatever a run's texts might say.
@@ -69,7 +69,7 @@ def render_page(report: Report) -> str:
     """Return the page of a report."""
     the_study = report.study
     names = dict.fromkeys(printable(run.recipe_name, 60) for run in the_study.runs)
-    title = ", ".join(list(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    title = some_of(names, 4)
     sections = [
         ("short", "In short", _short(the_study)),
         ("comparison", "Comparison", comparison_table(the_study)),
@@ -129,8 +129,7 @@ def _document(title: str, body: str) -> str:
 
 
 def _subtitle(the_study: Study) -> str:
-    subjects = list(dict.fromkeys(model_and_data(run) for run in the_study.runs))
-    what = ", ".join(subjects[:3]) + (f" and {len(subjects) - 3} more" if len(subjects) > 3 else "")
+    what = some_of(dict.fromkeys(model_and_data(run) for run in the_study.runs), 3)
     runs, configurations = len(the_study.runs), len(the_study.configurations)
     counts = f"{counted(runs, 'run')} of {counted(configurations, 'configuration')}"
     longest: dict[str, int] = {}

@@ -21,6 +21,7 @@ from neq_cli.text import (
     format_p_value,
     format_seconds,
     ratio_percent,
+    some_of,
 )
 
 _MOST_KEYS = 6
@@ -174,8 +175,7 @@ def caveats(the_study: Study) -> Iterator[str]:
     """Yield what limits these numbers, most important first, then the notes of the comparison."""
     configurations = the_study.configurations
     if keys := list(disagreements(the_study.runs)):
-        more = f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else ""
-        yield f"These runs differ in {', '.join(keys[:_MOST_KEYS])}{more}: they answer different questions."
+        yield f"These runs differ in {some_of(keys, _MOST_KEYS)}: they answer different questions."
     if single := _numbers([each for each in configurations if len(each.runs) == 1]):
         yield f"{single}: only one run, so no deviation is known and a difference may be that of another seed."
     if few := _numbers([each for each in configurations if 1 < len(each.runs) < FEWEST_RUNS]):

@@ -23,17 +23,6 @@ from neq_cli.jobs.sweep.plan import plan_sweep
 Start = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def straight(neq_in: Start, small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs seed=1 and seed=2, each trained by `neq train` without a break."""
-    place = tmp_path_factory.mktemp("straight")
-    (place / "small.yaml").write_text(small)
-    for seed in (1, 2):
-        process = neq_in(place, "train", "small.yaml", f"seed={seed}", "-o", place / f"seed={seed}")
-        assert process.wait(120) == 0, process.text
-    return place
-
-
 def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(
     submitted: Start, folder: Path, straight: Path, same_run: Start
 ) -> None:
